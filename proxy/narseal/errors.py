@@ -1,0 +1,137 @@
+"""Every error that narseal raises: one tree, each with an HTTP status, a metric label and a sentence.
+
+NarsealError
+├── ConfigError                 the operator's configuration or key files are wrong
+├── Malformed                   text or bytes that break a format
+│   ├── MalformedHash, MalformedStorePath, MalformedKey, MalformedContentAddress
+│   ├── MalformedNarInfo        (line, field)
+│   ├── MalformedNar            (offset)
+│   ├── MalformedRealisation
+│   └── MalformedCacheInfo
+├── Refused                     understood, and not to be served
+│   └── ContentMismatch         the bytes are not what the narinfo says
+├── NotFound                    confirmed absence
+└── Trouble                     not known: the outside world failed
+    ├── UpstreamTrouble, UpstreamTimeout
+    └── Unavailable
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class NarsealError(Exception):
+    """Root of the tree. `str(error)` is a sentence for the operator."""
+
+    #: HTTP status that the server answers with.
+    status: ClassVar[int] = 500
+    #: Exit code of a command that ends with this error.
+    exit_code: ClassVar[int] = 1
+    #: Value of the `reason` label of `narseal_rejected_total` and of the reason header.
+    reason: str = "internal"
+
+
+class ConfigError(NarsealError):
+    """The configuration, a key file or a credential cannot be used as it is."""
+
+    exit_code = 2
+    reason = "config"
+
+
+class Malformed(NarsealError, ValueError):
+    """Input that does not follow its format; nothing of it was used."""
+
+    status = 404
+    reason = "malformed"
+
+
+class MalformedHash(Malformed):
+    """A hash in none of Nix's spellings."""
+
+
+class MalformedStorePath(Malformed):
+    """A store path whose hash part or name Nix would not accept."""
+
+
+class MalformedKey(Malformed):
+    """A key or signature that is not `name:base64`."""
+
+
+class MalformedContentAddress(Malformed):
+    """A `CA` field that Nix would not accept."""
+
+
+class MalformedCacheInfo(Malformed):
+    """A nix-cache-info that Nix would not accept."""
+
+
+class MalformedRealisation(Malformed):
+    """A realisation (`.doi`) in neither of the two spellings."""
+
+
+class MalformedNarInfo(Malformed):
+    """A narinfo that breaks the grammar; knows the line (from 1) and the field."""
+
+    def __init__(self, message: str, *, line: int = 0, field: str = "") -> None:
+        where = f"line {line}" + (f", {field}" if field else "") if line else field
+        super().__init__(f"narinfo {where}: {message}" if where else f"narinfo: {message}")
+        self.line = line
+        self.field = field
+
+
+class MalformedNar(Malformed):
+    """A NAR that breaks the grammar at a byte offset."""
+
+    reason = "malformed-nar"
+
+    def __init__(self, message: str, *, offset: int) -> None:
+        super().__init__(f"NAR, byte {offset}: {message}")
+        self.offset = offset
+
+
+class Refused(NarsealError):
+    """Verified and found wanting. Nix sees 404 and goes on to its next substituter."""
+
+    status = 404
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ContentMismatch(Refused):
+    """A NAR whose bytes are not what its narinfo says."""
+
+
+class NotFound(NarsealError):
+    """Nobody has it, and everybody could be asked."""
+
+    status = 404
+    reason = "absent"
+
+
+class Trouble(NarsealError):
+    """It is not known whether the thing exists: never answered as 404."""
+
+    status = 503
+    exit_code = 3
+    reason = "unavailable"
+
+
+class UpstreamTrouble(Trouble):
+    """An upstream refused the connection, broke it, or answered 5xx or an auth failure."""
+
+    status = 502
+    reason = "upstream"
+
+
+class UpstreamTimeout(UpstreamTrouble):
+    """An upstream did not answer in time."""
+
+    status = 504
+    reason = "upstream-timeout"
+
+
+class Unavailable(Trouble):
+    """narseal itself cannot do it now: index, disk or a limit; a later try can succeed."""

@@ -1,0 +1,196 @@
+"""The compressions of a NAR: names, file suffixes, magic bytes, and bounded streaming decoders.
+
+A decoder never returns more than it is asked for, whatever the input promises, reads concatenated
+frames to their end, and refuses bytes behind the last one.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import brotli
+
+from narseal.errors import Refused
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+#: Every `Compression:` value that Nix reads without giving up, and its file suffix.
+COMPRESSIONS = {
+    "none": "",
+    "xz": ".xz",
+    "bzip2": ".bz2",
+    "gzip": "",
+    "zstd": ".zst",
+    "br": ".br",
+    "lzip": ".lzip",
+    "lz4": ".lz4",
+    "lzma": "",
+    "compress": "",
+}
+#: First bytes of those formats that have them.
+MAGIC = {
+    "xz": b"\xfd7zXZ\x00",
+    "bzip2": b"BZh",
+    "gzip": b"\x1f\x8b",
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "none": b"\x0d\x00\x00\x00\x00\x00\x00\x00nix-archive-1",
+}
+#: Values of `Content-Encoding` as HTTP and as Nix's `narinfo-compression` write them.
+CONTENT_ENCODINGS = {
+    "identity": "none",
+    "x-gzip": "gzip",
+    **{name: name for name in ("gzip", "zstd", "br", "xz", "bzip2", "none", "lzma")},
+}
+
+_STEP = 1 << 18
+_XZ_MEMORY = 192 << 20  # xz -9 takes 65 MiB
+_ZSTD_WINDOW_LOG = 27  # zstd --long
+
+
+class _Frame(Protocol):
+    """What lzma's, bz2's and our other decompressors have in common."""
+
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    @property
+    def needs_input(self) -> bool: ...
+
+
+def decompressor(compression: str) -> Decompressor:
+    """A decoder for one NAR; Refused where narseal cannot decode, so cannot verify."""
+    if compression == "none":
+        return Plain()
+    if compression == "br":
+        return _Brotli()
+    if compression in _FRAMES:
+        return _Framed(_FRAMES[compression])
+    raise Refused(
+        "unsupported-compression",
+        f"a NAR compressed with {compression} cannot be verified; let the upstream use zstd or xz",
+    )
+
+
+class Decompressor(Protocol):
+    """A push decoder of one compressed stream."""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Pieces of plain bytes, each at most 256 KiB, that `data` completes."""
+
+    def finish(self) -> None:
+        """Refused("truncated") if the stream had not ended."""
+
+
+class Plain:
+    """Compression: none."""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        yield data
+
+    def finish(self) -> None:
+        return None
+
+
+class _Framed:
+    """xz, zstd, bzip2, gzip, lzma: one frame after another, nothing between or behind."""
+
+    def __init__(self, make: Callable[[], _Frame]) -> None:
+        self._make = make
+        self._frame = make()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        while True:
+            if self._frame.eof:
+                if not data:
+                    return
+                self._frame = self._make()
+            try:
+                piece = self._frame.decompress(data, _STEP)
+            except (lzma.LZMAError, zstd.ZstdError, zlib.error, OSError, ValueError) as error:
+                raise Refused("corrupt", f"the compressed NAR does not decode: {error}") from error
+            if piece:
+                yield piece
+            if self._frame.eof:
+                data = self._frame.unused_data
+            elif self._frame.needs_input:
+                return
+            else:
+                data = b""
+
+    def finish(self) -> None:
+        if not self._frame.eof:
+            raise Refused("truncated", "the compressed NAR ends before its stream does")
+
+
+class _Gzip:
+    """zlib's decompressor with the interface of lzma's."""
+
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj(wbits=31)
+        self.needs_input = True
+
+    @property
+    def eof(self) -> bool:
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._inner.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        piece = self._inner.decompress(self._inner.unconsumed_tail + data, max_length)
+        self.needs_input = not self._inner.unconsumed_tail and len(piece) < max_length
+        return piece
+
+
+_FRAMES: dict[str, Callable[[], _Frame]] = {
+    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY),
+    "lzma": lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_XZ_MEMORY),
+    "zstd": lambda: zstd.ZstdDecompressor(
+        options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG}
+    ),
+    "bzip2": bz2.BZ2Decompressor,
+    "gzip": _Gzip,
+}
+
+
+class _Brotli:
+    """Brotli, a piece at a time."""
+
+    def __init__(self) -> None:
+        self._inner = brotli.Decompressor()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        if data and self._inner.is_finished():
+            raise Refused("corrupt", "bytes behind the end of the brotli stream")
+        try:
+            piece = self._inner.process(data, output_buffer_limit=_STEP)
+            while piece:
+                yield piece
+                piece = self._inner.process(b"", output_buffer_limit=_STEP)
+        except brotli.error as error:
+            raise Refused("corrupt", f"the compressed NAR does not decode: {error}") from error
+
+    def finish(self) -> None:
+        if not self._inner.is_finished():
+            raise Refused("truncated", "the compressed NAR ends before its stream does")
+
+
+def zstd_compressor(level: int) -> zstd.ZstdCompressor:
+    """A streaming compressor whose frame carries a checksum; level 1 to 19."""
+    options = {
+        zstd.CompressionParameter.compression_level: level,
+        zstd.CompressionParameter.checksum_flag: 1,
+    }
+    return zstd.ZstdCompressor(options=options)

@@ -1,0 +1,20 @@
+"""The text under a Nix path signature (Nix manual, `ValidPathInfo::fingerprint`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from narseal.nix.hashes import Hash
+from narseal.nix.store_path import StorePath
+
+
+def fingerprint(
+    store_dir: str,
+    store_path: StorePath,
+    nar_hash: Hash,
+    nar_size: int,
+    references: Iterable[StorePath],
+) -> bytes:
+    """`1;<path>;<sha256:nix32>;<size>;<references>`: full paths, sorted bytewise, each once."""
+    refs = ",".join(sorted({ref.full(store_dir) for ref in references}))
+    return f"1;{store_path.full(store_dir)};{nar_hash};{nar_size};{refs}".encode()
