@@ -13,7 +13,8 @@ NarsealError
 ├── NotFound                    confirmed absence
 └── Trouble                     not known: the outside world failed
     ├── UpstreamTrouble, UpstreamTimeout
-    └── Unavailable
+    └── Unavailable             narseal itself cannot now
+        └── StorageFull
 """
 
 from __future__ import annotations
@@ -135,3 +136,10 @@ class UpstreamTimeout(UpstreamTrouble):
 
 class Unavailable(Trouble):
     """narseal itself cannot do it now: index, disk or a limit; a later try can succeed."""
+
+
+class StorageFull(Unavailable):
+    """No room for a new file; what is stored is served on."""
+
+    status = 507
+    reason = "storage-full"

@@ -189,7 +189,7 @@ class _Brotli:
 
 def zstd_compressor(level: int) -> zstd.ZstdCompressor:
     """A streaming compressor whose frame carries a checksum; level 1 to 19."""
-    options = {
+    options: dict[int, int] = {
         zstd.CompressionParameter.compression_level: level,
         zstd.CompressionParameter.checksum_flag: 1,
     }

@@ -53,8 +53,7 @@ class ContentAddress:
         refs = sorted({ref.full(store_dir) for ref in references if ref.hash_part != self_hash})
         own = any(ref.hash_part == self_hash for ref in references)
         if self.method is Method.TEXT:
-            kind = None if own else ":".join(["text", *refs])
-            return kind and _make(kind, self.hash, name, store_dir)
+            return None if own else _make(":".join(["text", *refs]), self.hash, name, store_dir)
         if self.method is Method.NAR and self.hash.algorithm == "sha256":
             kind = ":".join(["source", *refs, *(["self"] if own else [])])
             return _make(kind, self.hash, name, store_dir)

@@ -1,0 +1,18 @@
+"""Blobs and the index."""
+
+from narseal.storage.engine import epoch_file, migrate
+from narseal.storage.epoch import Epoch
+from narseal.storage.index import Index, NarRecord, PathRecord, file_name
+from narseal.storage.local import LocalStorage, storage_errors
+
+__all__ = [
+    "Epoch",
+    "Index",
+    "LocalStorage",
+    "NarRecord",
+    "PathRecord",
+    "epoch_file",
+    "file_name",
+    "migrate",
+    "storage_errors",
+]

@@ -1,0 +1,13 @@
+"""Sources of paths."""
+
+from narseal.config import UpstreamConfig
+from narseal.upstream.file import FileUpstream
+from narseal.upstream.http import HttpUpstream
+from narseal.upstream.source import Body, Upstream
+
+__all__ = ["Body", "FileUpstream", "HttpUpstream", "Upstream", "connect"]
+
+
+def connect(config: UpstreamConfig) -> Upstream:
+    """The upstream of a configuration; inside a running loop."""
+    return FileUpstream(config) if config.url.startswith("file:") else HttpUpstream(config)

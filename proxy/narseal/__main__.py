@@ -1,0 +1,5 @@
+"""`python -m narseal`."""
+
+from narseal.cli import main
+
+main()

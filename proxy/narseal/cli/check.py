@@ -1,0 +1,27 @@
+"""`narseal check-config`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from narseal.cli.load import config_option, load
+
+
+@click.command("check-config")
+@config_option
+def check_config(config_file: Path) -> None:
+    """Check the configuration file and the key files that it names, without serving."""
+    from narseal.pipeline.substituter import load_keys
+    from narseal.server.worker import tls_context
+
+    config = load(config_file)
+    keys = load_keys(config)
+    tls_context(config)
+    click.echo(f"{config_file}: good")
+    for key in keys:
+        click.echo(f"  signs with   {key.public}")
+    for upstream in config.upstream:
+        names = ", ".join(public.name for public in upstream.public_keys) or "its content"
+        click.echo(f"  trusts       {upstream.url} by {names}")

@@ -1,0 +1,51 @@
+"""`narseal serve`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from narseal import __version__
+from narseal.cli.load import config_option, load
+from narseal.config import Config
+from narseal.telemetry.logs import configure
+
+
+@click.command()
+@config_option
+def serve(config_file: Path) -> None:
+    """Serve the configured upstreams as one verified, countersigned binary cache."""
+    config = load(config_file)
+    configure(config.log.level)
+    # prometheus_client looks at this when it is imported, so before anything that counts
+    directory = tempfile.mkdtemp(prefix="narseal-metrics-")
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+    try:
+        sys.exit(_run(config))
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _run(config: Config) -> int:
+    from narseal.pipeline.substituter import load_keys
+    from narseal.server.sockets import url_of
+    from narseal.server.supervisor import Supervisor
+
+    supervisor = Supervisor(config)
+    keys = " ".join(str(key.public) for key in load_keys(config))
+    url = url_of(supervisor.sockets[0][0], tls=config.tls is not None)
+
+    def banner() -> None:
+        click.echo(
+            f"narseal {__version__} serves {url}\n\n"
+            "  For nix.conf:\n"
+            f"    substituters = {url}\n"
+            f"    trusted-public-keys = {keys}\n"
+        )
+
+    return supervisor.run(banner)

@@ -1,0 +1,188 @@
+"""Admitting store paths: find, parse, verify, countersign, pin. Steps 2 to 8 of the read path."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from time import monotonic
+
+from narseal.config import Config
+from narseal.errors import Malformed, NarsealError, NotFound, Refused, Trouble, UpstreamTimeout
+from narseal.nix import narinfo
+from narseal.nix.narinfo import NarInfo
+from narseal.pipeline.ask import Answers, in_order
+from narseal.pipeline.countersign import Countersigner
+from narseal.pipeline.crew import Crew
+from narseal.pipeline.evidence import Evidence, weigh
+from narseal.pipeline.fetch import REFUSED_SECONDS, Fetcher
+from narseal.pipeline.flights import Flights
+from narseal.pipeline.memory import Negatives
+from narseal.pipeline.transfer import Origin
+from narseal.storage import Index, NarRecord, PathRecord
+from narseal.telemetry import metrics
+from narseal.upstream import Upstream
+
+_log = logging.getLogger(__name__)
+
+Admitted = tuple[PathRecord, NarRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    info: NarInfo
+    evidence: Evidence
+
+
+class Admission:
+    """The way of a store path into the index."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        upstreams: Sequence[Upstream],
+        index: Index,
+        fetcher: Fetcher,
+        countersigner: Countersigner,
+        crew: Crew,
+    ) -> None:
+        self._config = config
+        self._upstreams = sorted(upstreams, key=lambda upstream: upstream.config.priority)
+        self._index = index
+        self._fetcher = fetcher
+        self._countersigner = countersigner
+        self._crew = crew
+        self._lookups = asyncio.Semaphore(config.limits.lookups)
+        self._flights: Flights[str, Admitted] = Flights(crew)
+        self._negatives = Negatives(
+            ttl=config.limits.negative_ttl,
+            entries=config.limits.negative_entries,
+            clock=monotonic,
+        )
+
+    async def path(self, hash_part: str) -> Admitted:
+        """The admitted, countersigned path of a hash.
+
+        Raises NotFound, Refused or Malformed (all 404), Trouble (5xx).
+        """
+        found = await self._index.path(hash_part)
+        if found and not found[0].withdrawn:
+            path, nar = await self._countersign(*found)
+            if path is not found[0] and nar.stored:
+                await self._fetcher.write_narinfo(path, nar)
+            return path, nar
+        if (known := self._negatives.get(hash_part)) is not None:
+            raise known
+        try:
+            async with asyncio.timeout(self._config.limits.content_hold):
+                return await self._flights.join(hash_part, lambda: self._admit(hash_part))
+        except TimeoutError as error:
+            raise UpstreamTimeout(
+                f"{hash_part}: its NAR is still being fetched and verified; ask again"
+            ) from error
+
+    async def origins(self, record: NarRecord, info: NarInfo) -> AsyncIterator[Origin]:
+        """Where the very file of an admitted path can be had: its own upstream, then others."""
+        own = next((u for u in self._upstreams if u.config.url == record.upstream), None)
+        if own and record.url and not await self._index.refused(
+            record.upstream, record.url, record.nar_hash
+        ):
+            yield Origin(own, record.url)
+        answers = Answers()
+        hash_part = info.store_path.hash_part
+        others = [upstream for upstream in self._upstreams if upstream is not own]
+        async with in_order(
+            others, lambda u: self._ask(u, hash_part), answers, object=hash_part
+        ) as found:
+            async for upstream, candidate in found:
+                if _same_file(record, info, candidate.info):
+                    yield Origin(upstream, candidate.info.url)
+        if isinstance(verdict := answers.verdict(hash_part), Trouble):
+            raise verdict
+
+    async def _admit(self, hash_part: str) -> Admitted:
+        answers = Answers()
+        object = f"{hash_part}.narinfo"
+        async with in_order(
+            self._upstreams, lambda u: self._ask(u, hash_part), answers, object=object
+        ) as found:
+            async for upstream, candidate in found:
+                try:
+                    return await self._take(upstream, candidate)
+                except NarsealError as error:
+                    if isinstance(error, Refused | Malformed) and error.reason != "conflict":
+                        await self._index.refuse(
+                            upstream.config.url, candidate.info.url, candidate.info.nar_hash,
+                            error.reason, for_seconds=REFUSED_SECONDS,
+                        )
+                    answers.note(error, upstream=upstream.config.url, object=object)
+        verdict = answers.verdict(object)
+        if isinstance(verdict, NotFound | Refused | Malformed):
+            self._negatives.put(hash_part, verdict)
+        raise verdict
+
+    async def _ask(self, upstream: Upstream, hash_part: str) -> _Candidate:
+        """One upstream's narinfo, parsed and weighed."""
+        async with self._lookups:
+            data = await upstream.get(f"{hash_part}.narinfo", limit=narinfo.MAX_BYTES)
+        if data is None:
+            raise NotFound(f"{upstream.config.url} has no {hash_part}.narinfo")
+        with metrics.verifying("nix"):
+            info = NarInfo.parse(data, store_dir=self._config.store_dir)
+            info, evidence = weigh(
+                info,
+                asked=hash_part,
+                upstream=upstream.config,
+                own_keys=self._countersigner.public_keys,
+                max_nar_size=self._config.limits.nar_size,
+            )
+        reason = await self._index.refused(upstream.config.url, info.url, info.nar_hash)
+        if reason is not None:
+            raise Refused("refused-source", f"{info.url} had wrong content lately ({reason})")
+        return _Candidate(info, evidence)
+
+    async def _take(self, upstream: Upstream, candidate: _Candidate) -> Admitted:
+        """Hold a candidate to its bytes where they come first, pin it, countersign it."""
+        info, evidence = candidate.info, candidate.evidence
+        recompress = self._config.storage.recompress and info.compression in ("xz", "bzip2")
+        if evidence.content_first or recompress:
+            self._crew.start(self._prefetch(info), f"references of {info.store_path}")
+            origin = Origin(upstream, info.url)
+            path, nar = await self._fetcher.admit_by_content(info, origin, evidence.text)
+        else:
+            record = NarRecord.of(info, upstream.config.url)
+            path, nar = await self._index.admit(PathRecord(info, record.file, evidence.text), record)
+        path, nar = await self._countersign(path, nar)
+        if nar.stored:
+            await self._fetcher.write_narinfo(path, nar)
+        return path, nar
+
+    async def _countersign(self, path: PathRecord, nar: NarRecord) -> Admitted:
+        """Add the signatures of our active keys that are missing."""
+        info = path.info
+        signatures = await self._countersigner.countersign(info.fingerprint(), info.signatures)
+        if signatures is info.signatures:
+            return path, nar
+        path = replace(path, info=info.with_signatures(signatures))
+        await self._index.sign(info.store_path.hash_part, signatures)
+        return path, nar
+
+    async def _prefetch(self, info: NarInfo) -> None:
+        """Where content comes first, the references will be asked for next."""
+        for reference in info.references:
+            if reference != info.store_path:
+                try:
+                    await self.path(reference.hash_part)
+                except NarsealError as error:
+                    _log.debug("prefetch of %s: %s", reference, error)
+
+
+def _same_file(record: NarRecord, info: NarInfo, other: NarInfo) -> bool:
+    """Whether another upstream's narinfo names the very bytes of a record."""
+    if other.fingerprint() != info.fingerprint() or other.compression != record.compression:
+        return False
+    if record.compression == "none":
+        return True
+    return record.file_hash is not None and other.file_hash == record.file_hash

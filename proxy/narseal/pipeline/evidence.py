@@ -1,0 +1,123 @@
+"""What a signature of ours may rest on. Pure: a narinfo and an upstream's rules in, evidence out.
+
+This is the sign rule (docs/security.md, I1): a fingerprint is signed only with a signature over
+the very same fingerprint by a key pinned to that upstream, or a content address that recomputes
+to the path, or the bytes themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from narseal.config import UpstreamConfig
+from narseal.errors import Refused
+from narseal.nix.compression import decompressor
+from narseal.nix.content_address import Method
+from narseal.nix.keys import PublicKey, Signature
+from narseal.nix.narinfo import NarInfo
+
+_MAX_VERIFICATIONS = 4
+_ENCODED = re.compile(r"%(2e|2f|5c|25|[01][0-9a-f]|7f)", re.IGNORECASE)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What speaks for a narinfo's fingerprint."""
+
+    #: `signature NAME`, `content-address` or `content`; kept in the index.
+    text: str
+    #: The bytes have to be fetched and hashed before anything is signed.
+    content_first: bool
+
+
+def weigh(
+    info: NarInfo,
+    *,
+    asked: str,
+    upstream: UpstreamConfig,
+    own_keys: Mapping[str, PublicKey],
+    max_nar_size: int,
+) -> tuple[NarInfo, Evidence]:
+    """The narinfo with only the signatures that are worth keeping, and the evidence for it.
+
+    Kept are verified signatures and those by keys that nobody here knows; dropped are those that
+    claim a known name, ours or the upstream's, and do not verify. Refused if the narinfo is of
+    another path, leaves its upstream, is too large, cannot be decoded, or has no evidence.
+    """
+    path = info.store_path
+    if path.hash_part != asked:
+        raise Refused("wrong-path", f"asked for {asked}, the narinfo is of {path}")
+    check_url(info.url)
+    if info.nar_size > max_nar_size:
+        raise Refused("too-large", f"{path}: {info.nar_size} bytes; limits.nar_size is {max_nar_size}")
+    decompressor(info.compression)
+    by_address = _check_content_address(info)
+    message = info.fingerprint()
+    pinned = {key.name: key for key in upstream.public_keys}
+    good = _verified(info.signatures, pinned, message)
+    ours = _verified(info.signatures, own_keys, message)
+    foreign = [
+        s for s in info.signatures if s.key_name not in pinned and s.key_name not in own_keys
+    ]
+    kept = info.with_signatures(tuple(sorted({*good, *ours, *foreign})))
+    content_first = upstream.sign_when == "content" or upstream.verify == "content"
+    if good:
+        return kept, Evidence(f"signature {good[0].key_name}", content_first)
+    if info.ca is not None and info.ca.method is not Method.GIT:  # git's hash is not recomputed
+        return kept, Evidence("content-address", content_first or not by_address)
+    if upstream.verify == "content":
+        return kept, Evidence("content", content_first=True)
+    raise Refused("unsigned", f"{path}: {_why_unsigned(info, pinned)}")
+
+
+def check_url(url: str) -> None:
+    """Refused if a narinfo's URL could leave the upstream's own address or folder."""
+    if _SCHEME.match(url) or url.startswith(("/", "\\")):
+        raise Refused("absolute-url", f"the narinfo's URL is not relative: {url[:200]!r}")
+    plain = unquote(url.partition("?")[0])
+    if (
+        _ENCODED.search(url)
+        or "\\" in plain
+        or "#" in url
+        or any(part in ("", ".", "..") for part in plain.split("/"))
+        or not plain.isascii()
+    ):
+        raise Refused("escapes-upstream", f"the narinfo's URL leaves its upstream: {url[:200]!r}")
+
+
+def _check_content_address(info: NarInfo) -> bool:
+    """Whether the CA speaks for NarHash too, not only for the path's name."""
+    if info.ca is None:
+        return False
+    path = info.store_path
+    computed = info.ca.store_path(
+        path.name, info.references, self_hash=path.hash_part, store_dir=info.store_dir
+    )
+    if computed != path:
+        raise Refused("ca-mismatch", f"{path}: its CA recomputes to {computed or 'no path at all'}")
+    refers_to_itself = any(ref.hash_part == path.hash_part for ref in info.references)
+    if info.ca.method is not Method.NAR or info.ca.hash.algorithm != "sha256" or refers_to_itself:
+        return False
+    if info.ca.hash != info.nar_hash:
+        raise Refused("ca-mismatch", f"{path}: its CA and its NarHash contradict each other")
+    return True
+
+
+def _verified(
+    signatures: Iterable[Signature], keys: Mapping[str, PublicKey], message: bytes
+) -> list[Signature]:
+    candidates = [s for s in signatures if s.key_name in keys][:_MAX_VERIFICATIONS]
+    return [s for s in candidates if keys[s.key_name].verifies(message, s)]
+
+
+def _why_unsigned(info: NarInfo, pinned: Mapping[str, PublicKey]) -> str:
+    names = sorted({s.key_name for s in info.signatures})
+    if any(name in pinned for name in names):
+        return "its signature is not over what the narinfo says"
+    if names:
+        return f"signed by {', '.join(names[:4])}, none of which is pinned to this upstream"
+    return "not signed"

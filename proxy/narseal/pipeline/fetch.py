@@ -1,0 +1,214 @@
+"""Bringing NARs into storage: one transfer a file, then fsync, rename, index row."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+from narseal.config import Config
+from narseal.errors import Malformed, NarsealError, Refused
+from narseal.nix.narinfo import NarInfo
+from narseal.pipeline.blocking import Blocking
+from narseal.pipeline.crew import Crew
+from narseal.pipeline.inspection import Measured
+from narseal.pipeline.memory import HotMap
+from narseal.pipeline.recompress import Recompression
+from narseal.pipeline.rejection import reject
+from narseal.pipeline.transfer import Origin, Reader, Transfer
+from narseal.storage import Epoch, Index, LocalStorage, NarRecord, PathRecord, file_name
+from narseal.telemetry import metrics
+
+_log = logging.getLogger(__name__)
+
+#: How long an upstream's file that was wrong is not asked for.
+REFUSED_SECONDS = 3600.0
+
+
+class Fetcher:
+    """Transfers under way, by file name, and what becomes of them."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        storage: LocalStorage,
+        index: Index,
+        epoch: Epoch,
+        hot: HotMap,
+        crew: Crew,
+        blocking: Blocking,
+    ) -> None:
+        self._config = config
+        self._storage = storage
+        self._index = index
+        self._epoch = epoch
+        self._hot = hot
+        self._crew = crew
+        self._blocking = blocking
+        self._slots = asyncio.Semaphore(config.limits.transfers)
+        self._running: dict[str, Transfer] = {}
+
+    def join(self, file: str) -> Reader | None:
+        """Read along with the transfer of a file that is under way."""
+        transfer = self._running.get(file)
+        if transfer is None:
+            return None
+        metrics.flights_joined.inc()
+        return Reader(transfer)
+
+    async def start(
+        self, record: NarRecord, info: NarInfo, origins: Callable[[], AsyncIterator[Origin]]
+    ) -> Reader:
+        """Fetch the file of an admitted narinfo, or join the transfer that does.
+
+        When it has arrived it is published, under its true file hash.
+        """
+        incoming = await self._blocking.run(self._storage.incoming)
+        if (reader := self.join(record.file)) is not None:
+            await self._blocking.run(_drop, incoming)
+            return reader
+        transfer = Transfer(info, incoming=incoming, blocking=self._blocking)
+        self._running[record.file] = transfer
+        self._crew.start(self._bring(record, transfer, origins()), f"nar {record.file}")
+        return Reader(transfer)
+
+    async def _bring(
+        self, record: NarRecord, transfer: Transfer, origins: AsyncIterator[Origin]
+    ) -> None:
+        try:
+            async with self._slots:
+                measured = await transfer.run(
+                    origins, on_wrong=lambda wrong, error: self._wrong(record, wrong, error)
+                )
+            await self._publish(record, transfer, measured)
+        except NarsealError as error:
+            _log.warning("NAR %s: %s", record.file, error)
+        finally:
+            del self._running[record.file]
+            await self._end(transfer)
+
+    async def _publish(self, record: NarRecord, transfer: Transfer, measured: Measured) -> None:
+        known = record.file_hash in (None, measured.file_hash)
+        true = replace(
+            record,
+            file=record.file if known else file_name(measured.file_hash, record.compression),
+            file_hash=measured.file_hash,
+            file_size=measured.file_size,
+            stored=True,
+        )
+        if not known or record.file_size not in (None, measured.file_size):
+            metrics.corrected.inc()
+            _log.warning(
+                "corrected FileHash or FileSize of %s", record.file,
+                extra={"upstream": record.upstream, "url": record.url, "file": true.file},
+            )
+        await self._blocking.run(
+            self._storage.publish, transfer.descriptor, transfer.path, f"nar/{true.file}"
+        )
+        await self._index.publish(record, true)
+        metrics.storage_bytes.set(await self._index.stored_bytes())
+        for path, nar in await self._index.paths_of(true.file):
+            await self.write_narinfo(path, nar)
+            self._hot.drop(f"/{path.info.store_path.hash_part}.narinfo".encode())
+        if not known:
+            self._epoch.advance()
+
+    async def admit_by_content(
+        self, info: NarInfo, origin: Origin, evidence: str
+    ) -> tuple[PathRecord, NarRecord]:
+        """Fetch, verify and publish a NAR before its path is admitted; then admit it.
+
+        With recompression on, xz and bzip2 become zstd here, before anybody saw the narinfo.
+        """
+        incoming = await self._blocking.run(self._storage.incoming)
+        recompression = None
+        if self._config.storage.recompress and info.compression in ("xz", "bzip2"):
+            recompression = Recompression(
+                self._config.storage.recompress_level,
+                await self._blocking.run(self._storage.incoming),
+            )
+        transfer = Transfer(info, incoming=incoming, blocking=self._blocking, sink=recompression)
+        try:
+            async with self._slots:
+                measured = await transfer.run(_once(origin), on_wrong=_leave_to_caller)
+            nar = NarRecord.of(info, origin.upstream.config.url)
+            descriptor, path = incoming
+            if recompression:
+                measured = await self._blocking.run(recompression.finish)
+                descriptor, path = recompression.descriptor, recompression.path
+                nar = replace(nar, compression="zstd", url="")
+            nar = replace(
+                nar,
+                file=file_name(measured.file_hash, nar.compression),
+                file_hash=measured.file_hash,
+                file_size=measured.file_size,
+            )
+            bound = await self._index.bind(nar)
+            await self._blocking.run(self._storage.publish, descriptor, path, f"nar/{bound.file}")
+            stored = replace(nar, file=bound.file, stored=True)
+            await self._index.publish(bound, stored)
+            return await self._index.admit(PathRecord(info, stored.file, evidence), stored)
+        finally:
+            await self._end(transfer)
+            if recompression:
+                await self._blocking.run(_drop, (recompression.descriptor, recompression.path))
+
+    async def _wrong(
+        self, record: NarRecord, origins: set[Origin], error: Refused | Malformed
+    ) -> None:
+        """An upstream's bytes were wrong: count, log, refuse them for a time, withdraw the paths."""
+        for origin in origins:
+            upstream = origin.upstream.config.url
+            reject(error, upstream=upstream, object=f"nar/{record.file}")
+            await self._index.refuse(
+                upstream, origin.url, record.nar_hash, error.reason, for_seconds=REFUSED_SECONDS
+            )
+        for hash_part in await self._index.withdraw(record.file):
+            await self._blocking.run(self._storage.remove, f"{hash_part}.narinfo")
+        self._epoch.advance()
+
+    async def write_narinfo(self, path: PathRecord, nar: NarRecord) -> None:
+        """Put a path's narinfo beside its stored NAR, so that the folder is a binary cache."""
+        text = served(path, nar).render()
+        name = f"{path.info.store_path.hash_part}.narinfo"
+        await self._blocking.run(self._storage.write, name, text)
+
+    async def _end(self, transfer: Transfer) -> None:
+        await transfer.settle()
+        failure = transfer.failure
+        if isinstance(failure, Refused | Malformed) and transfer.path.exists():
+            label = f"{transfer.info.store_path.hash_part}.{failure.reason}"
+            await self._blocking.run(self._storage.quarantine, transfer.path, label)
+        await self._blocking.run(_drop, (transfer.descriptor, transfer.path))
+
+
+def served(path: PathRecord, nar: NarRecord) -> NarInfo:
+    """The narinfo as clients get it: our URL, our measured values, all signatures."""
+    return replace(
+        path.info,
+        url=f"nar/{nar.file}",
+        compression=nar.compression,
+        file_hash=nar.file_hash,
+        file_size=nar.file_size,
+    )
+
+
+async def _leave_to_caller(_origins: set[Origin], _error: Refused | Malformed) -> None:
+    """Nothing was promised to anybody yet."""
+
+
+async def _once(origin: Origin) -> AsyncIterator[Origin]:
+    yield origin
+
+
+def _drop(incoming: tuple[int, object]) -> None:
+    """Close a file, and unlink its incoming name unless it was published."""
+    descriptor, path = incoming
+    os.close(descriptor)
+    try:
+        os.unlink(str(path))
+    except FileNotFoundError:
+        return

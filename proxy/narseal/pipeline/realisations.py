@@ -1,0 +1,108 @@
+"""Realisations: verified like narinfos, because Nix 2.34 does not verify them; countersigned."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from time import monotonic
+
+from narseal.config import LimitsConfig
+from narseal.errors import MalformedRealisation, NotFound, Refused
+from narseal.nix import realisation
+from narseal.nix.realisation import BuildTraceEntry, Realisation
+from narseal.nix.store_path import StorePath
+from narseal.pipeline.ask import Answers, in_order
+from narseal.pipeline.countersign import Countersigner
+from narseal.pipeline.crew import Crew
+from narseal.pipeline.flights import Flights
+from narseal.pipeline.memory import Negatives
+from narseal.storage import Index
+from narseal.telemetry import metrics
+from narseal.upstream import Upstream
+
+_OLD = re.compile(r"realisations/(sha256:[0-9a-f]{64}![^/]{1,211})\.doi", re.ASCII)
+_NEW = re.compile(r"build-trace-v2/([^/]{1,250})/([^/]{1,211})\.doi", re.ASCII)
+
+Entry = Realisation | BuildTraceEntry
+
+
+class Realisations:
+    """Both spellings, by the address below the store URL."""
+
+    def __init__(
+        self,
+        limits: LimitsConfig,
+        *,
+        upstreams: Sequence[Upstream],
+        index: Index,
+        countersigner: Countersigner,
+        crew: Crew,
+    ) -> None:
+        self._upstreams = sorted(upstreams, key=lambda upstream: upstream.config.priority)
+        self._index = index
+        self._countersigner = countersigner
+        self._flights: Flights[str, bytes] = Flights(crew)
+        self._negatives = Negatives(
+            ttl=limits.negative_ttl, entries=limits.negative_entries, clock=monotonic
+        )
+
+    async def get(self, name: str) -> bytes:
+        """The rendered file of `realisations/…` or `build-trace-v2/…` (percent-decoded).
+
+        Raises NotFound, Refused, Malformed (all 404) or Trouble.
+        """
+        stored = await self._index.realisation(name)
+        if stored is not None:
+            return await self._countersigned(name, _parse(name, stored), stored)
+        if (known := self._negatives.get(name)) is not None:
+            raise known
+        return await self._flights.join(name, lambda: self._admit(name))
+
+    async def _admit(self, name: str) -> bytes:
+        answers = Answers()
+        async with in_order(
+            self._upstreams, lambda u: self._ask(u, name), answers, object=name
+        ) as found:
+            async for _, (entry, evidence) in found:
+                return await self._countersigned(name, entry, None, evidence)
+        verdict = answers.verdict(name)
+        if isinstance(verdict, NotFound | Refused | MalformedRealisation):
+            self._negatives.put(name, verdict)
+        raise verdict
+
+    async def _ask(self, upstream: Upstream, name: str) -> tuple[Entry, str]:
+        data = await upstream.get(name, limit=realisation.MAX_BYTES)
+        if data is None:
+            raise NotFound(f"{upstream.config.url} has no {name}")
+        with metrics.verifying("nix"):
+            entry = _parse(name, data)
+            message = entry.fingerprint()
+            pinned = {key.name: key for key in upstream.config.public_keys}
+            known = pinned | self._countersigner.public_keys
+            good = [
+                s for s in entry.signatures
+                if s.key_name in known and known[s.key_name].verifies(message, s)
+            ]
+            evidence = next((s.key_name for s in good if s.key_name in pinned), None)
+            if evidence is None:
+                raise Refused("unsigned", f"{name}: no signature by a key of {upstream.config.url}")
+        foreign = [s for s in entry.signatures if s.key_name not in known]
+        return entry.with_signatures(tuple(sorted([*good, *foreign]))), f"signature {evidence}"
+
+    async def _countersigned(
+        self, name: str, entry: Entry, stored: bytes | None, evidence: str = "stored"
+    ) -> bytes:
+        signatures = await self._countersigner.countersign(entry.fingerprint(), entry.signatures)
+        body = entry.with_signatures(signatures).render()
+        if body != stored:
+            await self._index.put_realisation(name, body, evidence)
+        return body
+
+
+def _parse(name: str, data: bytes) -> Entry:
+    if match := _OLD.fullmatch(name):
+        return Realisation.parse(data, id=match[1])
+    if match := _NEW.fullmatch(name):
+        drv_path = StorePath.parse(match[1])
+        return BuildTraceEntry.parse(data, drv_path=drv_path, output_name=match[2])
+    raise MalformedRealisation(f"no address of a realisation: {name[:200]!r}")

@@ -1,0 +1,180 @@
+"""The substituter: all rooms of the pipeline put together, as the server uses it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Self
+
+from narseal.config import Config
+from narseal.custody import FileKey
+from narseal.errors import ConfigError, NotFound
+from narseal.nix.cache_info import CacheInfo
+from narseal.pipeline.admission import Admission
+from narseal.pipeline.blocking import Blocking
+from narseal.pipeline.countersign import Countersigner
+from narseal.pipeline.crew import Crew
+from narseal.pipeline.fetch import Fetcher, served
+from narseal.pipeline.memory import HotMap
+from narseal.pipeline.realisations import Realisations
+from narseal.pipeline.sidefiles import SideFiles
+from narseal.pipeline.transfer import Reader
+from narseal.storage import Epoch, Index, LocalStorage, NarRecord
+from narseal.telemetry import metrics
+from narseal.upstream import Upstream, connect
+
+
+@dataclass(frozen=True, slots=True)
+class StoredNar:
+    """A complete, verified file, open for reading; to be closed by whoever got it."""
+
+    descriptor: int
+    size: int
+
+
+class Substituter:
+    """What narseal serves. Made by `opened`, inside the loop that serves."""
+
+    def __init__(
+        self, config: Config, *, keys: list[FileKey], upstreams: list[Upstream], epoch: Epoch
+    ) -> None:
+        self.config = config
+        self.crew = Crew()
+        self.blocking = Blocking()
+        self.upstreams = upstreams
+        self.hot = HotMap(max_bytes=config.limits.hot_map, epoch=epoch)
+        self.cache_info = CacheInfo(config.store_dir, want_mass_query=True, priority=config.priority)
+        self.countersigner = Countersigner(keys)
+        self._storage = LocalStorage(config.storage.url)
+        self._index = Index(config.storage.index, config.store_dir)
+        self._fetcher = Fetcher(
+            config,
+            storage=self._storage,
+            index=self._index,
+            epoch=epoch,
+            hot=self.hot,
+            crew=self.crew,
+            blocking=self.blocking,
+        )
+        self._admission = Admission(
+            config,
+            upstreams=upstreams,
+            index=self._index,
+            fetcher=self._fetcher,
+            countersigner=self.countersigner,
+            crew=self.crew,
+        )
+        self.realisations = Realisations(
+            config.limits,
+            upstreams=upstreams,
+            index=self._index,
+            countersigner=self.countersigner,
+            crew=self.crew,
+        )
+        self.side_files = SideFiles(
+            config.limits,
+            upstreams=upstreams,
+            storage=self._storage,
+            index=self._index,
+            crew=self.crew,
+            blocking=self.blocking,
+        )
+
+    @classmethod
+    @asynccontextmanager
+    async def opened(cls, config: Config, *, epoch: Epoch) -> AsyncIterator[Self]:
+        """A running substituter; on leaving, running transfers get their time to end."""
+        keys = load_keys(config)
+        upstreams = [connect(upstream) for upstream in config.upstream]
+        substituter = cls(config, keys=keys, upstreams=upstreams, epoch=epoch)
+        for key in keys:
+            not_after = key.not_after.timestamp() if key.not_after else 0
+            metrics.key_not_after.labels(key.public.name).set(not_after)
+        writer = asyncio.create_task(substituter._index.run(), name="index writer")
+        try:
+            metrics.storage_bytes.set(await substituter._index.stored_bytes())
+            yield substituter
+        finally:
+            await substituter.crew.close(wait=config.limits.shutdown_timeout)
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+            for upstream in upstreams:
+                await upstream.close()
+            await substituter._index.close()
+            substituter.blocking.close()
+
+    async def narinfo(self, hash_part: str) -> bytes:
+        """The countersigned narinfo of a hash; NotFound, Refused, Malformed or Trouble."""
+        return served(*await self._admission.path(hash_part)).render()
+
+    async def nar(self, file: str) -> StoredNar | Reader:
+        """The file of an admitted narinfo: from storage, or while it is being fetched.
+
+        NotFound for a name that no admitted narinfo mentions.
+        """
+        record = await self._index.nar(file)
+        if record is None:
+            raise NotFound(f"no narinfo that was served names nar/{file}")
+        if (reader := self._fetcher.join(file)) is not None:
+            return reader
+        if (stored := await self._stored(record)) is not None:
+            return stored
+        paths = await self._index.paths_of(record.published_as or file)
+        if not paths:
+            raise NotFound(f"no narinfo names nar/{file} any more")
+        info = paths[0][0].info
+        return await self._fetcher.start(
+            record, info, lambda: self._admission.origins(record, info)
+        )
+
+    async def ready(self) -> None:
+        """Raises Unavailable if the index cannot be read."""
+        await self._index.stored_bytes()
+
+    async def _stored(self, record: NarRecord) -> StoredNar | None:
+        """The published file, if it is there and whole; a lost one is struck off the index."""
+        if record.published_as:
+            target = await self._index.nar(record.published_as)
+            return await self._stored(target) if target else None
+        if not record.stored:
+            return None
+        path = self._storage.path(f"nar/{record.file}")
+        stored = await self.blocking.run(_open, str(path))
+        if stored is not None and stored.size == record.file_size:
+            return stored
+        if stored is not None:
+            os.close(stored.descriptor)
+        await self._index.unpublish(record.file)
+        return None
+
+
+def load_keys(config: Config) -> list[FileKey]:
+    """The operator's keys; ConfigError if there is none, one cannot be used, or names clash."""
+    if not config.signing.key:
+        raise ConfigError(
+            "there is no [[signing.key]]: make one with `narseal key generate NAME` and name its"
+            ' file there: url = "file:/path"'
+        )
+    keys = [FileKey.load(key.url, not_after=key.not_after) for key in config.signing.key]
+    own = {key.public.name: key.public for key in keys}
+    if len(own) < len(keys):
+        raise ConfigError("two [[signing.key]] have the same name")
+    for upstream in config.upstream:
+        for public in upstream.public_keys:
+            if own.get(public.name, public) != public:
+                raise ConfigError(
+                    f"{upstream.url}: its key {public.name} is another than the [[signing.key]]"
+                    " of that name; give yours a name of its own"
+                )
+    return keys
+
+
+def _open(path: str) -> StoredNar | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    return StoredNar(descriptor, os.fstat(descriptor).st_size)

@@ -1,0 +1,254 @@
+"""What is answered on each route."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import os
+
+import jinja2
+from aiohttp import web
+
+from narseal import __version__
+from narseal.errors import NarsealError, UpstreamTimeout
+from narseal.pipeline.memory import Hot
+from narseal.pipeline.substituter import StoredNar, Substituter
+from narseal.pipeline.transfer import Reader
+from narseal.server.ranges import Span, Unsatisfiable, etag_matches, parse_range
+from narseal.server.sending import Sending
+from narseal.server.tally import Tally
+from narseal.telemetry import metrics
+
+_IMMUTABLE = "public, max-age=31536000, immutable"
+_SHORT = "public, max-age=300"
+_SMALL = 64 << 10
+_NARINFO = "text/x-nix-narinfo"
+_NAR = "application/x-nix-nar"
+# a client gives up after 300 s without a byte (Nix's stalled-download-timeout)
+_FIRST_BYTE = 280.0
+
+
+class Answering:
+    """The handlers of one worker."""
+
+    def __init__(self, substituter: Substituter, tally: Tally) -> None:
+        self._substituter = substituter
+        self._tally = tally
+        self._page = jinja2.Environment(
+            loader=jinja2.PackageLoader("narseal.server"), autoescape=True
+        ).get_template("status.html")
+        self.draining = False
+
+    async def cache_info(self, _: web.Request) -> web.Response:
+        """Our own nix-cache-info, never an upstream's."""
+        text = self._substituter.cache_info.render()
+        return web.Response(text=text, content_type="text/x-nix-cache-info", headers=_cache(_SHORT))
+
+    async def narinfo(self, request: web.Request) -> web.StreamResponse:
+        """A countersigned narinfo."""
+        hot = self._substituter.hot
+        target = f"/{request.match_info['hash']}.narinfo".encode()
+        mark = hot.mark()
+        if (answer := hot.get(target)) is not None:
+            metrics.hot_hits.inc()
+            body = answer.rest[-answer.body_size :]
+        else:
+            body = await self._substituter.narinfo(request.match_info["hash"])
+            hot.put(target, _hot("narinfo", _NARINFO, _SHORT, body, _etag(body)), mark)
+        return _whole(request, body, _NARINFO, _SHORT, _etag(body))
+
+    async def nar(self, request: web.Request) -> web.StreamResponse:
+        """A NAR: from memory, from storage, or while it comes in."""
+        file = request.match_info["file"]
+        mark = self._substituter.hot.mark()
+        found = await self._substituter.nar(file)
+        try:
+            if isinstance(found, StoredNar):
+                if found.size <= _SMALL and request.method == "GET":
+                    return await self._small(request, file, found, mark)
+                return await self._send(request, file, found.descriptor, found.size, None)
+            if request.method == "HEAD":
+                await found.whole()
+            return await self._relay(request, file, found)
+        finally:
+            if isinstance(found, Reader):
+                found.close()
+            else:
+                os.close(found.descriptor)
+
+    async def side_file(self, request: web.Request) -> web.StreamResponse:
+        """A listing, a log or a debug-info pointer."""
+        file = await self._substituter.side_files.get(request.match_info["name"])
+        return _whole(request, file.data, file.content_type, _SHORT, _etag(file.data))
+
+    async def realisation(self, request: web.Request) -> web.StreamResponse:
+        """A countersigned realisation."""
+        body = await self._substituter.realisations.get(request.match_info["name"])
+        return _whole(request, body, "application/json", _SHORT, _etag(body))
+
+    async def healthz(self, _: web.Request) -> web.Response:
+        """200 as long as the process answers."""
+        return web.Response(text="ok\n", headers=_cache("no-store"))
+
+    async def readyz(self, _: web.Request) -> web.Response:
+        """200 when requests can be served: the index answers and no shutdown has begun."""
+        if self.draining:
+            return web.Response(status=503, text="shutting down\n", headers=_cache("no-store"))
+        await self._substituter.ready()
+        return web.Response(text="ready\n", headers=_cache("no-store"))
+
+    async def pubkey(self, _: web.Request) -> web.Response:
+        """The operator's public keys, a line each, for trusted-public-keys."""
+        keys = self._substituter.countersigner.public_keys.values()
+        return web.Response(text="".join(f"{key}\n" for key in keys), headers=_cache(_SHORT))
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        """Prometheus's text format, of all workers."""
+        self._tally.flush()
+        text = await self._substituter.blocking.run(metrics.render)
+        return web.Response(body=text, headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    async def metrics_for_loopback(self, request: web.Request) -> web.Response:
+        """/metrics on the main port, unless it has one of its own."""
+        own = self._substituter.config.metrics.listen is not None
+        if own or not _is_loopback(request.remote):
+            raise web.HTTPNotFound(text="metrics are for loopback callers; see metrics.listen\n")
+        return await self.metrics(request)
+
+    async def status(self, request: web.Request) -> web.Response:
+        """A page for people: the address, the keys, the lines for nix.conf."""
+        substituter = self._substituter
+        page = self._page.render(
+            version=__version__,
+            url=f"{request.scheme}://{request.host}",
+            keys=[str(key) for key in substituter.countersigner.public_keys.values()],
+            upstreams=[upstream.config for upstream in substituter.upstreams],
+            config=substituter.config,
+        )
+        return web.Response(text=page, content_type="text/html", headers=_cache("no-store"))
+
+    async def _small(
+        self, request: web.Request, file: str, stored: StoredNar, mark: int
+    ) -> web.StreamResponse:
+        body = await self._substituter.blocking.run(os.pread, stored.descriptor, _SMALL, 0)
+        answer = _hot("nar", _NAR, _IMMUTABLE, body, _file_etag(file), "Accept-Ranges: bytes\r\n")
+        self._substituter.hot.put(f"/nar/{file}".encode(), answer, mark)
+        metrics.nar_bytes.labels("storage").inc(len(body))
+        return _whole(request, body, _NAR, _IMMUTABLE, _file_etag(file))
+
+    async def _relay(self, request: web.Request, file: str, reader: Reader) -> web.StreamResponse:
+        """Follow a transfer. Errors before the first byte are answers, later ones a broken line."""
+        try:
+            async with asyncio.timeout(_FIRST_BYTE):
+                await reader.follow(0)
+        except TimeoutError as error:
+            raise UpstreamTimeout(f"nar/{file}: nothing came in {_FIRST_BYTE} s") from error
+        assert reader.size is not None  # nothing is released before it is known
+        return await self._send(request, file, reader.descriptor, reader.size, reader)
+
+    async def _send(
+        self, request: web.Request, file: str, descriptor: int, size: int, reader: Reader | None
+    ) -> web.StreamResponse:
+        etag = _file_etag(file)
+        headers = _headers(_IMMUTABLE, etag) | {"Content-Type": _NAR}
+        if etag_matches(request.headers.get("If-None-Match"), etag):
+            return web.Response(status=304, headers=headers)
+        span = _span(request, size, etag)
+        if isinstance(span, web.Response):
+            return span
+        response = web.StreamResponse(status=200 if span is None else 206, headers=headers)
+        if span is not None:
+            response.headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{size}"
+        start, stop = (span.start, span.stop) if span else (0, size)
+        response.content_length = stop - start
+        if request.method == "HEAD":
+            return response
+        if reader:
+            await reader.follow(start)
+        await response.prepare(request)
+        await self._stream(request, response, descriptor, start, stop, reader)
+        return response
+
+    async def _stream(
+        self, request: web.Request, response: web.StreamResponse, descriptor: int, start: int,
+        stop: int, reader: Reader | None,
+    ) -> None:
+        async def all_there(_: int) -> int:
+            return stop
+
+        sending = Sending(
+            request,
+            response,
+            timeout=self._substituter.config.limits.send_timeout,
+            blocking=self._substituter.blocking,
+        )
+        try:
+            await sending.send(descriptor, start, stop, reader.follow if reader else all_there)
+        except NarsealError as error:
+            # never a clean end: the client must see that the line broke
+            if request.transport:
+                request.transport.abort()
+            raise ConnectionResetError(str(error)) from error
+        source = "upstream" if reader else "storage"
+        metrics.nar_bytes.labels(source).inc(stop - start)
+
+
+def _is_loopback(remote: str | None) -> bool:
+    """Whether the peer is on this machine; a Unix socket's peer has no address."""
+    return not remote or ipaddress.ip_address(remote.partition("%")[0]).is_loopback
+
+
+def _etag(body: bytes) -> str:
+    return f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+
+
+def _file_etag(file: str) -> str:
+    return f'"{file}"'
+
+
+def _cache(control: str) -> dict[str, str]:
+    return {"Cache-Control": control}
+
+
+def _headers(control: str, etag: str) -> dict[str, str]:
+    return {"Cache-Control": control, "ETag": etag, "Accept-Ranges": "bytes"}
+
+
+def _span(request: web.Request, size: int, etag: str) -> Span | None | web.Response:
+    """The range that is asked for, or the answer that it cannot be had."""
+    condition = request.headers.get("If-Range")
+    if condition is not None and not etag_matches(condition, etag):
+        return None
+    try:
+        return parse_range(request.headers.get("Range"), size)
+    except Unsatisfiable:
+        headers = {"Content-Range": f"bytes */{size}", "Accept-Ranges": "bytes"}
+        return web.Response(status=416, headers=headers, text=f"there are {size} bytes\n")
+
+
+def _whole(
+    request: web.Request, body: bytes, content_type: str, control: str, etag: str
+) -> web.Response:
+    """A small body, with conditions and ranges."""
+    headers = _headers(control, etag) | {"Content-Type": content_type}
+    if etag_matches(request.headers.get("If-None-Match"), etag):
+        return web.Response(status=304, headers=headers)
+    span = _span(request, len(body), etag)
+    if isinstance(span, web.Response):
+        return span
+    if span is None:
+        return web.Response(body=body, headers=headers)
+    headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{len(body)}"
+    return web.Response(status=206, body=body[span.start : span.stop], headers=headers)
+
+
+def _hot(
+    route: str, content_type: str, control: str, body: bytes, etag: str, more: str = ""
+) -> Hot:
+    head = (
+        f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+        f"Cache-Control: {control}\r\nETag: {etag}\r\n{more}"
+        "Server: narseal\r\n\r\n"
+    )
+    return Hot(route, head.encode() + body, len(body))

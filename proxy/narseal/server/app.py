@@ -1,0 +1,109 @@
+"""The aiohttp application: routes with full-match patterns, and one middleware for all of them."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from time import perf_counter
+
+from aiohttp import web
+
+from narseal.errors import NarsealError
+from narseal.nix.base32 import CHARS
+from narseal.nix.compression import COMPRESSIONS
+from narseal.server.answers import Answering
+from narseal.server.tally import Tally
+from narseal.telemetry.logs import request_id
+
+_log = logging.getLogger(__name__)
+
+_HASH = f"{CHARS}{{32}}"
+_PATH = rf"{CHARS}{{32}}-[0-9a-zA-Z+\-._?=]{{1,211}}"
+_OUTPUT = r"[0-9a-zA-Z+\-._?=]{1,211}"
+_SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(set(COMPRESSIONS.values())) if suffix)
+_REQUEST_ID = re.compile(r"[0-9A-Za-z._-]{1,64}", re.ASCII)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def application(answering: Answering, tally: Tally) -> web.Application:
+    """Every route of the substituter; what matches none is 404."""
+
+    @web.middleware
+    async def account(request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Request id, counting, and every error as a short text for whoever reads it."""
+        start = perf_counter()
+        given = request.headers.get("X-Request-Id", "")
+        id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        token = request_id.set(id)
+        route = request.match_info.route.name or "other"
+        status = 499  # the client left, as nginx has it
+        try:
+            try:
+                response = await handler(request)
+            except NarsealError as error:
+                response = failure(error)
+            except web.HTTPException as error:
+                response = error
+            except ConnectionError:
+                raise
+            except Exception:
+                _log.exception("%s %s failed", request.method, request.path)
+                response = web.Response(status=500, text="narseal failed; its log says how\n")
+            status = response.status
+            if not response.prepared:
+                response.headers["X-Request-Id"] = id
+            if isinstance(response, web.HTTPException):
+                raise response
+            return response
+        finally:
+            request_id.reset(token)
+            tally.answered(
+                route, request.method, request.path, status, perf_counter() - start
+            )
+
+    async def name_server(_: web.Request, response: web.StreamResponse) -> None:
+        response.headers["Server"] = "narseal"
+
+    app = web.Application(middlewares=[account], client_max_size=1 << 20)
+    app.on_response_prepare.append(name_server)
+    table: list[tuple[str, str, Handler]] = [
+        ("nix-cache-info", "/nix-cache-info", answering.cache_info),
+        ("narinfo", f"/{{hash:{_HASH}}}.narinfo", answering.narinfo),
+        ("nar", f"/nar/{{file:{CHARS}{{{{52}}}}\\.nar({_SUFFIX})?}}", answering.nar),
+        ("ls", f"/{{name:{_HASH}\\.ls}}", answering.side_file),
+        ("log", f"/{{name:log/{_PATH}}}", answering.side_file),
+        ("debuginfo", r"/{name:debuginfo/[0-9a-f]{40}(\.debug)?}", answering.side_file),
+        (
+            "realisations",
+            rf"/{{name:realisations/sha256:[0-9a-f]{{64}}!{_OUTPUT}\.doi}}",
+            answering.realisation,
+        ),
+        ("build-trace-v2", rf"/{{name:build-trace-v2/{_PATH}/{_OUTPUT}\.doi}}", answering.realisation),
+        ("healthz", "/healthz", answering.healthz),
+        ("readyz", "/readyz", answering.readyz),
+        ("pubkey", "/pubkey", answering.pubkey),
+        ("metrics", "/metrics", answering.metrics_for_loopback),
+        ("status", "/", answering.status),
+    ]
+    for name, pattern, handler in table:
+        app.router.add_get(pattern, handler, name=name)
+    return app
+
+
+def metrics_application(answering: Answering) -> web.Application:
+    """/metrics alone, for a listener of its own."""
+    app = web.Application()
+    app.router.add_get("/metrics", answering.metrics)
+    return app
+
+
+def failure(error: NarsealError) -> web.Response:
+    """An error as Nix shows it: status, one sentence, the reason in a header."""
+    headers = {"Cache-Control": "no-store", "X-Narseal-Reason": error.reason}
+    if error.status in (502, 503, 504, 507):
+        headers["Retry-After"] = "5"
+    sentence = " ".join(str(error).split())[:900]
+    return web.Response(status=error.status, text=sentence + "\n", headers=headers)

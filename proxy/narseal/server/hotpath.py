@@ -1,0 +1,181 @@
+"""The hot path: a whole, plain GET on an idle connection is answered from memory.
+
+It recognises the request in the raw bytes: `GET <target> HTTP/1.1` and a block of harmless
+headers, nothing before, nothing behind. Anything else goes to aiohttp unchanged. It also keeps
+the deadline for a request's head, and the bounds on connections, for both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from email.utils import formatdate
+from time import perf_counter, time
+from typing import Any
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from narseal.config import LimitsConfig
+from narseal.pipeline.memory import HotMap
+from narseal.server.tally import Tally
+
+_BEGIN = b"GET /"
+_VERSION = b" HTTP/1.1\r\n"
+_END = b"\r\n\r\n"
+_MAX_TARGET = 100
+_MAX_HEAD = 2048
+#: Headers that change nothing of an answer from memory.
+_HARMLESS = frozenset(
+    (b"host", b"user-agent", b"accept", b"accept-encoding", b"accept-language", b"cache-control",
+     b"pragma", b"dnt", b"traceparent", b"tracestate", b"x-forwarded-for", b"x-forwarded-proto",
+     b"x-forwarded-host", b"x-real-ip", b"forwarded", b"via")
+)
+_KNOWN_HEADS = 1024
+_SWEEP = 1.0
+
+
+class HotServer(web.Server):
+    """aiohttp's server, with our protocol on each connection."""
+
+    def __init__(
+        self, inner: web.Server, options: dict[str, Any], *, hot: HotMap, limits: LimitsConfig,
+        tally: Tally,
+    ) -> None:
+        super().__init__(
+            inner.request_handler, request_factory=inner.request_factory, **options
+        )
+        self.hot = hot
+        self.tally = tally
+        self.limits = limits
+        self.begin = b""
+        #: Blocks of headers that were found harmless, so that each is looked at once.
+        self.harmless: dict[bytes, None] = {}
+        self.per_address: Counter[str] = Counter()
+        self._options = options
+        self._tick()
+
+    def __call__(self) -> RequestHandler:
+        """A protocol for a new connection."""
+        return HotProtocol(self, loop=self._loop, **self._options)
+
+    def _tick(self) -> None:
+        """Every second: the Date header, and the deadlines of heads."""
+        date = formatdate(time(), usegmt=True)
+        self.begin = f"HTTP/1.1 200 OK\r\nDate: {date}\r\n".encode()
+        late = self._loop.time() - self.limits.header_timeout
+        for protocol in self.connections:
+            if isinstance(protocol, HotProtocol) and protocol.waits_since < late:
+                protocol.force_close()
+        self._timer = self._loop.call_later(_SWEEP, self._tick)
+
+    async def shutdown(self, timeout: float | None = None) -> None:
+        """Let running answers end."""
+        self._timer.cancel()
+        await super().shutdown(timeout)
+
+
+_NEVER = float("inf")
+
+
+class HotProtocol(RequestHandler):
+    """One connection."""
+
+    __slots__ = ("_address", "_partial", "_server", "waits_since")
+
+    def __init__(self, server: HotServer, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._server = server
+        self._address = ""
+        #: aiohttp's parser may hold the beginning of something.
+        self._partial = False
+        #: When the head began that is not complete yet; infinity while none is awaited.
+        self.waits_since = _NEVER
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Count the connection, or turn it away."""
+        server = self._server
+        peer = transport.get_extra_info("peername")
+        self._address = str(peer[0]) if isinstance(peer, tuple) else ""
+        super().connection_made(transport)
+        self.waits_since = self._loop.time()
+        server.per_address[self._address] += 1
+        crowded = (
+            self._address
+            and server.per_address[self._address] > server.limits.connections_per_address
+        )
+        if crowded or len(server._connections) > server.limits.connections:
+            self.force_close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Give the connection's place away."""
+        self._server.per_address[self._address] -= 1
+        if self._server.per_address[self._address] <= 0:
+            del self._server.per_address[self._address]
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Answer from memory, or hand on to aiohttp."""
+        start = perf_counter()
+        if (
+            data.startswith(_BEGIN)
+            and data.endswith(_END)
+            and len(data) <= _MAX_HEAD
+            and not self._partial
+            and self._is_parked()
+        ):
+            stop = data.find(b" ", 4, _MAX_TARGET)
+            server = self._server
+            answer = server.hot.get(data[4:stop]) if stop > 0 else None
+            if answer is not None and self.transport and self._is_harmless(data[stop:]):
+                self.transport.write(server.begin + answer.rest)
+                self.waits_since = _NEVER
+                self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+                server.tally.hit(answer, data[4:stop], perf_counter() - start)
+                return
+        self._hand_on(data)
+
+    def _hand_on(self, data: bytes) -> None:
+        before = self._request_count
+        super().data_received(data)
+        self._partial = self._request_count == before or not data.endswith(_END)
+        if not (self._partial and self._is_parked()):
+            self.waits_since = _NEVER
+        elif self.waits_since == _NEVER:
+            self.waits_since = self._loop.time()
+
+    def _is_parked(self) -> bool:
+        """aiohttp waits for a request: none is being answered and none is queued."""
+        return (
+            self._waiter is not None
+            and not self._waiter.done()
+            and not self._messages
+            and not self._force_close
+            and not self._close
+            and not self._upgraded
+        )
+
+    def _is_harmless(self, head: bytes) -> bool:
+        known = self._server.harmless
+        if head in known:
+            return True
+        if not head.startswith(_VERSION) or head.find(_END) != len(head) - len(_END):
+            return False
+        names = set()
+        for line in head[len(_VERSION) : -len(_END)].split(b"\r\n"):
+            name, colon, _ = line.lower().partition(b":")
+            if line.lower() == b"connection: keep-alive":
+                continue
+            if not colon or name not in _HARMLESS or name in names or not _is_printable(line):
+                return False
+            names.add(name)
+        if b"host" not in names:
+            return False
+        if len(known) >= _KNOWN_HEADS:
+            known.clear()
+        known[head] = None
+        return True
+
+
+def _is_printable(line: bytes) -> bool:
+    return line.isascii() and line.decode("ascii").isprintable()

@@ -1,0 +1,115 @@
+"""One worker: a loop, a substituter, a server on sockets that the supervisor opened."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import aiohttp.http_parser
+from aiohttp import web
+
+from narseal.config import Config, LimitsConfig
+from narseal.errors import ConfigError
+from narseal.pipeline.memory import HotMap
+from narseal.pipeline.substituter import Substituter
+from narseal.server.answers import Answering
+from narseal.server.app import application, metrics_application
+from narseal.server.hotpath import HotServer
+from narseal.server.tally import Tally
+from narseal.storage import Epoch
+from narseal.telemetry import metrics
+
+_FLUSH = 0.5
+_MAX_LINE = 4096
+_MAX_HEADERS = 64
+
+
+async def work(
+    config: Config,
+    *,
+    epoch: Epoch,
+    sockets: Sequence[socket.socket],
+    metrics_sockets: Sequence[socket.socket],
+    ready: Callable[[], None],
+) -> None:
+    """Serve until SIGTERM or SIGINT, then let running answers end, for a bounded time."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    metrics.prepare([upstream.url for upstream in config.upstream])
+    async with Substituter.opened(config, epoch=epoch) as substituter:
+        tally = Tally(access_log=config.log.access)
+        answering = Answering(substituter, tally)
+        runner = HotRunner(
+            application(answering, tally), hot=substituter.hot, limits=config.limits, tally=tally
+        )
+        await runner.setup()
+        metrics_runner = web.AppRunner(metrics_application(answering), access_log=None)
+        await metrics_runner.setup()
+        tls = tls_context(config)
+        for sock in sockets:
+            await web.SockSite(runner, sock, ssl_context=tls, backlog=1024).start()
+        for sock in metrics_sockets:
+            await web.SockSite(metrics_runner, sock).start()
+        flushing = asyncio.create_task(_flush(tally), name="flush")
+        ready()
+        await stop.wait()
+        answering.draining = True
+        await runner.cleanup()
+        await metrics_runner.cleanup()
+        flushing.cancel()
+        await asyncio.gather(flushing, return_exceptions=True)
+        tally.flush()
+
+
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """The server's TLS, if it is configured; ConfigError if its files cannot be used."""
+    if config.tls is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.tls.certificate, config.tls.key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"tls: {config.tls.certificate}, {config.tls.key}: {error}") from error
+    return context
+
+
+class HotRunner(web.AppRunner):
+    """An AppRunner whose connections have the hot path."""
+
+    # web.AppRunner has slots; a subclass may add its own
+    def __init__(
+        self, app: web.Application, *, hot: HotMap, limits: LimitsConfig, tally: Tally
+    ) -> None:
+        # the pure Python parser is slower and has had its own holes
+        if aiohttp.http_parser.HttpRequestParser is aiohttp.http_parser.HttpRequestParserPy:
+            raise ConfigError("aiohttp runs without its C parser; install a build that has it")
+        self._options: dict[str, Any] = {
+            "auto_decompress": False,
+            "access_log": None,
+            "keepalive_timeout": limits.keepalive_timeout,
+            "max_line_size": _MAX_LINE,
+            "max_field_size": _MAX_LINE,
+            "max_headers": _MAX_HEADERS,
+        }
+        super().__init__(app, shutdown_timeout=limits.shutdown_timeout, **self._options)
+        self._hot = hot
+        self._limits = limits
+        self._tally = tally
+
+    async def _make_server(self) -> web.Server:
+        inner = await super()._make_server()
+        return HotServer(
+            inner, self._options, hot=self._hot, limits=self._limits, tally=self._tally
+        )
+
+
+async def _flush(tally: Tally) -> None:
+    while True:
+        await asyncio.sleep(_FLUSH)
+        tally.flush()

@@ -1,0 +1,130 @@
+"""Opening the SQLite index: WAL, one writer that commits in groups, a pool of readers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import alembic.command
+import alembic.config
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from narseal.errors import ConfigError, NarsealError, Unavailable
+
+Write = Callable[[AsyncConnection], Awaitable[Any]]
+
+_BUSY_MS = 10_000
+_GROUP = 256  # writes that share one transaction at the most
+
+
+def index_file(url: str) -> Path:
+    """The file of a `sqlite:///…` URL."""
+    return Path("/" + url.removeprefix("sqlite:").lstrip("/"))
+
+
+def epoch_file(url: str) -> Path:
+    """Where the workers on the index at `url` keep their shared number."""
+    return index_file(url).with_suffix(".epoch")
+
+
+def migrate(url: str) -> None:
+    """Bring the index at `url` to the newest schema, making it where there is none.
+
+    ConfigError if the place cannot be written or was made by a newer narseal.
+    """
+    file = index_file(url)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(f"sqlite:///{file}")
+        _prepare(engine)
+        with engine.begin() as connection:
+            config = alembic.config.Config()
+            config.set_main_option(
+                "script_location", str(resources.files("narseal.storage") / "migrations")
+            )
+            config.attributes["connection"] = connection
+            alembic.command.upgrade(config, "head")
+        engine.dispose()
+    except (OSError, SQLAlchemyError, alembic.util.CommandError) as error:
+        raise ConfigError(f"storage.index {file}: {error}") from error
+
+
+def _prepare(engine: Engine) -> None:
+    """Full durability, and transactions that begin when we say so."""
+
+    @event.listens_for(engine, "connect")
+    def connect(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+class Engines:
+    """A reading and a writing engine on one index file."""
+
+    def __init__(self, url: str) -> None:
+        address = f"sqlite+aiosqlite:///{index_file(url)}"
+        self.reading: AsyncEngine = create_async_engine(address, pool_size=4, max_overflow=4)
+        self._writing = create_async_engine(address, pool_size=1, max_overflow=0)
+        _prepare(self._writing.sync_engine)
+        self._queue: asyncio.Queue[tuple[Write, asyncio.Future[Any]]] = asyncio.Queue(4096)
+
+    async def write(self, work: Write) -> Any:
+        """Run `work` in a transaction; returns its result once that is on disk.
+
+        Works that come at the same time share a transaction, each in a savepoint of its own.
+        Errors of `work` reach its caller only; Unavailable if the index cannot be written.
+        """
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        await self._queue.put((work, future))
+        return await future
+
+    async def run_writer(self) -> None:
+        """The one writer; runs until cancelled."""
+        while True:
+            group = [await self._queue.get()]
+            while len(group) < _GROUP and not self._queue.empty():
+                group.append(self._queue.get_nowait())
+            try:
+                outcomes = await self._commit([work for work, _ in group])
+            except (DBAPIError, OSError) as error:
+                trouble = Unavailable(f"the index cannot be written: {error}")
+                outcomes = [trouble] * len(group)
+            except Exception as error:  # a fault of ours: its callers get it, the writer goes on
+                outcomes = [error] * len(group)
+            for (_, future), outcome in zip(group, outcomes, strict=True):
+                if future.done():
+                    continue
+                if isinstance(outcome, Exception):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+
+    async def _commit(self, works: list[Write]) -> list[Any]:
+        outcomes: list[Any] = []
+        async with self._writing.begin() as connection:
+            for work in works:
+                try:
+                    async with connection.begin_nested():
+                        outcomes.append(await work(connection))
+                except NarsealError as error:
+                    outcomes.append(error)
+        return outcomes
+
+    async def dispose(self) -> None:
+        """Close every connection."""
+        await self.reading.dispose()
+        await self._writing.dispose()

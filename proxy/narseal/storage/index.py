@@ -1,0 +1,371 @@
+"""The index: which store path was admitted with which fingerprint, and which NAR file is where."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy.dialects.sqlite import insert as insert_or
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from narseal.errors import Refused, Unavailable
+from narseal.nix.compression import COMPRESSIONS
+from narseal.nix.content_address import ContentAddress
+from narseal.nix.hashes import Hash
+from narseal.nix.keys import Signature
+from narseal.nix.narinfo import NarInfo
+from narseal.nix.store_path import StorePath
+from narseal.storage import schema
+from narseal.storage.engine import Engines
+
+
+@dataclass(frozen=True, slots=True)
+class NarRecord:
+    """A file name below nar/ and what it stands for."""
+
+    file: str
+    nar_hash: Hash
+    nar_size: int
+    compression: str
+    #: Measured once `stored`; before that what the upstream says, or None.
+    file_hash: Hash | None
+    file_size: int | None
+    upstream: str
+    url: str
+    stored: bool = False
+    published_as: str | None = None
+
+    @classmethod
+    def of(cls, info: NarInfo, upstream: str) -> NarRecord:
+        """The record of an upstream's narinfo, named by file hash, or NAR hash if there is none."""
+        return cls(
+            file=file_name(info.file_hash or info.nar_hash, info.compression),
+            nar_hash=info.nar_hash,
+            nar_size=info.nar_size,
+            compression=info.compression,
+            file_hash=info.file_hash,
+            file_size=info.file_size,
+            upstream=upstream,
+            url=info.url,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PathRecord:
+    """An admitted store path; `info.url` is the upstream's, never served."""
+
+    info: NarInfo
+    nar_file: str
+    evidence: str
+    withdrawn: bool = False
+
+
+#: Paths with the NAR that their narinfo names; both tables hold NarHash and NarSize, once is enough.
+_PATHS = select(
+    schema.path, *(c for c in schema.nar.c if c.name not in schema.path.c)
+).join(schema.nar, schema.path.c.nar_file == schema.nar.c.file)
+
+
+def file_name(file_hash: Hash, compression: str) -> str:
+    """`<nix32>.nar<suffix>`, as Nix names it."""
+    return f"{file_hash.nix32}.nar{COMPRESSIONS[compression]}"
+
+
+class Index:
+    """Reads by any number of callers, writes in groups. Unavailable when the database fails."""
+
+    def __init__(self, url: str, store_dir: str) -> None:
+        self._engines = Engines(url)
+        self._store_dir = store_dir
+
+    async def run(self) -> None:
+        """Commit writes until cancelled."""
+        await self._engines.run_writer()
+
+    async def close(self) -> None:
+        """Close the database."""
+        await self._engines.dispose()
+
+    async def path(self, hash_part: str) -> tuple[PathRecord, NarRecord] | None:
+        """The admitted path of a hash, and the NAR file that its narinfo names."""
+        rows = await self._read(_PATHS.where(schema.path.c.hash_part == hash_part))
+        return self._pair(rows[0]) if rows else None
+
+    async def nar(self, file: str) -> NarRecord | None:
+        """What a file name stands for; None if no admitted narinfo ever mentioned it."""
+        rows = await self._read(select(schema.nar).where(schema.nar.c.file == file))
+        return _nar(rows[0]) if rows else None
+
+    async def nar_of_source(self, upstream: str, url: str) -> NarRecord | None:
+        """The NAR that an upstream has at a URL, if a path with it was admitted."""
+        query = select(schema.nar).where(
+            schema.nar.c.upstream == upstream, schema.nar.c.url == url
+        )
+        rows = await self._read(query)
+        return _nar(rows[0]) if rows else None
+
+    async def paths_of(self, file: str) -> list[tuple[PathRecord, NarRecord]]:
+        """The admitted paths whose narinfo names a file."""
+        rows = await self._read(_PATHS.where(schema.path.c.nar_file == file).limit(1000))
+        return [self._pair(row) for row in rows]
+
+    async def refused(self, upstream: str, url: str, nar_hash: Hash) -> str | None:
+        """Why an upstream's file is not taken for a NAR now, or None."""
+        query = select(schema.refusal.c.reason).where(
+            schema.refusal.c.upstream == upstream,
+            schema.refusal.c.url == url,
+            schema.refusal.c.nar_hash == nar_hash.digest,
+            schema.refusal.c.until > time.time(),
+        )
+        rows = await self._read(query)
+        return str(rows[0].reason) if rows else None
+
+    async def admit(self, path: PathRecord, nar: NarRecord) -> tuple[PathRecord, NarRecord]:
+        """Pin a path's fingerprint and bind its file name, or find the pin that is there.
+
+        Refused("conflict") if the path is pinned to another fingerprint. A name that already
+        stands for another NAR is not used: the NAR hash's name is taken instead.
+        """
+        return await self._engines.write(lambda c: self._admit(c, path, nar))  # type: ignore[no-any-return]
+
+    async def bind(self, nar: NarRecord) -> NarRecord:
+        """Bind a file name to a NAR, or find the name that this NAR has; see `admit`."""
+        return await self._engines.write(lambda c: self._bind(c, nar))  # type: ignore[no-any-return]
+
+    async def sign(self, hash_part: str, signatures: Iterable[Signature]) -> None:
+        """Replace a path's signatures."""
+        text = "\n".join(map(str, signatures))
+        change = (
+            update(schema.path)
+            .where(schema.path.c.hash_part == hash_part)
+            .values(signatures=text)
+        )
+        await self._engines.write(lambda c: c.execute(change))
+
+    async def publish(self, claimed: NarRecord, true: NarRecord) -> None:
+        """Record that a NAR's bytes are in storage, under `true.file`.
+
+        Where that is not the claimed name, every path that names the claimed one now names
+        the true one, and the claimed name goes on as another name of the same bytes.
+        """
+        await self._engines.write(lambda c: self._publish(c, claimed, true))
+
+    async def unpublish(self, file: str) -> None:
+        """Record that a file is not in storage any more."""
+        await self._engines.write(lambda c: self._unpublish(c, file))
+
+    async def refuse(
+        self, upstream: str, url: str, nar_hash: Hash, reason: str, *, for_seconds: float
+    ) -> None:
+        """Do not take an upstream's file for a NAR again for a time."""
+        key = {"upstream": upstream, "url": url, "nar_hash": nar_hash.digest}
+        values = {"reason": reason, "until": time.time() + for_seconds}
+        row = insert_or(schema.refusal).values(**key, **values)
+        row = row.on_conflict_do_update(list(key), set_=values)
+        await self._engines.write(lambda c: c.execute(row))
+
+    async def withdraw(self, file: str) -> list[str]:
+        """Stop serving the narinfos that name a file; returns their hash parts. The pins stay."""
+        return await self._engines.write(lambda c: self._withdraw(c, file))  # type: ignore[no-any-return]
+
+    async def realisation(self, key: str) -> bytes | None:
+        """The rendered realisation of an address."""
+        query = select(schema.realisation.c.body).where(schema.realisation.c.key == key)
+        rows = await self._read(query)
+        return bytes(rows[0].body) if rows else None
+
+    async def put_realisation(self, key: str, body: bytes, evidence: str) -> None:
+        """Keep a verified, countersigned realisation."""
+        row = insert_or(schema.realisation).values(key=key, body=body, evidence=evidence)
+        row = row.on_conflict_do_update(["key"], set_={"body": body, "evidence": evidence})
+        await self._engines.write(lambda c: c.execute(row))
+
+    async def stored_bytes(self) -> int:
+        """The sum of the sizes of the NARs in storage."""
+        return int((await self._read(select(schema.total.c.nar_bytes)))[0].nar_bytes)
+
+    async def _read(self, query: Any) -> list[Row[Any]]:
+        try:
+            async with self._engines.reading.connect() as connection:
+                return list((await connection.execute(query)).all())
+        except (DBAPIError, OSError, asyncio.TimeoutError) as error:
+            raise Unavailable(f"the index cannot be read: {error}") from error
+
+    async def _admit(
+        self, connection: AsyncConnection, path: PathRecord, nar: NarRecord
+    ) -> tuple[PathRecord, NarRecord]:
+        bound = await self._bind(connection, nar)
+        info = path.info
+        hash_part = info.store_path.hash_part
+        query = _PATHS.where(schema.path.c.hash_part == hash_part)
+        found = (await connection.execute(query)).first()
+        if found is None:
+            values = _path_values(replace(path, nar_file=bound.file))
+            await connection.execute(insert(schema.path).values(**values))
+            return replace(path, nar_file=bound.file), bound
+        pinned, pinned_nar = self._pair(found)
+        if pinned.info.fingerprint() != info.fingerprint():
+            raise Refused(
+                "conflict",
+                f"{info.store_path} is pinned to NarHash {pinned.info.nar_hash} and an upstream"
+                f" now says {info.nar_hash}; the pin holds",
+            )
+        if not pinned.withdrawn:
+            return pinned, pinned_nar
+        values = _path_values(replace(path, nar_file=bound.file))
+        await connection.execute(
+            update(schema.path).where(schema.path.c.hash_part == hash_part).values(**values)
+        )
+        return replace(path, nar_file=bound.file), bound
+
+    async def _bind(self, connection: AsyncConnection, nar: NarRecord) -> NarRecord:
+        """The row of the file name: the present one if it means the same NAR, else a new one."""
+        by_nar_hash = file_name(nar.nar_hash, nar.compression)
+        for file in dict.fromkeys((nar.file, by_nar_hash)):
+            query = select(schema.nar).where(schema.nar.c.file == file)
+            row = (await connection.execute(query)).first()
+            if row is None:
+                fresh = replace(nar, file=file)
+                await connection.execute(insert(schema.nar).values(**_nar_values(fresh)))
+                return fresh
+            present = _nar(row)
+            if (present.nar_hash, present.compression) != (nar.nar_hash, nar.compression):
+                continue
+            if present.published_as:
+                query = select(schema.nar).where(schema.nar.c.file == present.published_as)
+                present = _nar((await connection.execute(query)).one())
+            if not present.stored and (present.upstream, present.url) != (nar.upstream, nar.url):
+                present = replace(present, upstream=nar.upstream, url=nar.url)
+                await connection.execute(
+                    update(schema.nar)
+                    .where(schema.nar.c.file == present.file)
+                    .values(upstream=nar.upstream, url=nar.url)
+                )
+            return present
+        raise Refused("conflict", f"both names of {nar.url} already stand for other NARs")
+
+    async def _publish(
+        self, connection: AsyncConnection, claimed: NarRecord, true: NarRecord
+    ) -> None:
+        query = select(schema.nar).where(schema.nar.c.file == true.file)
+        row = (await connection.execute(query)).first()
+        if row is None:
+            await connection.execute(insert(schema.nar).values(**_nar_values(true)))
+        elif not row.stored:
+            values = _nar_values(true)
+            await connection.execute(
+                update(schema.nar).where(schema.nar.c.file == true.file).values(**values)
+            )
+        if row is None or not row.stored:
+            await _add_bytes(connection, true.file_size or 0)
+        if true.file != claimed.file:
+            await connection.execute(
+                update(schema.nar)
+                .where(schema.nar.c.file == claimed.file)
+                .values(published_as=true.file)
+            )
+            await connection.execute(
+                update(schema.path)
+                .where(schema.path.c.nar_file == claimed.file)
+                .values(nar_file=true.file)
+            )
+
+    async def _unpublish(self, connection: AsyncConnection, file: str) -> None:
+        query = select(schema.nar).where(schema.nar.c.file == file, schema.nar.c.stored)
+        row = (await connection.execute(query)).first()
+        if row is not None:
+            await _add_bytes(connection, -(row.file_size or 0))
+            await connection.execute(
+                update(schema.nar).where(schema.nar.c.file == file).values(stored=False)
+            )
+
+    async def _withdraw(self, connection: AsyncConnection, file: str) -> list[str]:
+        old = schema.refusal.c.until < time.time()
+        await connection.execute(delete(schema.refusal).where(old))
+        named = schema.path.c.nar_file == file
+        rows = await connection.execute(select(schema.path.c.hash_part).where(named))
+        hash_parts = [str(row.hash_part) for row in rows]
+        await connection.execute(update(schema.path).where(named).values(withdrawn=True))
+        return hash_parts
+
+    def _pair(self, row: Row[Any]) -> tuple[PathRecord, NarRecord]:
+        nar = _nar(row)
+        info = NarInfo(
+            store_dir=self._store_dir,
+            store_path=StorePath(row.hash_part, row.name),
+            url=nar.url,
+            compression=nar.compression,
+            nar_hash=Hash("sha256", row.nar_hash),
+            nar_size=row.nar_size,
+            file_hash=nar.file_hash,
+            file_size=nar.file_size,
+            references=tuple(map(StorePath.parse, row.refs.split())),
+            deriver=StorePath.parse(row.deriver) if row.deriver else None,
+            signatures=tuple(map(Signature.parse, row.signatures.split("\n")))
+            if row.signatures
+            else (),
+            ca=ContentAddress.parse(row.ca) if row.ca else None,
+            extra=tuple((name, value) for name, value in json.loads(row.extra)),
+        )
+        return PathRecord(info, row.nar_file, row.evidence, row.withdrawn), nar
+
+
+async def _add_bytes(connection: AsyncConnection, size: int) -> None:
+    await connection.execute(
+        update(schema.total).values(nar_bytes=schema.total.c.nar_bytes + size)
+    )
+
+
+def _nar(row: Row[Any]) -> NarRecord:
+    return NarRecord(
+        file=row.file,
+        nar_hash=Hash("sha256", row.nar_hash),
+        nar_size=row.nar_size,
+        compression=row.compression,
+        file_hash=Hash("sha256", row.file_hash) if row.file_hash else None,
+        file_size=row.file_size,
+        upstream=row.upstream,
+        url=row.url,
+        stored=row.stored,
+        published_as=row.published_as,
+    )
+
+
+def _nar_values(nar: NarRecord) -> dict[str, Any]:
+    return {
+        "file": nar.file,
+        "nar_hash": nar.nar_hash.digest,
+        "nar_size": nar.nar_size,
+        "compression": nar.compression,
+        "file_hash": nar.file_hash.digest if nar.file_hash else None,
+        "file_size": nar.file_size,
+        "upstream": nar.upstream,
+        "url": nar.url,
+        "stored": nar.stored,
+        "published_as": nar.published_as,
+    }
+
+
+def _path_values(record: PathRecord) -> dict[str, Any]:
+    info = record.info
+    return {
+        "hash_part": info.store_path.hash_part,
+        "name": info.store_path.name,
+        "nar_hash": info.nar_hash.digest,
+        "nar_size": info.nar_size,
+        "refs": " ".join(map(str, info.references)),
+        "deriver": str(info.deriver) if info.deriver else None,
+        "ca": str(info.ca) if info.ca else None,
+        "signatures": "\n".join(map(str, info.signatures)),
+        "extra": json.dumps(info.extra),
+        "nar_file": record.nar_file,
+        "evidence": record.evidence,
+        "admitted_at": time.time(),
+        "withdrawn": False,
+    }

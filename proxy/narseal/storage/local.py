@@ -1,0 +1,114 @@
+"""Verified files in a local folder that is itself a plain binary cache.
+
+Below the root: nix-cache-info, <hash>.narinfo, nar/, log/, debuginfo/, realisations/,
+build-trace-v2/. What is not part of it is below `.narseal/`: files on their way in, and
+what was found wrong. All methods block; call them off the loop.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from pathlib import Path
+
+from narseal.errors import ConfigError, StorageFull, Unavailable
+from narseal.nix.cache_info import CacheInfo
+
+_QUARANTINED = 20  # files kept for a look, the newest
+
+
+class LocalStorage:
+    """The folder of a `file://` URL."""
+
+    def __init__(self, url: str) -> None:
+        self.root = Path(url.removeprefix("file://"))
+        self._incoming = self.root / ".narseal" / "incoming"
+        self._quarantine = self.root / ".narseal" / "quarantine"
+
+    def prepare(self, info: CacheInfo) -> None:
+        """Make the folders, sweep what a crash left, write nix-cache-info; ConfigError if not."""
+        try:
+            shutil.rmtree(self._incoming, ignore_errors=True)
+            for folder in (self._incoming, self._quarantine, self.root / "nar"):
+                folder.mkdir(parents=True, exist_ok=True)
+            self.write("nix-cache-info", info.render().encode())
+        except (OSError, Unavailable) as error:
+            raise ConfigError(f"storage.url {self.root}: cannot be written: {error}") from error
+
+    def path(self, name: str) -> Path:
+        """The file of a name that narseal made itself (never a client's or upstream's text)."""
+        return self.root / name
+
+    def incoming(self) -> tuple[int, Path]:
+        """A new file to write and read, and its path."""
+        path = self._incoming / secrets.token_hex(16)
+        with storage_errors():
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            return os.open(path, flags, 0o644), path
+
+    def publish(self, descriptor: int, incoming: Path, name: str) -> None:
+        """Give a complete file its name: fsync, rename, fsync of the folder, in that order."""
+        target = self.path(name)
+        with storage_errors():
+            os.fsync(descriptor)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(incoming, target)
+            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Publish a small file, over an older one of its name if need be."""
+        descriptor, incoming = self.incoming()
+        try:
+            with storage_errors():
+                with open(descriptor, "wb", closefd=False) as file:
+                    file.write(data)
+                self.publish(descriptor, incoming, name)
+        except Unavailable:
+            incoming.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+
+    def read(self, name: str) -> bytes | None:
+        """A small file's bytes, None if there is none."""
+        try:
+            return self.path(name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def remove(self, name: str) -> None:
+        """Take a file away; nothing if there is none."""
+        self.path(name).unlink(missing_ok=True)
+
+    def discard(self, incoming: Path) -> None:
+        """Drop a file that was on its way in."""
+        incoming.unlink(missing_ok=True)
+
+    def quarantine(self, file: Path, label: str) -> None:
+        """Keep a wrong file for the operator to look at, the newest few of them."""
+        with suppress(OSError):
+            os.rename(file, self._quarantine / f"{label}.{secrets.token_hex(4)}")
+            kept = sorted(self._quarantine.iterdir(), key=lambda p: p.stat().st_mtime)
+            for old in kept[:-_QUARANTINED]:
+                old.unlink(missing_ok=True)
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Say what an OSError of the folder means: StorageFull or Unavailable."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StorageFull(
+                "storage is full: what is stored is served on, new files are not kept"
+            ) from error
+        raise Unavailable(f"storage fails: {error}") from error

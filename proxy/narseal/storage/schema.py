@@ -1,0 +1,87 @@
+"""The index's tables. Changes go through `migrations/`."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+metadata = MetaData()
+
+#: One row a store path, forever: the pin of its fingerprint, and how it was admitted.
+path = Table(
+    "path",
+    metadata,
+    Column("hash_part", String(32), primary_key=True),
+    Column("name", String(211), nullable=False),
+    Column("nar_hash", LargeBinary(32), nullable=False),
+    Column("nar_size", BigInteger, nullable=False),
+    Column("refs", Text, nullable=False),
+    Column("deriver", String(250)),
+    Column("ca", String(250)),
+    Column("signatures", Text, nullable=False),
+    Column("extra", Text, nullable=False),
+    Column("nar_file", String(80), ForeignKey("nar.file"), nullable=False),
+    Column("evidence", String(400), nullable=False),
+    Column("admitted_at", Float, nullable=False),
+    #: A withdrawn path is asked for anew before it is served again; its pin stays.
+    Column("withdrawn", Boolean, nullable=False),
+    Index("path_nar_file", "nar_file"),
+)
+
+#: One row a file name below nar/, forever bound to one NAR in one compression.
+nar = Table(
+    "nar",
+    metadata,
+    Column("file", String(80), primary_key=True),
+    Column("nar_hash", LargeBinary(32), nullable=False),
+    Column("nar_size", BigInteger, nullable=False),
+    Column("compression", String(16), nullable=False),
+    Column("file_hash", LargeBinary(32)),
+    Column("file_size", BigInteger),
+    Column("upstream", String(2048), nullable=False),
+    Column("url", String(2048), nullable=False),
+    #: Where the bytes are published, when the name was not that of their true hash.
+    Column("published_as", String(80)),
+    Column("stored", Boolean, nullable=False),
+    Index("nar_source", "upstream", "url"),
+)
+
+#: Upstream files that were not the NAR they were named for: not taken again for a time.
+refusal = Table(
+    "refusal",
+    metadata,
+    Column("upstream", String(2048), primary_key=True),
+    Column("url", String(2048), primary_key=True),
+    Column("nar_hash", LargeBinary(32), primary_key=True),
+    Column("reason", String(40), nullable=False),
+    Column("until", Float, nullable=False),
+)
+
+#: Realisations in either spelling, by the path under which they are asked for.
+realisation = Table(
+    "realisation",
+    metadata,
+    Column("key", String(600), primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+    Column("evidence", String(400), nullable=False),
+)
+
+#: The sum of what is in storage, kept beside the rows that it sums.
+total = Table(
+    "total",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("nar_bytes", BigInteger, nullable=False),
+)

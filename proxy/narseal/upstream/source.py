@@ -1,0 +1,42 @@
+"""What a source of paths can do, whatever it is."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from narseal.config import UpstreamConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A file that is being read from an offset on."""
+
+    #: Of the whole file, in bytes; None if the upstream does not say.
+    size: int | None
+    chunks: AsyncIterator[bytes]
+
+
+class Upstream(Protocol):
+    """A binary cache that narseal stands in front of."""
+
+    @property
+    def config(self) -> UpstreamConfig:
+        """Its address, keys and bounds."""
+
+    async def get(self, name: str, *, limit: int) -> bytes | None:
+        """A small file by its plain name, decoded; None if it is confirmed absent.
+
+        Raises Refused("too-large") beyond `limit` bytes, UpstreamTrouble or UpstreamTimeout.
+        """
+
+    def open(self, url: str, offset: int) -> AbstractAsyncContextManager[Body]:
+        """A NAR by the URL of its narinfo, from a byte on.
+
+        Raises NotFound, UpstreamTrouble or UpstreamTimeout, on entering or while it is read.
+        """
+
+    async def close(self) -> None:
+        """Let go of connections."""
