@@ -22,7 +22,11 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from narseal.errors import ConfigError, MalformedKey
 from narseal.nix.keys import PublicKey
@@ -95,6 +99,8 @@ class UpstreamConfig(_Section):
     """`[[upstream]]`: a binary cache that narseal stands in front of."""
 
     url: Annotated[str, _url("http", "https", "file")]
+    #: In metrics; the host or the folder's name if it is not given.
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{0,64}$")] = ""
     public_keys: tuple[Key, ...] = ()
     verify: Literal["signature", "content"] = "signature"
     sign_when: Literal["evidence", "content"] = "evidence"
@@ -111,6 +117,12 @@ class UpstreamConfig(_Section):
     redirect_origins: tuple[Annotated[str, _url("http", "https")], ...] = ()
     netrc_file: str | None = None
     headers_file: str | None = None
+
+    @property
+    def label(self) -> str:
+        """A short name without secrets or paths."""
+        parts = urlsplit(self.url)
+        return self.name or parts.netloc or parts.path.rpartition("/")[2]
 
     @model_validator(mode="after")
     def _has_keys(self) -> Self:

@@ -6,7 +6,11 @@ import base64
 import re
 from dataclasses import dataclass, field
 
-from nacl.bindings import crypto_sign_BYTES, crypto_sign_PUBLICKEYBYTES, crypto_sign_SECRETKEYBYTES
+from nacl.bindings import (
+    crypto_sign_BYTES,
+    crypto_sign_PUBLICKEYBYTES,
+    crypto_sign_SECRETKEYBYTES,
+)
 from nacl.exceptions import BadSignatureError
 from nacl.signing import SigningKey, VerifyKey
 

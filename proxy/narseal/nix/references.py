@@ -49,9 +49,9 @@ class HashModulo:
         self._offset = 0  # of the first held byte
         self._places: list[int] = []
 
-    def update(self, data: bytes) -> None:
+    def update(self, portion: bytes | memoryview) -> None:
         """Hash the next bytes; the last few are held back until what follows is known."""
-        data = self._held + data
+        data = self._held + portion
         start = 0
         while (at := data.find(self._needle, start)) >= 0:
             self._places.append(self._offset + at)

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from time import monotonic
 
 from narseal.config import Config
-from narseal.errors import Malformed, NarsealError, NotFound, Refused, Trouble, UpstreamTimeout
+from narseal.errors import (
+    Malformed,
+    NarsealError,
+    NotFound,
+    Refused,
+    Trouble,
+    UpstreamTimeout,
+)
 from narseal.nix import narinfo
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.ask import Answers, in_order
@@ -69,10 +76,7 @@ class Admission:
         """
         found = await self._index.path(hash_part)
         if found and not found[0].withdrawn:
-            path, nar = await self._countersign(*found)
-            if path is not found[0] and nar.stored:
-                await self._fetcher.write_narinfo(path, nar)
-            return path, nar
+            return await self._renewed(*found)
         if (known := self._negatives.get(hash_part)) is not None:
             raise known
         try:
@@ -82,6 +86,17 @@ class Admission:
             raise UpstreamTimeout(
                 f"{hash_part}: its NAR is still being fetched and verified; ask again"
             ) from error
+
+    async def _renewed(self, path: PathRecord, nar: NarRecord) -> Admitted:
+        """An admitted path, with the signatures of keys that came after its admission."""
+        signed = await self._sign(path.info)
+        if signed is path.info:
+            return path, nar
+        path = replace(path, info=signed)
+        await self._index.sign(signed.store_path.hash_part, signed.signatures)
+        if nar.stored:
+            await self._fetcher.write_narinfo(path, nar)
+        return path, nar
 
     async def origins(self, record: NarRecord, info: NarInfo) -> AsyncIterator[Origin]:
         """Where the very file of an admitted path can be had: its own upstream, then others."""
@@ -144,30 +159,24 @@ class Admission:
         return _Candidate(info, evidence)
 
     async def _take(self, upstream: Upstream, candidate: _Candidate) -> Admitted:
-        """Hold a candidate to its bytes where they come first, pin it, countersign it."""
+        """Hold a candidate to its bytes where they come first, countersign it, pin it."""
         info, evidence = candidate.info, candidate.evidence
         recompress = self._config.storage.recompress and info.compression in ("xz", "bzip2")
         if evidence.content_first or recompress:
             self._crew.start(self._prefetch(info), f"references of {info.store_path}")
-            origin = Origin(upstream, info.url)
-            path, nar = await self._fetcher.admit_by_content(info, origin, evidence.text)
+            nar = await self._fetcher.fetch_first(info, Origin(upstream, info.url))
         else:
-            record = NarRecord.of(info, upstream.config.url)
-            path, nar = await self._index.admit(PathRecord(info, record.file, evidence.text), record)
-        path, nar = await self._countersign(path, nar)
+            nar = NarRecord.of(info, upstream.config.url)
+        signed = await self._sign(info)
+        path, nar = await self._index.admit(PathRecord(signed, nar.file, evidence.text), nar)
         if nar.stored:
             await self._fetcher.write_narinfo(path, nar)
         return path, nar
 
-    async def _countersign(self, path: PathRecord, nar: NarRecord) -> Admitted:
-        """Add the signatures of our active keys that are missing."""
-        info = path.info
+    async def _sign(self, info: NarInfo) -> NarInfo:
+        """Add the signatures of our active keys that are missing; the same value if none is."""
         signatures = await self._countersigner.countersign(info.fingerprint(), info.signatures)
-        if signatures is info.signatures:
-            return path, nar
-        path = replace(path, info=info.with_signatures(signatures))
-        await self._index.sign(info.store_path.hash_part, signatures)
-        return path, nar
+        return info if signatures is info.signatures else info.with_signatures(signatures)
 
     async def _prefetch(self, info: NarInfo) -> None:
         """Where content comes first, the references will be asked for next."""

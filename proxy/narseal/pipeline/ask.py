@@ -8,7 +8,14 @@ from contextlib import asynccontextmanager
 from time import perf_counter
 from typing import TypeVar
 
-from narseal.errors import Malformed, NarsealError, NotFound, Refused, Trouble, UpstreamTrouble
+from narseal.errors import (
+    Malformed,
+    NarsealError,
+    NotFound,
+    Refused,
+    Trouble,
+    UpstreamTrouble,
+)
 from narseal.pipeline.rejection import reject
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
@@ -101,4 +108,4 @@ async def _timed(
         result = "refused"
         return error
     finally:
-        metrics.upstream_seconds.labels(upstream.config.url, result).observe(perf_counter() - start)
+        metrics.upstream_seconds.labels(upstream.config.label, result).observe(perf_counter() - start)

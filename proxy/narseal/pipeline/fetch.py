@@ -116,10 +116,8 @@ class Fetcher:
         if not known:
             self._epoch.advance()
 
-    async def admit_by_content(
-        self, info: NarInfo, origin: Origin, evidence: str
-    ) -> tuple[PathRecord, NarRecord]:
-        """Fetch, verify and publish a NAR before its path is admitted; then admit it.
+    async def fetch_first(self, info: NarInfo, origin: Origin) -> NarRecord:
+        """Fetch, verify and publish a NAR before its path is admitted.
 
         With recompression on, xz and bzip2 become zstd here, before anybody saw the narinfo.
         """
@@ -150,7 +148,7 @@ class Fetcher:
             await self._blocking.run(self._storage.publish, descriptor, path, f"nar/{bound.file}")
             stored = replace(nar, file=bound.file, stored=True)
             await self._index.publish(bound, stored)
-            return await self._index.admit(PathRecord(info, stored.file, evidence), stored)
+            return stored
         finally:
             await self._end(transfer)
             if recompression:

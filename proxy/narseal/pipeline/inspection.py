@@ -9,7 +9,7 @@ from typing import Protocol
 
 from narseal.errors import ContentMismatch
 from narseal.nix.compression import MAGIC, decompressor
-from narseal.nix.content_address import ContentAddress, Method
+from narseal.nix.content_address import Method
 from narseal.nix.hashes import Hash
 from narseal.nix.nar import NarReader
 from narseal.nix.narinfo import NarInfo
@@ -25,7 +25,7 @@ class Measured:
 
 
 class _Digest(Protocol):
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, portion: bytes | memoryview, /) -> None: ...
     def digest(self) -> bytes: ...
 
 
@@ -48,23 +48,10 @@ class Inspection:
         )
         self._file_size = 0
         self._head = b""
-        self._content: _Digest | None = None
-        self._whole: _Digest | None = None
-        self._watch(info.ca)
-        on_contents = self._content.update if self._content else None
+        self._contents = _contents_digest(info)
+        self._whole = _whole_digest(info)
+        on_contents = self._contents.update if self._contents else None
         self._reader = NarReader(max_size=info.nar_size, on_contents=on_contents)
-
-    def _watch(self, ca: ContentAddress | None) -> None:
-        """Take the hash that the content address is over, beside the NAR's."""
-        if ca is None:
-            return
-        own = self._info.store_path.hash_part
-        if ca.method in (Method.TEXT, Method.FLAT):
-            self._content = hashlib.new(ca.hash.algorithm)
-        elif ca.method is Method.NAR and any(r.hash_part == own for r in self._info.references):
-            self._whole = HashModulo(ca.hash.algorithm, own)
-        elif ca.method is Method.NAR and ca.hash != self._info.nar_hash:
-            self._whole = hashlib.new(ca.hash.algorithm)
 
     def feed(self, data: bytes) -> None:
         """The next bytes of the file."""
@@ -107,11 +94,28 @@ class Inspection:
 
     def _check_content_address(self, *, is_plain_file: bool) -> None:
         ca = self._info.ca
-        digest = self._content or self._whole
+        digest = self._contents or self._whole
         if ca is None or digest is None:
             return
-        wrong_kind = self._content is not None and not is_plain_file
+        wrong_kind = self._contents is not None and not is_plain_file
         if wrong_kind or digest.digest() != ca.hash.digest:
             raise ContentMismatch(
                 "ca-mismatch", f"{self._info.store_path}: the content is not that of its CA {ca}"
             )
+
+
+def _contents_digest(info: NarInfo) -> _Digest | None:
+    """For a CA that is over the contents of one file."""
+    if info.ca and info.ca.method in (Method.TEXT, Method.FLAT):
+        return hashlib.new(info.ca.hash.algorithm)
+    return None
+
+
+def _whole_digest(info: NarInfo) -> _Digest | None:
+    """For a CA that is over the NAR, but is not simply NarHash."""
+    if info.ca is None or info.ca.method is not Method.NAR:
+        return None
+    own = info.store_path.hash_part
+    if any(reference.hash_part == own for reference in info.references):
+        return HashModulo(info.ca.hash.algorithm, own)
+    return None if info.ca.hash == info.nar_hash else hashlib.new(info.ca.hash.algorithm)

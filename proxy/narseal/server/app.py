@@ -72,7 +72,7 @@ def application(answering: Answering, tally: Tally) -> web.Application:
     table: list[tuple[str, str, Handler]] = [
         ("nix-cache-info", "/nix-cache-info", answering.cache_info),
         ("narinfo", f"/{{hash:{_HASH}}}.narinfo", answering.narinfo),
-        ("nar", f"/nar/{{file:{CHARS}{{{{52}}}}\\.nar({_SUFFIX})?}}", answering.nar),
+        ("nar", f"/nar/{{file:{CHARS}{{52}}\\.nar({_SUFFIX})?}}", answering.nar),
         ("ls", f"/{{name:{_HASH}\\.ls}}", answering.side_file),
         ("log", f"/{{name:log/{_PATH}}}", answering.side_file),
         ("debuginfo", r"/{name:debuginfo/[0-9a-f]{40}(\.debug)?}", answering.side_file),

@@ -50,7 +50,8 @@ class Supervisor:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         migrate(config.storage.index)
         info = CacheInfo(config.store_dir, want_mass_query=True, priority=config.priority)
-        LocalStorage(config.storage.url).prepare(info)
+        self._storage = LocalStorage(config.storage.url)  # holds the folder's lock
+        self._storage.prepare(info)
         self._epoch = Epoch(epoch_file(config.storage.index))
         self.sockets = listen(config.listen, config.workers)
         metrics_address = config.metrics.listen
@@ -63,6 +64,7 @@ class Supervisor:
         self._due: dict[int, float] = {}
         self._delays = [0.0] * config.workers
         self._stopping = False
+        self._exit_code = 0
         self._awaited = config.workers
         self._ready_read, self._ready_write = os.pipe()
         self._wake_read, self._wake_write = os.pipe()
@@ -79,9 +81,10 @@ class Supervisor:
             self._start(slot)
         deadline = float("inf")
         while self._workers or not self._stopping:
-            timeout = max(0.0, min(self._due.values(), default=60) - time.monotonic())
-            timeout = min(1.0, timeout)
-            readable, _, _ = select.select([self._wake_read, self._ready_read], [], [], timeout)
+            next_due = min(self._due.values(), default=float("inf")) - time.monotonic()
+            readable, _, _ = select.select(
+                [self._wake_read, self._ready_read], [], [], min(1.0, max(0.0, next_due))
+            )
             if self._ready_read in readable:
                 self._count_ready(on_ready)
             if self._wake_read in readable:
@@ -94,7 +97,7 @@ class Supervisor:
                     self._signal(signal.SIGKILL)
             else:
                 self._restart_due()
-        return 0
+        return self._exit_code
 
     def _stop(self, *_: object) -> None:
         if not self._stopping:
@@ -121,6 +124,11 @@ class Supervisor:
             worker = self._workers.pop(pid)
             mark_process_dead(pid)  # type: ignore[no-untyped-call]
             if self._stopping:
+                continue
+            if self._awaited > 0:
+                _log.error("a worker could not start", extra={"pid": pid})
+                self._exit_code = 1
+                self._stop()
                 continue
             quick = time.monotonic() - worker.started < _QUICK
             delay = min(_MAX_DELAY, 2 * self._delays[worker.slot] + 0.05) if quick else 0.0

@@ -41,7 +41,7 @@ async def work(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    metrics.prepare([upstream.url for upstream in config.upstream])
+    metrics.prepare([upstream.label for upstream in config.upstream])
     async with Substituter.opened(config, epoch=epoch) as substituter:
         tally = Tally(access_log=config.log.access)
         answering = Answering(substituter, tally)

@@ -8,11 +8,12 @@ what was found wrong. All methods block; call them off the loop.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import shutil
-from contextlib import contextmanager, suppress
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from narseal.errors import ConfigError, StorageFull, Unavailable
@@ -30,7 +31,18 @@ class LocalStorage:
         self._quarantine = self.root / ".narseal" / "quarantine"
 
     def prepare(self, info: CacheInfo) -> None:
-        """Make the folders, sweep what a crash left, write nix-cache-info; ConfigError if not."""
+        """Make the folders, sweep what a crash left, write nix-cache-info.
+
+        ConfigError if that cannot be done, or if another narseal has the folder.
+        """
+        try:
+            (self.root / ".narseal").mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.root / ".narseal" / "lock", "w")  # noqa: SIM115 - for our life
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"storage.url {self.root}: another narseal serves from it") from error
+        except OSError as error:
+            raise ConfigError(f"storage.url {self.root}: {error.strerror}") from error
         try:
             shutil.rmtree(self._incoming, ignore_errors=True)
             for folder in (self._incoming, self._quarantine, self.root / "nar"):
