@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import os
@@ -168,14 +169,19 @@ class Supervisor:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        uvloop.run(
-            work(
-                self._config,
-                epoch=self._epoch,
-                sockets=self.sockets[slot],
-                metrics_sockets=self._metrics_sockets[slot],
-                ready=self._tell_ready,
-            )
+        uvloop.run(self._work(slot))
+
+    async def _work(self, slot: int) -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await work(
+            self._config,
+            epoch=self._epoch,
+            sockets=self.sockets[slot],
+            metrics_sockets=self._metrics_sockets[slot],
+            ready=self._tell_ready,
+            stop=stop,
         )
 
     def _tell_ready(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
 import ssl
 from collections.abc import Callable, Sequence
@@ -35,12 +34,9 @@ async def work(
     sockets: Sequence[socket.socket],
     metrics_sockets: Sequence[socket.socket],
     ready: Callable[[], None],
+    stop: asyncio.Event,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then let running answers end, for a bounded time."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    """Serve until `stop`, then let running answers end, for a bounded time."""
     metrics.prepare([upstream.label for upstream in config.upstream])
     async with Substituter.opened(config, epoch=epoch) as substituter:
         tally = Tally(access_log=config.log.access)
