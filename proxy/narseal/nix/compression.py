@@ -86,7 +86,7 @@ class Decompressor(Protocol):
     """A push decoder of one compressed stream."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Pieces of plain bytes, each at most 256 KiB, that `data` completes."""
+        """Pieces of plain bytes, each at most 1 MiB, that `data` completes."""
 
     def finish(self) -> None:
         """Refused("truncated") if the stream had not ended."""

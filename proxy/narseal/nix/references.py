@@ -37,9 +37,11 @@ class ReferenceScanner:
 
 
 class HashModulo:
-    """A digest with every occurrence of `hash_part` blanked, then the places of the occurrences.
+    """A digest with every occurrence of `hash_part` blanked, as content is addressed that refers
+    to itself (Nix's `HashModuloSink`).
 
-    This is how Nix addresses content that refers to itself (`HashModuloSink`).
+    Nix means to hash the places of the occurrences behind that, and did so up to 2.18 and does
+    again after 2.34; in between it forgot. So there are two right digests.
     """
 
     def __init__(self, algorithm: str, hash_part: str) -> None:
@@ -62,10 +64,11 @@ class HashModulo:
         self._held = data[end:]
         self._offset += end
 
-    def digest(self) -> bytes:
-        """The digest of all that was fed."""
+    def digests(self) -> tuple[bytes, bytes]:
+        """The digest of all that was fed, without and with the places."""
         self._digest.update(self._held)
         self._held = b""
+        placed = self._digest.copy()
         for place in self._places:
-            self._digest.update(f"|{place}".encode())
-        return self._digest.digest()
+            placed.update(f"|{place}".encode())
+        return self._digest.digest(), placed.digest()

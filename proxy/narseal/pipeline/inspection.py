@@ -93,12 +93,17 @@ class Inspection:
                 )
 
     def _check_content_address(self, *, is_plain_file: bool) -> None:
-        ca = self._info.ca
-        digest = self._contents or self._whole
-        if ca is None or digest is None:
+        found: tuple[bytes, ...]
+        if isinstance(self._whole, HashModulo):
+            found = self._whole.digests()
+        elif self._whole:
+            found = (self._whole.digest(),)
+        elif self._contents:
+            found = (self._contents.digest(),) if is_plain_file else ()
+        else:
             return
-        wrong_kind = self._contents is not None and not is_plain_file
-        if wrong_kind or digest.digest() != ca.hash.digest:
+        ca = self._info.ca
+        if ca is None or ca.hash.digest not in found:
             raise ContentMismatch(
                 "ca-mismatch", f"{self._info.store_path}: the content is not that of its CA {ca}"
             )
@@ -111,7 +116,7 @@ def _contents_digest(info: NarInfo) -> _Digest | None:
     return None
 
 
-def _whole_digest(info: NarInfo) -> _Digest | None:
+def _whole_digest(info: NarInfo) -> _Digest | HashModulo | None:
     """For a CA that is over the NAR, but is not simply NarHash."""
     if info.ca is None or info.ca.method is not Method.NAR:
         return None

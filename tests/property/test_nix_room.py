@@ -1,0 +1,326 @@
+"""Round trips and refusals of the nix room, for anything that hypothesis thinks of."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from narseal.errors import Malformed, NarsealError, Refused
+from narseal.nix import base32, nar
+from narseal.nix.compression import decompressor
+from narseal.nix.content_address import ContentAddress, Method
+from narseal.nix.fingerprint import fingerprint
+from narseal.nix.hashes import SIZES, Hash
+from narseal.nix.keys import Signature
+from narseal.nix.narinfo import NarInfo
+from narseal.nix.references import HashModulo, ReferenceScanner
+from narseal.nix.store_path import StorePath
+from narseal.server.ranges import Span, Unsatisfiable, parse_range
+from tests.tools.cache import COMPRESS
+
+hash_parts = st.text(base32.ALPHABET, min_size=32, max_size=32)
+names = st.from_regex(r"[a-zA-Z0-9+_?=][0-9a-zA-Z+\-._?=]{0,60}", fullmatch=True)
+store_paths = st.builds(StorePath, hash_parts, names)
+sha256 = st.binary(min_size=32, max_size=32).map(lambda digest: Hash("sha256", digest))
+key_names = st.text("abcdefgh.-0123456789", min_size=1, max_size=30)
+signatures = st.builds(Signature, key_names, st.binary(min_size=64, max_size=64))
+any_hash = st.sampled_from(sorted(SIZES)).flatmap(
+    lambda a: st.binary(min_size=SIZES[a], max_size=SIZES[a]).map(lambda d: Hash(a, d))
+)
+addresses = st.builds(
+    ContentAddress, st.sampled_from([Method.FLAT, Method.NAR, Method.GIT]), any_hash
+)
+extra = st.dictionaries(
+    st.from_regex(r"X-[A-Za-z]{1,10}", fullmatch=True),
+    st.from_regex(r"[!-~]([ -~]{0,20}[!-~])?", fullmatch=True), max_size=3,
+)  # fmt: skip
+narinfos = st.builds(
+    NarInfo,
+    store_dir=st.just("/nix/store"),
+    store_path=store_paths,
+    url=st.from_regex(r"nar/[0-9a-z]{1,52}\.nar", fullmatch=True),
+    compression=st.sampled_from(["none", "xz", "zstd", "bzip2", "br"]),
+    nar_hash=sha256,
+    nar_size=st.integers(1, (1 << 63) - 1),
+    file_hash=st.none() | sha256,
+    file_size=st.none() | st.integers(0, 1 << 62),
+    references=st.sets(store_paths, max_size=5).map(lambda paths: tuple(sorted(paths))),
+    deriver=st.none() | store_paths,
+    signatures=st.sets(signatures, max_size=4).map(lambda found: tuple(sorted(found))),
+    ca=st.none() | addresses,
+    extra=extra.map(lambda fields: tuple(fields.items())),
+)
+nodes = st.recursive(
+    st.builds(nar.Regular, st.binary(max_size=40), st.booleans())
+    | st.builds(nar.Symlink, st.binary(min_size=1, max_size=20).filter(lambda t: 0 not in t)),
+    lambda inner: st.builds(
+        nar.Directory,
+        st.dictionaries(
+            st.binary(min_size=1, max_size=12).filter(
+                lambda n: not set(n) & {0, 47} and n not in (b".", b"..")
+            ),
+            inner, max_size=4,
+        ),
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+def portions(data: bytes, sizes: list[int]) -> list[bytes]:
+    result, at = [], 0
+    for size in sizes:
+        result.append(data[at : at + size])
+        at += size
+    return [*result, data[at:]]
+
+
+@given(st.binary(max_size=80))
+def test_nix32_round_trip(data: bytes) -> None:
+    assert base32.decode(base32.encode(data), len(data)) == data
+
+
+@given(st.text(base32.ALPHABET, min_size=52, max_size=52))
+def test_nix32_has_one_spelling(text: str) -> None:
+    try:
+        assert base32.encode(base32.decode(text, 32)) == text
+    except Malformed:
+        assert base32.ALPHABET.index(text[0]) > 1  # bits that 32 bytes do not have
+
+
+@given(any_hash)
+def test_hash_round_trips(value: Hash) -> None:
+    spelled = (str(value), value.sri, f"{value.algorithm}:{value.hex}")
+    assert {Hash.parse(text) for text in spelled} == {value}
+
+
+@given(addresses)
+def test_content_address_round_trip(value: ContentAddress) -> None:
+    assert ContentAddress.parse(str(value)) == value
+
+
+@given(narinfos)
+def test_narinfo_round_trip(info: NarInfo) -> None:
+    assert NarInfo.parse(info.render()) == info
+
+
+@given(narinfos, st.data())
+def test_a_damaged_narinfo_is_refused_or_means_what_it_says(
+    info: NarInfo, data: st.DataObject
+) -> None:
+    text = bytearray(info.render())
+    at = data.draw(st.integers(0, len(text) - 1))
+    text[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    try:
+        parsed = NarInfo.parse(bytes(text))
+    except Malformed:
+        return
+    assert NarInfo.parse(parsed.render()) == parsed
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_a_narinfo_or_malformed(data: bytes) -> None:
+    try:
+        NarInfo.parse(data)
+    except NarsealError:
+        return
+
+
+@given(narinfos, st.permutations(range(5)))
+def test_references_in_any_order_give_one_fingerprint(info: NarInfo, order: list[int]) -> None:
+    references = list(info.references)
+    shuffled = [references[i] for i in order if i < len(references)] + references
+    again = fingerprint("/nix/store", info.store_path, info.nar_hash, info.nar_size, shuffled)
+    assert again == info.fingerprint()
+
+
+@given(narinfos, store_paths)
+def test_each_edit_of_what_is_signed_changes_the_fingerprint(
+    info: NarInfo, other: StorePath
+) -> None:
+    edits = [
+        replace(info, store_path=other),
+        replace(info, nar_hash=Hash.sha256(info.nar_hash.digest)),
+        replace(info, nar_size=info.nar_size - 1 or 2),
+        replace(info, references=tuple(sorted({*info.references, other}))),
+        replace(info, references=info.references[1:]),
+    ]
+    for edit in edits:
+        assert (edit.fingerprint() == info.fingerprint()) == (
+            (edit.store_path, edit.nar_hash, edit.nar_size, edit.references)
+            == (info.store_path, info.nar_hash, info.nar_size, info.references)
+        )
+
+
+@given(nodes, st.lists(st.integers(0, 60), max_size=20))
+def test_nar_is_read_in_any_portions(node: nar.Node, sizes: list[int]) -> None:
+    data = b"".join(nar.render(node))
+    contents: list[bytes] = []
+    reader = nar.NarReader(max_size=len(data), on_contents=lambda p: contents.append(bytes(p)))
+    for portion in portions(data, sizes):
+        reader.feed(portion)
+    summary = reader.finish()
+    assert (summary.nar_hash, summary.nar_size) == (Hash.sha256(data), len(data))
+    assert summary.is_plain_file == (isinstance(node, nar.Regular) and not node.executable)
+    assert b"".join(contents) == b"".join(_contents(node))
+
+
+def _contents(node: nar.Node) -> list[bytes]:
+    if isinstance(node, nar.Directory):
+        return [c for _, child in sorted(node.entries.items()) for c in _contents(child)]
+    return [node.contents] if isinstance(node, nar.Regular) else []
+
+
+@given(nodes, st.data())
+def test_a_cut_or_lengthened_nar_is_refused(node: nar.Node, data: st.DataObject) -> None:
+    whole = b"".join(nar.render(node))
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    for wrong in (whole[:cut], whole + b"\0", whole + whole):
+        reader = nar.NarReader(max_size=2 * len(whole))
+        with pytest.raises(NarsealError):
+            reader.feed(wrong)
+            reader.finish()
+
+
+HOSTILE = {
+    "dot dot": nar.Directory({b"..": nar.Regular(b"")}),
+    "dot": nar.Directory({b".": nar.Regular(b"")}),
+    "slash": nar.Directory({b"a/b": nar.Regular(b"")}),
+    "NUL": nar.Directory({b"a\0": nar.Regular(b"")}),
+    "empty name": nar.Directory({b"": nar.Regular(b"")}),
+    "long name": nar.Directory({b"x" * 256: nar.Regular(b"")}),
+    "case hack": nar.Directory({b"a~nix~case~hack~1": nar.Regular(b"")}),
+    "empty target": nar.Symlink(b""),
+    "NUL in a target": nar.Symlink(b"a\0b"),
+    "long target": nar.Symlink(b"x" * 4096),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_nars_are_refused(case: str) -> None:
+    reader = nar.NarReader(max_size=1 << 20)
+    with pytest.raises(Malformed):
+        reader.feed(b"".join(nar.render(HOSTILE[case])))
+
+
+def test_a_nar_deeper_than_nix_reads_is_refused() -> None:
+    for depth, good in ((64, True), (65, False)):
+        node: nar.Node = nar.Directory({})
+        for _ in range(depth - 1):
+            node = nar.Directory({b"d": node})
+        reader = nar.NarReader(max_size=1 << 20)
+        if good:
+            reader.feed(b"".join(nar.render(node)))
+            reader.finish()
+        else:
+            with pytest.raises(Malformed):
+                reader.feed(b"".join(nar.render(node)))
+
+
+def test_unsorted_names_and_padding_are_refused() -> None:
+    data = b"".join(nar.render(nar.Directory({b"a": nar.Regular(b"x"), b"b": nar.Regular(b"x")})))
+    swapped = data.replace(b"a\0\0\0\0\0\0\0", b"c\0\0\0\0\0\0\0", 1)
+    padded = data.replace(b"x\0\0\0\0\0\0\0", b"x\0\0\0\0\0\0\1", 1)
+    twice = data.replace(b"b\0\0\0\0\0\0\0", b"a\0\0\0\0\0\0\0", 1)
+    for wrong in (swapped, padded, twice):
+        with pytest.raises(Malformed):
+            nar.NarReader(max_size=1 << 20).feed(wrong)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(sorted(COMPRESS)), st.binary(max_size=2000), st.lists(st.integers(0, 50)),
+)  # fmt: skip
+def test_decompression_in_any_portions(
+    compression: str, data: bytes, sizes: list[int]
+) -> None:
+    decoder = decompressor(compression)
+    plain = b"".join(
+        piece for part in portions(COMPRESS[compression](data), sizes)
+        for piece in decoder.feed(part)
+    )
+    decoder.finish()
+    assert plain == data
+
+
+@given(st.sampled_from(["xz", "zstd", "bzip2", "gzip"]), st.binary(max_size=50))
+def test_concatenated_frames_are_all_read(compression: str, data: bytes) -> None:
+    decoder = decompressor(compression)
+    file = COMPRESS[compression](data) * 3
+    assert b"".join(decoder.feed(file)) == data * 3
+    decoder.finish()
+
+
+@given(st.sampled_from(["xz", "zstd", "bzip2", "gzip", "br", "lzma"]), st.data())
+def test_truncated_streams_are_refused(compression: str, data: st.DataObject) -> None:
+    file = COMPRESS[compression](b"some text " * 20)
+    cut = data.draw(st.integers(0, len(file) - 1))
+    decoder = decompressor(compression)
+    with pytest.raises(Refused):
+        for _ in decoder.feed(file[:cut]):
+            pass
+        decoder.finish()
+
+
+BOMBS = {"xz": lzma.compress, "bzip2": bz2.compress, "gzip": gzip.compress, "zstd": COMPRESS["zstd"],
+         "br": COMPRESS["br"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("compression", BOMBS)
+def test_a_bomb_comes_out_in_bounded_pieces(compression: str) -> None:
+    file = BOMBS[compression](bytes(32 << 20))
+    taken = 0
+    for piece in decompressor(compression).feed(file):
+        assert len(piece) <= 1 << 20
+        taken += len(piece)
+        if taken > 1 << 20:
+            break
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, 60), max_size=8))
+def test_hash_modulo_does_not_depend_on_portions(data: bytes, sizes: list[int]) -> None:
+    part = "0123456789abcdfghijklmnpqrsvwxyz"
+    text = data[:100] + part.encode() + data[100:] + part.encode() * 2
+    whole, parted = HashModulo("sha256", part), HashModulo("sha256", part)
+    whole.update(text)
+    for portion in portions(text, sizes):
+        parted.update(portion)
+    assert whole.digests() == parted.digests()
+
+
+@given(hash_parts, st.binary(max_size=100), st.lists(st.integers(0, 60), max_size=8))
+def test_references_are_found_in_any_portions(
+    part: str, data: bytes, sizes: list[int]
+) -> None:
+    scanner = ReferenceScanner([part])
+    for portion in portions(data + part.encode() + data, sizes):
+        scanner.feed(portion)
+    assert scanner.found == {part}
+
+
+@given(st.integers(1, 10_000), st.integers(0, 10_000), st.integers(0, 10_000))
+def test_ranges(size: int, start: int, stop: int) -> None:
+    try:
+        span = parse_range(f"bytes={start}-{stop}", size)
+    except Unsatisfiable:
+        assert start >= size
+        return
+    assert span == (None if stop < start else Span(start, min(stop + 1, size)))
+    open_end = parse_range(f"bytes={start}-", size) if start < size else None
+    assert open_end is None or open_end == Span(start, size)
+    if stop:
+        assert parse_range(f"bytes=-{stop}", size) == Span(max(0, size - stop), size)
+
+
+@given(st.text(max_size=40), st.integers(1, 100))
+def test_any_range_header_is_a_span_or_the_whole_or_416(header: str, size: int) -> None:
+    try:
+        span = parse_range(header, size)
+    except Unsatisfiable:
+        return
+    assert span is None or 0 <= span.start < span.stop <= size
