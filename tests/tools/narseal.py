@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from multidict import CIMultiDictProxy
 from prometheus_client import REGISTRY
 
 from narseal.config import Config
@@ -58,14 +59,14 @@ class Client:
         self.session = session
         self.storage = storage
 
-    async def get(self, name: str, **options: Any) -> tuple[int, bytes, dict[str, str]]:
+    async def get(self, name: str, **options: Any) -> tuple[int, bytes, CIMultiDictProxy[str]]:
         """Status, body and headers; a broken body raises aiohttp.ClientPayloadError."""
         async with self.session.get(f"{self.url}/{name}", **options) as response:
-            return response.status, await response.read(), dict(response.headers)
+            return response.status, await response.read(), response.headers
 
-    async def head(self, name: str) -> tuple[int, dict[str, str]]:
+    async def head(self, name: str) -> tuple[int, CIMultiDictProxy[str]]:
         async with self.session.head(f"{self.url}/{name}") as response:
-            return response.status, dict(response.headers)
+            return response.status, response.headers
 
     async def narinfo(self, hash_part: str) -> NarInfo:
         """A narinfo that must be there, parsed, and signed by the operator."""

@@ -40,8 +40,8 @@ class HashModulo:
     """A digest with every occurrence of `hash_part` blanked, as content is addressed that refers
     to itself (Nix's `HashModuloSink`).
 
-    Nix means to hash the places of the occurrences behind that, and did so up to 2.18 and does
-    again after 2.34; in between it forgot. So there are two right digests.
+    Nix's source means to hash the places of the occurrences behind that; Nix 2.34 does not
+    (tests/vectors), other releases do. So there are two right digests.
     """
 
     def __init__(self, algorithm: str, hash_part: str) -> None:

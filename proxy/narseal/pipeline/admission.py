@@ -74,18 +74,21 @@ class Admission:
 
         Raises NotFound, Refused or Malformed (all 404), Trouble (5xx).
         """
-        found = await self._index.path(hash_part)
-        if found and not found[0].withdrawn:
-            return await self._renewed(*found)
         if (known := self._negatives.get(hash_part)) is not None:
             raise known
         try:
             async with asyncio.timeout(self._config.limits.content_hold):
-                return await self._flights.join(hash_part, lambda: self._admit(hash_part))
+                return await self._flights.join(hash_part, lambda: self._find(hash_part))
         except TimeoutError as error:
             raise UpstreamTimeout(
                 f"{hash_part}: its NAR is still being fetched and verified; ask again"
             ) from error
+
+    async def _find(self, hash_part: str) -> Admitted:
+        found = await self._index.path(hash_part)
+        if found and not found[0].withdrawn:
+            return await self._renewed(*found)
+        return await self._admit(hash_part)
 
     async def _renewed(self, path: PathRecord, nar: NarRecord) -> Admitted:
         """An admitted path, with the signatures of keys that came after its admission."""

@@ -61,13 +61,16 @@ class Fetcher:
 
     async def start(
         self, record: NarRecord, info: NarInfo, origins: Callable[[], AsyncIterator[Origin]]
-    ) -> Reader:
+    ) -> Reader | None:
         """Fetch the file of an admitted narinfo, or join the transfer that does.
 
-        When it has arrived it is published, under its true file hash.
+        When it has arrived it is published, under its true file hash. None if that has
+        happened since the caller looked.
         """
         incoming = await self._blocking.run(self._storage.incoming)
-        if (reader := self.join(record.file)) is not None:
+        now = await self._index.nar(record.file)
+        reader = self.join(record.file)
+        if reader or now != record:
             await self._blocking.run(_drop, incoming)
             return reader
         transfer = Transfer(info, incoming=incoming, blocking=self._blocking)

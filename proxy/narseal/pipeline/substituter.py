@@ -42,6 +42,7 @@ class Substituter:
         self, config: Config, *, keys: list[FileKey], upstreams: list[Upstream], epoch: Epoch
     ) -> None:
         self.config = config
+        self._epoch = epoch
         self.crew = Crew()
         self.blocking = Blocking()
         self.upstreams = upstreams
@@ -115,16 +116,21 @@ class Substituter:
 
         NotFound for a name that no admitted narinfo mentions.
         """
-        record = await self._index.nar(file)
-        if record is None:
-            raise NotFound(f"no narinfo that was served names nar/{file}")
-        if (reader := self._fetcher.join(file)) is not None:
-            return reader
-        if (stored := await self._stored(record)) is not None:
-            return stored
-        paths = await self._index.paths_of(record.published_as or file)
+        while True:
+            if (reader := self._fetcher.join(file)) is not None:
+                return reader
+            record = await self._index.nar(file)
+            if record is None:
+                raise NotFound(f"no narinfo that was served names nar/{file}")
+            if (stored := await self._stored(record)) is not None:
+                return stored
+            if (begun := await self._fetch(record)) is not None:
+                return begun
+
+    async def _fetch(self, record: NarRecord) -> Reader | None:
+        paths = await self._index.paths_of(record.published_as or record.file)
         if not paths:
-            raise NotFound(f"no narinfo names nar/{file} any more")
+            raise NotFound(f"no narinfo names nar/{record.file} any more")
         info = paths[0][0].info
         return await self._fetcher.start(
             record, info, lambda: self._admission.origins(record, info)
@@ -148,6 +154,9 @@ class Substituter:
         if stored is not None:
             os.close(stored.descriptor)
         await self._index.unpublish(record.file)
+        if not record.url:  # recompressed here: its path has to be admitted anew
+            await self._index.withdraw(record.file)
+            self._epoch.advance()
         return None
 
 

@@ -278,6 +278,7 @@ class Transfer:
         return measured
 
     async def _restart(self) -> None:
+        await self.settle()
         self._pending = []
         self._pending_size = 0
         self._job = None

@@ -29,6 +29,16 @@ _NAR = "application/x-nix-nar"
 _FIRST_BYTE = 280.0
 
 
+class Broken(ConnectionError):
+    """An answer that was begun and could not be ended."""
+
+    def __init__(self, response: web.StreamResponse, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.response = response
+        #: For the count: 499 (as nginx has it) when the client left, else what went wrong.
+        self.status = cause.status if isinstance(cause, NarsealError) else 499
+
+
 class Answering:
     """The handlers of one worker."""
 
@@ -185,11 +195,11 @@ class Answering:
         )
         try:
             await sending.send(descriptor, start, stop, reader.follow if reader else all_there)
-        except NarsealError as error:
+        except (NarsealError, ConnectionError) as error:
             # never a clean end: the client must see that the line broke
             if request.transport:
                 request.transport.abort()
-            raise ConnectionResetError(str(error)) from error
+            raise Broken(response, error) from error
         source = "upstream" if reader else "storage"
         metrics.nar_bytes.labels(source).inc(stop - start)
 

@@ -13,7 +13,7 @@ from aiohttp import web
 from narseal.errors import NarsealError
 from narseal.nix.base32 import CHARS
 from narseal.nix.compression import COMPRESSIONS
-from narseal.server.answers import Answering
+from narseal.server.answers import Answering, Broken
 from narseal.server.tally import Tally
 from narseal.telemetry.logs import request_id
 
@@ -47,8 +47,9 @@ def application(answering: Answering, tally: Tally) -> web.Application:
                 response = failure(error)
             except web.HTTPException as error:
                 response = error
-            except ConnectionError:
-                raise
+            except Broken as broken:
+                status = broken.status
+                return broken.response
             except Exception:
                 _log.exception("%s %s failed", request.method, request.path)
                 response = web.Response(status=500, text="narseal failed; its log says how\n")

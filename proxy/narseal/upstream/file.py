@@ -47,7 +47,7 @@ class FileUpstream:
             async with aiofiles.open(path, "rb") as file:
                 size = await file.seek(0, 2)
                 await file.seek(offset)
-                yield Body(size, _chunks(file))
+                yield Body(size, _chunks(file, path))
         except FileNotFoundError as error:
             raise NotFound(f"{path} is not there") from error
         except OSError as error:
@@ -57,6 +57,9 @@ class FileUpstream:
         """Nothing is held."""
 
 
-async def _chunks(file: Any) -> AsyncIterator[bytes]:
-    while chunk := await file.read(_CHUNK):
-        yield chunk
+async def _chunks(file: Any, path: Path) -> AsyncIterator[bytes]:
+    try:
+        while chunk := await file.read(_CHUNK):
+            yield chunk
+    except OSError as error:
+        raise UpstreamTrouble(f"{path}: {error.strerror}") from error

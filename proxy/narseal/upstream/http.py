@@ -169,6 +169,8 @@ async def _chunks(response: aiohttp.ClientResponse, url: str) -> AsyncIterator[b
             yield chunk
     except TimeoutError as error:
         raise UpstreamTimeout(f"{url}: the upstream stalls") from error
+    except _FAILURES as error:
+        raise UpstreamTrouble(f"{url}: {type(error).__name__}: {error}") from error
 
 
 def _whole_size(response: aiohttp.ClientResponse, offset: int, url: str) -> int | None:
