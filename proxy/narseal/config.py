@@ -66,16 +66,22 @@ def _public_key(value: object) -> object:
     try:
         return PublicKey.parse(value) if isinstance(value, str) else value
     except MalformedKey as error:
-        raise ValueError(f"{error}; give it as `nix key convert-secret-to-public` prints it") from error
+        raise ValueError(
+            f"{error}; give it as `nix key convert-secret-to-public` prints it"
+        ) from error
 
 
 def _url(*schemes: str) -> AfterValidator:
     def check(value: str) -> str:
         parts = urlsplit(value)
         if parts.scheme not in schemes:
-            raise ValueError(f"the URL must begin with one of: {', '.join(s + ':' for s in schemes)}")
+            raise ValueError(
+                f"the URL must begin with one of: {', '.join(s + ':' for s in schemes)}"
+            )
         if parts.query or parts.fragment or "@" in parts.netloc:
-            raise ValueError("no query, fragment or password in a URL; credentials go into netrc_file")
+            raise ValueError(
+                "no query, fragment or password in a URL; credentials go into netrc_file"
+            )
         if parts.scheme in ("http", "https") and not parts.hostname:
             raise ValueError("the URL has no host")
         if parts.scheme in ("file", "sqlite") and (parts.netloc or not parts.path.startswith("/")):
@@ -252,7 +258,9 @@ class Config(BaseSettings):
         return self
 
     @classmethod
-    def parse(cls, text: str, *, environ: Mapping[str, str], source: str = "narseal.toml") -> Config:
+    def parse(
+        cls, text: str, *, environ: Mapping[str, str], source: str = "narseal.toml"
+    ) -> Config:
         """The configuration of a TOML text and the process's own environment.
 
         ConfigError names `source`, the line where there is one, the key and the reason.

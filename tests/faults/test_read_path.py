@@ -131,9 +131,7 @@ async def test_ranges_conditions_and_heads(tmp_path: Path, upstream: FakeCache) 
                     assert headers["Content-Range"] == f"bytes {start}-{stop - 1}/{size}"
                 for header in ("bytes=5-2", "bytes=0-1,3-4", "pages=1-2", "bytes=a-b"):
                     assert (await client.get(info.url, headers={"Range": header}))[0] == 200
-                code, _, headers = await client.get(
-                    info.url, headers={"Range": f"bytes={size}-"}
-                )
+                code, _, headers = await client.get(info.url, headers={"Range": f"bytes={size}-"})
                 assert (code, headers["Content-Range"]) == (416, f"bytes */{size}")
                 code, body, headers = await client.get(info.url)
                 assert (code, body) == (200, item.file)
@@ -147,8 +145,9 @@ async def test_ranges_conditions_and_heads(tmp_path: Path, upstream: FakeCache) 
                 assert (await client.get(name, headers=stale))[0] == 200
                 fresh = {"Range": "bytes=0-0", "If-Range": etag}
                 assert (await client.get(name, headers=fresh))[0] == 206
-            head, got = await client.head(f"{item.hash}.narinfo"), await client.get(
-                f"{item.hash}.narinfo"
+            head, got = (
+                await client.head(f"{item.hash}.narinfo"),
+                await client.get(f"{item.hash}.narinfo"),
             )
             assert (head[0], head[1]["Content-Length"]) == (200, str(len(got[1])))
 
@@ -456,11 +455,13 @@ async def test_content_addressed_paths_need_no_signature_but_their_content(
             assert (await client.get(info.url))[1] == item.file
         # the CA is right for the path, but the NAR is another: it must not be signed
         for method in (Method.NAR, Method.FLAT, Method.TEXT):
-            good = content_addressed(f"lie{method.name}", method, node,
-                                     plain if method is Method.NAR else b"source")
+            good = content_addressed(
+                f"lie{method.name}", method, node, plain if method is Method.NAR else b"source"
+            )
             other = entry("x", node=nar.Regular(method.name.encode()))
-            lie = replace(other, info=replace(
-                other.info, store_path=good.info.store_path, ca=good.info.ca))
+            lie = replace(
+                other, info=replace(other.info, store_path=good.info.store_path, ca=good.info.ca)
+            )
             upstream.add(lie)
             assert await client.refusal(f"{lie.hash}.narinfo") == "ca-mismatch"
 
@@ -510,9 +511,7 @@ async def test_a_recompressed_file_that_vanished_is_made_again(
     tmp_path: Path, upstream: FakeCache
 ) -> None:
     upstream.add(ITEM)
-    async with narseal(
-        tmp_path, {"url": upstream.url}, storage={"recompress": True}
-    ) as client:
+    async with narseal(tmp_path, {"url": upstream.url}, storage={"recompress": True}) as client:
         large = entry("large", os.urandom(100_000)).signed(UPSTREAM)  # not kept in memory
         upstream.add(large)
         info = await client.narinfo(large.hash)
@@ -554,9 +553,7 @@ async def test_realisations_of_both_spellings_are_verified_and_signed(
     new = BuildTraceEntry(drv, "out", store_path("out"))
     old_at, new_at = f"realisations/{old.id}.doi", f"build-trace-v2/{drv}/out.doi"
     wire = {old_at: old_at.replace("!", "%21"), new_at: new_at}
-    async with narseal(
-        tmp_path, {"url": upstream.url}, limits={"negative_ttl": "0s"}
-    ) as client:
+    async with narseal(tmp_path, {"url": upstream.url}, limits={"negative_ttl": "0s"}) as client:
         for name, value in ((old_at, old), (new_at, new)):
             evil = replace(value, out_path=store_path("evil"))  # type: ignore[type-var]
             signature = UPSTREAM.sign(value.fingerprint())
@@ -605,9 +602,7 @@ async def test_logs_listings_and_debug_info(tmp_path: Path, upstream: FakeCache)
 async def test_large_log_is_refused(tmp_path: Path, upstream: FakeCache) -> None:
     log = f"log/{'0' * 32}-x.drv"
     upstream.files[log] = bytes(2 << 20)
-    async with narseal(
-        tmp_path, {"url": upstream.url}, limits={"side_file": "1M"}
-    ) as client:
+    async with narseal(tmp_path, {"url": upstream.url}, limits={"side_file": "1M"}) as client:
         assert await client.refusal(log) == "too-large"
 
 

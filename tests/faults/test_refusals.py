@@ -64,11 +64,13 @@ NARINFOS: dict[str, tuple[Callable[[Entry], bytes], str]] = {
     "only our own name": (lambda e: e.signed(OPERATOR).info.render(), "unsigned"),
     "another path's": (lambda e: entry("other").signed(UPSTREAM).info.render(), "wrong-path"),
     "NarHash changed": (
-        lambda e: e.but(nar_hash=Hash.sha256(b"x")).info.render(), "unsigned",
+        lambda e: e.but(nar_hash=Hash.sha256(b"x")).info.render(),
+        "unsigned",
     ),
     "NarSize changed": (lambda e: e.but(nar_size=e.info.nar_size + 8).info.render(), "unsigned"),
     "reference added": (
-        lambda e: e.but(references=(store_path("dep"),)).info.render(), "unsigned",
+        lambda e: e.but(references=(store_path("dep"),)).info.render(),
+        "unsigned",
     ),
     "absolute URL": (line("URL: nar/", "URL: http://127.0.0.1:1/nar/"), "absolute-url"),
     "protocol-relative URL": (line("URL: nar/", "URL: //127.0.0.1/nar/"), "absolute-url"),
@@ -86,35 +88,39 @@ NARINFOS: dict[str, tuple[Callable[[Entry], bytes], str]] = {
     "Latin-1": (line("Compression: xz", "Compression: xz\xe9"), "malformed"),
     "unknown compression": (line("Compression: xz", "Compression: rar"), "malformed"),
     "compression that cannot be decoded": (
-        line("Compression: xz", "Compression: lz4"), "unsupported-compression",
+        line("Compression: xz", "Compression: lz4"),
+        "unsupported-compression",
     ),
     "field twice": (more("NarSize: 1\n"), "malformed"),
     "no final newline": (lambda e: e.info.render()[:-1], "malformed"),
     "plus sign": (line("NarSize: ", "NarSize: +"), "malformed"),
-    "upper-case hash": (lambda e: e.info.render().replace(
-        str(e.info.nar_hash).encode(), b"sha256:" + e.info.nar_hash.nix32.upper().encode()
-    ), "malformed"),
+    "upper-case hash": (
+        lambda e: e.info.render().replace(
+            str(e.info.nar_hash).encode(), b"sha256:" + e.info.nar_hash.nix32.upper().encode()
+        ),
+        "malformed",
+    ),
     "empty": (lambda e: b"", "malformed"),
     "10 MB": (lambda e: e.info.render() + b"X: " + b"x" * (10 << 20) + b"\n", "too-large"),
     "10,000 Sig lines": (
-        lambda e: e.info.render() + b"Sig: a-1:" + b"A" * 86 + b"==\n"
-        + b"Sig: x:y\n" * 10_000, "malformed",
+        lambda e: e.info.render() + b"Sig: a-1:" + b"A" * 86 + b"==\n" + b"Sig: x:y\n" * 10_000,
+        "malformed",
     ),
     "10,000 references, none of them signed": (
-        lambda e: e.but(
-            references=tuple(store_path(f"r{n}") for n in range(10_000))
-        ).info.render(), "unsigned",
+        lambda e: e.but(references=tuple(store_path(f"r{n}") for n in range(10_000))).info.render(),
+        "unsigned",
     ),
     "20,001 references": (
-        lambda e: e.but(
-            references=tuple(store_path(f"r{n}") for n in range(20_001))
-        ).info.render(), "malformed",
+        lambda e: e.but(references=tuple(store_path(f"r{n}") for n in range(20_001))).info.render(),
+        "malformed",
     ),
     "CA of another path": (
-        more(f"CA: fixed:r:{Hash.sha256(b'x')}\n"), "ca-mismatch",
+        more(f"CA: fixed:r:{Hash.sha256(b'x')}\n"),
+        "ca-mismatch",
     ),
     "size beyond the bound": (
-        lambda e: e.but(nar_size=1 << 50).signed(UPSTREAM).info.render(), "too-large",
+        lambda e: e.but(nar_size=1 << 50).signed(UPSTREAM).info.render(),
+        "too-large",
     ),
 }
 
@@ -174,9 +180,7 @@ FILES = {
     "other content of the same size": Bytes(
         lambda nar, file: lzma.compress(nar.replace(b"good", b"evil")), "content-mismatch"
     ),
-    "bytes of another compression": Bytes(
-        lambda nar, file: bz2.compress(nar), "wrong-compression"
-    ),
+    "bytes of another compression": Bytes(lambda nar, file: bz2.compress(nar), "wrong-compression"),
     "bomb": Bytes(zero_bomb(lzma.compress), "nar-size"),
     "empty": Bytes(lambda nar, file: b"", "truncated"),
 }
@@ -191,9 +195,7 @@ async def test_wrong_bytes_are_never_served_whole_nor_published(
     upstream.add(GOOD)
     upstream.files[GOOD.info.url] = wrong
     before = metric("narseal_rejected_total", reason=FILES[case].reason)
-    async with narseal(
-        tmp_path / "alone", {"url": upstream.url, "sign_when": sign_when}
-    ) as client:
+    async with narseal(tmp_path / "alone", {"url": upstream.url, "sign_when": sign_when}) as client:
         if sign_when == "evidence":
             info = await client.narinfo(GOOD.hash)
             assert await client.refusal(info.url) == FILES[case].reason
@@ -237,9 +239,7 @@ async def test_every_flipped_bit_of_a_small_nar_is_found(
     tmp_path: Path, upstream: FakeCache
 ) -> None:
     small = entry("small", b"0123456789abcdef" * 8, compression="none").signed(UPSTREAM)
-    async with narseal(
-        tmp_path, {"url": upstream.url}, limits={"negative_ttl": "0s"}
-    ) as client:
+    async with narseal(tmp_path, {"url": upstream.url}, limits={"negative_ttl": "0s"}) as client:
         for bit in range(0, len(small.file) * 8, 7):
             flipped = bytearray(small.file)
             flipped[bit // 8] ^= 1 << bit % 8
@@ -262,8 +262,10 @@ async def test_wrong_file_hash_over_right_content_is_corrected(
         assert (await client.get(old.url))[1] == GOOD.file
         true = f"nar/{GOOD.info.file_hash.nix32}.nar.xz"
         await client.until(lambda: true in client.published())
+
         async def corrected() -> NarInfo:
             return await client.narinfo(item.hash)
+
         while (new := await corrected()).url != true:
             pass
         assert (new.file_hash, new.file_size) == (GOOD.info.file_hash, len(GOOD.file))
@@ -278,9 +280,11 @@ async def test_two_narinfos_that_share_a_nar_name_do_not_collide(
 ) -> None:
     """nixpkgs#533028: one path's narinfo named another path's NAR."""
     keyutils = entry("keyutils").signed(UPSTREAM)
-    openapv = entry("openapv").but(
-        url=keyutils.info.url, file_hash=keyutils.info.file_hash, file_size=len(keyutils.file)
-    ).signed(UPSTREAM)
+    openapv = (
+        entry("openapv")
+        .but(url=keyutils.info.url, file_hash=keyutils.info.file_hash, file_size=len(keyutils.file))
+        .signed(UPSTREAM)
+    )
     upstream.add(openapv)
     upstream.add(keyutils)
     async with narseal(tmp_path, {"url": upstream.url}) as client:

@@ -236,12 +236,11 @@ def test_unsorted_names_and_padding_are_refused() -> None:
 @given(
     st.sampled_from(sorted(COMPRESS)), st.binary(max_size=2000), st.lists(st.integers(0, 50)),
 )  # fmt: skip
-def test_decompression_in_any_portions(
-    compression: str, data: bytes, sizes: list[int]
-) -> None:
+def test_decompression_in_any_portions(compression: str, data: bytes, sizes: list[int]) -> None:
     decoder = decompressor(compression)
     plain = b"".join(
-        piece for part in portions(COMPRESS[compression](data), sizes)
+        piece
+        for part in portions(COMPRESS[compression](data), sizes)
         for piece in decoder.feed(part)
     )
     decoder.finish()
@@ -294,9 +293,7 @@ def test_hash_modulo_does_not_depend_on_portions(data: bytes, sizes: list[int]) 
 
 
 @given(hash_parts, st.binary(max_size=100), st.lists(st.integers(0, 60), max_size=8))
-def test_references_are_found_in_any_portions(
-    part: str, data: bytes, sizes: list[int]
-) -> None:
+def test_references_are_found_in_any_portions(part: str, data: bytes, sizes: list[int]) -> None:
     scanner = ReferenceScanner([part])
     for portion in portions(data + part.encode() + data, sizes):
         scanner.feed(portion)

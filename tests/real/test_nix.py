@@ -107,7 +107,8 @@ def test_substitution_with_only_the_operators_key(
     assert out.splitlines()[-1] == built.all
     with nix() as stranger:
         stranger.config |= {
-            "substituters": proxy.url, "trusted-public-keys": built.public_key.replace("1:", "2:"),
+            "substituters": proxy.url,
+            "trusted-public-keys": built.public_key.replace("1:", "2:"),
         }
         refused = stranger.try_run("nix-store", "-r", built.noisy, NIX_REMOTE=store_of(stranger))
         assert refused.returncode != 0
@@ -130,8 +131,15 @@ def test_content_addressed_derivation(client: Nix, proxy: Process, built: Built)
     (client.folder / "d.nix").write_text(_EXPRESSION)
     client.config |= {"substituters": proxy.url, "require-sigs": "true", "max-jobs": "0"}
     out = client.run(
-        "nix", "build", "--no-link", "--print-out-paths", "-f", client.path("d.nix"), "ca2",
-        "--store", store_of(client),
+        "nix",
+        "build",
+        "--no-link",
+        "--print-out-paths",
+        "-f",
+        client.path("d.nix"),
+        "ca2",
+        "--store",
+        store_of(client),
     )
     assert out.splitlines()[-1] == built.ca2
     client.run("nix", "copy", "--from", proxy.url, "--to", store_of(client), built.ca2)
@@ -153,7 +161,14 @@ def test_narseals_own_folder_is_a_plain_binary_cache(
         url = "file://" + built.client.path("narseal/storage")
         other.run("nix", "copy", "--from", url, "--to", store_of(other), built.all)
         other.run(
-            "nix", "store", "verify", "--store", store_of(other), "--sigs-needed", "1", "-r",
+            "nix",
+            "store",
+            "verify",
+            "--store",
+            store_of(other),
+            "--sigs-needed",
+            "1",
+            "-r",
             built.all,
         )
 
@@ -191,7 +206,7 @@ class Line:
         return self.log.read_text().count("cut")
 
 
-class cutting_line:  # noqa: N801 - used as a function
+class cutting_line:
     """A TCP relay that breaks every connection after so many bytes, in a process of its own."""
 
     def __init__(self, url: str, folder: Path, *, every: int) -> None:
@@ -205,7 +220,9 @@ class cutting_line:  # noqa: N801 - used as a function
         self.log.write_text("")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.tools.cutting_line", *self.target, str(self.every)],
-            stdout=subprocess.PIPE, stderr=self.log.open("a"), text=True,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("a"),
+            text=True,
         )
         assert self.process.stdout is not None
         return Line(f"http://127.0.0.1:{self.process.stdout.readline().strip()}", self.log)

@@ -74,9 +74,7 @@ class Entry:
     def signed(self, *keys: SecretKey) -> Entry:
         """With signatures by these keys instead."""
         message = self.info.fingerprint()
-        return replace(
-            self, info=self.info.with_signatures(tuple(k.sign(message) for k in keys))
-        )
+        return replace(self, info=self.info.with_signatures(tuple(k.sign(message) for k in keys)))
 
     def but(self, **fields: object) -> Entry:
         """With other fields, signatures left as they are."""

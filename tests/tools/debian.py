@@ -30,9 +30,7 @@ PACKAGES = {
 }
 _IN_ROOT = ("nix-bin", "cosign", "ca-certificates", "curl")
 # procfs and a pty are wanted by nix-build; the mounts vanish with the namespace
-_ENTER = (
-    'mount --bind /proc "$0/proc" && mount --rbind /dev "$0/dev" && exec chroot "$0" "$@"'
-)
+_ENTER = 'mount --bind /proc "$0/proc" && mount --rbind /dev "$0/dev" && exec chroot "$0" "$@"'
 
 
 def install() -> None:
@@ -51,7 +49,8 @@ def install() -> None:
             subprocess.run(["apt-get", "update", "-q"], check=True, env=environment)
             subprocess.run(
                 ["apt-get", "install", "-qy", "--no-install-recommends", *missing],
-                check=True, env=environment,
+                check=True,
+                env=environment,
             )
         if not has_nix_on_path() and not ROOT.exists():
             _make_root()
@@ -88,16 +87,33 @@ def _make_root() -> None:
     shutil.rmtree(part, ignore_errors=True)
     sites = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages"],
-        check=True, capture_output=True, text=True,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.split()
     mirror = next(site for site in sites if site.rstrip("/").endswith("/debian"))
     result = subprocess.run(
-        ["debootstrap", "--variant=minbase", f"--include={','.join(_IN_ROOT)}", "sid", str(part),
-         mirror],
+        [
+            "debootstrap",
+            "--variant=minbase",
+            f"--include={','.join(_IN_ROOT)}",
+            "sid",
+            str(part),
+            mirror,
+        ],
     )
     # it ends with a warning about a base package; what counts is whether the programs run
-    check = ["unshare", "-m", "sh", "-c", _ENTER, str(part), "sh", "-c",
-             "nix --version && cosign version >/dev/null"]
+    check = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        _ENTER,
+        str(part),
+        "sh",
+        "-c",
+        "nix --version && cosign version >/dev/null",
+    ]
     if subprocess.run(check).returncode:
         raise RuntimeError(f"debootstrap ended with {result.returncode}: {shlex.join(check)} fails")
     part.rename(ROOT)

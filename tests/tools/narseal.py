@@ -19,10 +19,10 @@ from prometheus_client import REGISTRY
 
 from narseal.config import Config
 from narseal.custody import write_private
+from narseal.nix.cache_info import CacheInfo
 from narseal.nix.narinfo import NarInfo
 from narseal.server.worker import work
 from narseal.storage import Epoch, LocalStorage, epoch_file, migrate
-from narseal.nix.cache_info import CacheInfo
 from tests.tools.cache import key
 
 OPERATOR = key("operator-1")
@@ -36,9 +36,7 @@ def settings(folder: Path, *upstreams: dict[str, Any], **more: Any) -> dict[str,
         write_private(secret, OPERATOR.render())
     tree: dict[str, Any] = {
         "listen": "127.0.0.1:0",
-        "upstream": [
-            {"public_keys": [str(UPSTREAM.public)]} | upstream for upstream in upstreams
-        ],
+        "upstream": [{"public_keys": [str(UPSTREAM.public)]} | upstream for upstream in upstreams],
         "storage": {
             "url": f"file://{folder}/storage",
             "index": f"sqlite:///{folder}/index.sqlite",
@@ -177,7 +175,9 @@ def narseal_process(folder: Path, *upstreams: dict[str, Any], **more: Any) -> It
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "narseal", "serve", "--config", str(file)],
-            stdout=subprocess.PIPE, stderr=errors, text=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         )
     try:
         assert process.stdout is not None

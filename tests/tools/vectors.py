@@ -42,8 +42,9 @@ def make(client: Nix) -> dict[str, Any]:
         "flat sha512": client.script("nix-store --add-fixed sha512 tree/a"),
         "recursive sha256": client.script("nix-store --add-fixed --recursive sha256 tree"),
         "recursive sha1": client.script("nix-store --add-fixed --recursive sha1 tree"),
-        "text": client.script("nix-instantiate --eval --read-write-mode -E "
-                              "'builtins.toFile \"t\" \"hello\"'").strip('"'),
+        "text": client.script(
+            'nix-instantiate --eval --read-write-mode -E \'builtins.toFile "t" "hello"\''
+        ).strip('"'),
         "drv": client.script("nix-instantiate d.nix -A plain 2>/dev/null"),
     }
     built = {
@@ -60,8 +61,12 @@ def make(client: Nix) -> dict[str, Any]:
     for algorithm in ("md5", "sha1", "sha256", "sha512"):
         spelled = {
             form: client.script(f"nix hash file --type {algorithm} {flag} tree/a 2>/dev/null")
-            for form, flag in
-            (("nix32", "--base32"), ("hex", "--base16"), ("base64", "--base64"), ("sri", "--sri"))
+            for form, flag in (
+                ("nix32", "--base32"),
+                ("hex", "--base16"),
+                ("base64", "--base64"),
+                ("sri", "--sri"),
+            )
         }
         hashes.append({"algorithm": algorithm} | spelled)
     return {

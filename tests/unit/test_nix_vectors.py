@@ -124,8 +124,9 @@ def test_inspection_accepts_what_nix_made_and_nothing_near_it(name: str) -> None
         )
         assert computed == path
         # the same content under a CA of another content
-        other = type(info.ca)(info.ca.method, Hash(info.ca.hash.algorithm, bytes(
-            len(info.ca.hash.digest))))
+        other = type(info.ca)(
+            info.ca.method, Hash(info.ca.hash.algorithm, bytes(len(info.ca.hash.digest)))
+        )
         from dataclasses import replace
 
         wrong = Inspection(replace(info, ca=other))

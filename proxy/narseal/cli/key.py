@@ -21,7 +21,9 @@ def key() -> None:
 @key.command()
 @click.argument("name")
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path),
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
     help="The secret key's file; NAME.secret by default. It must not exist.",
 )
 def generate(name: str, output: Path | None) -> None:

@@ -32,7 +32,9 @@ class FileKey:
         ConfigError if the file is missing, readable by others, or no secret key.
         """
         if not_after and not_after.tzinfo is None:
-            raise ConfigError(f"{url}: not_after needs a time zone, for example 2028-01-01T00:00:00Z")
+            raise ConfigError(
+                f"{url}: not_after needs a time zone, for example 2028-01-01T00:00:00Z"
+            )
         text = read_private(Path(expand(url.removeprefix("file:"))))
         try:
             return cls(SecretKey.parse(text), not_after=not_after)
@@ -63,10 +65,11 @@ def read_private(path: Path) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ConfigError(f"{path}: not a regular file")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path}: not a regular file")
         # systemd shows the mask of its access list as group bits of a credential
         directory = os.environ.get(_CREDENTIALS)
         credential = directory is not None and path.parent == Path(directory)

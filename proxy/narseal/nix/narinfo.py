@@ -35,7 +35,7 @@ _LINE = re.compile(rb"[!-9;-~]{1,64}: ?[ -~]*")
 _URL = re.compile(r"[!-~]{1,2048}", re.ASCII)
 _UNKNOWN_DERIVER = "unknown-deriver"
 _KNOWN = frozenset(
-    "StorePath URL Compression FileHash FileSize NarHash NarSize References Deriver CA".split()
+    ["StorePath", "URL", "Compression", "FileHash", "FileSize", "NarHash", "NarSize", "References", "Deriver", "CA"]
 )
 
 
@@ -218,5 +218,3 @@ class _Parser:
         if len(texts) > MAX_REFERENCES:
             raise self._wrong("References", f"{len(texts)}, over the bound of {MAX_REFERENCES}")
         return tuple(sorted({StorePath.parse(text) for text in texts if text}))
-
-

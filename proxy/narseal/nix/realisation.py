@@ -36,12 +36,16 @@ class Realisation:
     @classmethod
     def parse(cls, data: bytes, *, id: str) -> Realisation:
         """The value of a `.doi` file asked for as `id`; MalformedRealisation else."""
-        tree = _object(data, required={"id", "outPath"}, optional={"signatures", "dependentRealisations"})
+        tree = _object(
+            data, required={"id", "outPath"}, optional={"signatures", "dependentRealisations"}
+        )
         if not _ID.fullmatch(id) or tree["id"] != id:
             raise MalformedRealisation(f"realisation of another output: {str(tree['id'])[:120]!r}")
         dependents = tree.get("dependentRealisations", {})
         if not isinstance(dependents, dict) or len(dependents) > _MAX_DEPENDENTS:
-            raise MalformedRealisation("realisation: dependentRealisations is no object, or too long")
+            raise MalformedRealisation(
+                "realisation: dependentRealisations is no object, or too long"
+            )
         if not all(_ID.fullmatch(key) for key in dependents):
             raise MalformedRealisation("realisation: a dependent realisation's id is malformed")
         signatures = _list(tree.get("signatures", []))
@@ -126,7 +130,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _object(data: bytes, *, required: set[str], optional: set[str]) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
-        raise MalformedRealisation(f"realisation of {len(data)} bytes, over the bound of {MAX_BYTES}")
+        raise MalformedRealisation(
+            f"realisation of {len(data)} bytes, over the bound of {MAX_BYTES}"
+        )
     try:
         tree = json.loads(data.decode("ascii"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -138,7 +144,9 @@ def _object(data: bytes, *, required: set[str], optional: set[str]) -> dict[str,
 
 def _list(value: object) -> list[object]:
     if not isinstance(value, list) or len(value) > _MAX_SIGNATURES:
-        raise MalformedRealisation(f"realisation: signatures is no list of at most {_MAX_SIGNATURES}")
+        raise MalformedRealisation(
+            f"realisation: signatures is no list of at most {_MAX_SIGNATURES}"
+        )
     return value
 
 

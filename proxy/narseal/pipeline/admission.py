@@ -104,8 +104,10 @@ class Admission:
     async def origins(self, record: NarRecord, info: NarInfo) -> AsyncIterator[Origin]:
         """Where the very file of an admitted path can be had: its own upstream, then others."""
         own = next((u for u in self._upstreams if u.config.url == record.upstream), None)
-        if own and record.url and not await self._index.refused(
-            record.upstream, record.url, record.nar_hash
+        if (
+            own
+            and record.url
+            and not await self._index.refused(record.upstream, record.url, record.nar_hash)
         ):
             yield Origin(own, record.url)
         answers = Answers()
@@ -132,8 +134,11 @@ class Admission:
                 except NarsealError as error:
                     if isinstance(error, Refused | Malformed) and error.reason != "conflict":
                         await self._index.refuse(
-                            upstream.config.url, candidate.info.url, candidate.info.nar_hash,
-                            error.reason, for_seconds=REFUSED_SECONDS,
+                            upstream.config.url,
+                            candidate.info.url,
+                            candidate.info.nar_hash,
+                            error.reason,
+                            for_seconds=REFUSED_SECONDS,
                         )
                     answers.note(error, upstream=upstream.config.url, object=object)
         verdict = answers.verdict(object)

@@ -108,4 +108,6 @@ async def _timed(
         result = "refused"
         return error
     finally:
-        metrics.upstream_seconds.labels(upstream.config.label, result).observe(perf_counter() - start)
+        metrics.upstream_seconds.labels(upstream.config.label, result).observe(
+            perf_counter() - start
+        )

@@ -53,7 +53,9 @@ def weigh(
         raise Refused("wrong-path", f"asked for {asked}, the narinfo is of {path}")
     check_url(info.url)
     if info.nar_size > max_nar_size:
-        raise Refused("too-large", f"{path}: {info.nar_size} bytes; limits.nar_size is {max_nar_size}")
+        raise Refused(
+            "too-large", f"{path}: {info.nar_size} bytes; limits.nar_size is {max_nar_size}"
+        )
     decompressor(info.compression)
     by_address = _check_content_address(info)
     message = info.fingerprint()

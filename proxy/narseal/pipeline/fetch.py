@@ -105,7 +105,8 @@ class Fetcher:
         if not known or record.file_size not in (None, measured.file_size):
             metrics.corrected.inc()
             _log.warning(
-                "corrected FileHash or FileSize of %s", record.file,
+                "corrected FileHash or FileSize of %s",
+                record.file,
                 extra={"upstream": record.upstream, "url": record.url, "file": true.file},
             )
         await self._blocking.run(

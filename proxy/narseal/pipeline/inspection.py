@@ -36,16 +36,12 @@ class Inspection:
     MalformedNar from `feed` and `finish`.
     """
 
-    def __init__(
-        self, info: NarInfo, *, on_plain: Callable[[bytes], object] | None = None
-    ) -> None:
+    def __init__(self, info: NarInfo, *, on_plain: Callable[[bytes], object] | None = None) -> None:
         self._info = info
         self._on_plain = on_plain
         self._decoder = decompressor(info.compression)
         # an uncompressed file is the NAR: its hash is taken once
-        self._file_hash: _Digest | None = (
-            None if info.compression == "none" else hashlib.sha256()
-        )
+        self._file_hash: _Digest | None = None if info.compression == "none" else hashlib.sha256()
         self._file_size = 0
         self._head = b""
         self._contents = _contents_digest(info)

@@ -80,7 +80,8 @@ class Realisations:
             pinned = {key.name: key for key in upstream.config.public_keys}
             known = pinned | self._countersigner.public_keys
             good = [
-                s for s in entry.signatures
+                s
+                for s in entry.signatures
                 if s.key_name in known and known[s.key_name].verifies(message, s)
             ]
             evidence = next((s.key_name for s in good if s.key_name in pinned), None)

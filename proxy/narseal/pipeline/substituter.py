@@ -29,10 +29,14 @@ from narseal.upstream import Upstream, connect
 
 @dataclass(frozen=True, slots=True)
 class StoredNar:
-    """A complete, verified file, open for reading; to be closed by whoever got it."""
+    """A complete, verified file, open for reading. To be closed."""
 
     descriptor: int
     size: int
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self.descriptor)
 
 
 class Substituter:
@@ -47,7 +51,9 @@ class Substituter:
         self.blocking = Blocking()
         self.upstreams = upstreams
         self.hot = HotMap(max_bytes=config.limits.hot_map, epoch=epoch)
-        self.cache_info = CacheInfo(config.store_dir, want_mass_query=True, priority=config.priority)
+        self.cache_info = CacheInfo(
+            config.store_dir, want_mass_query=True, priority=config.priority
+        )
         self.countersigner = Countersigner(keys)
         self._storage = LocalStorage(config.storage.url)
         self._index = Index(config.storage.index, config.store_dir)
@@ -152,7 +158,7 @@ class Substituter:
         if stored is not None and stored.size == record.file_size:
             return stored
         if stored is not None:
-            os.close(stored.descriptor)
+            stored.close()
         await self._index.unpublish(record.file)
         if not record.url:  # recompressed here: its path has to be admitted anew
             await self._index.withdraw(record.file)

@@ -149,9 +149,7 @@ class Transfer:
             self.failure = UpstreamTrouble("the transfer was given up")
             raise
         finally:
-            metrics.observe_verification(
-                "content", "good" if self.measured else "bad", self._spent
-            )
+            metrics.observe_verification("content", "good" if self.measured else "bad", self._spent)
             self._tell()
 
     async def settle(self) -> None:
@@ -257,7 +255,9 @@ class Transfer:
         with storage_errors():
             view = memoryview(data)
             while view:
-                view = view[os.pwrite(self.descriptor, view, self._written + len(data) - len(view)) :]
+                view = view[
+                    os.pwrite(self.descriptor, view, self._written + len(data) - len(view)) :
+                ]
         self._inspection.feed(data)
         self._written += len(data)
         self._spent += perf_counter() - start

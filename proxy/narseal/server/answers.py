@@ -13,7 +13,7 @@ from aiohttp import web
 from narseal import __version__
 from narseal.errors import NarsealError, UpstreamTimeout
 from narseal.pipeline.memory import Hot
-from narseal.pipeline.substituter import StoredNar, Substituter
+from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.transfer import Reader
 from narseal.server.ranges import Span, Unsatisfiable, etag_matches, parse_range
 from narseal.server.sending import Sending
@@ -74,18 +74,13 @@ class Answering:
         mark = self._substituter.hot.mark()
         found = await self._substituter.nar(file)
         try:
-            if isinstance(found, StoredNar):
-                if found.size <= _SMALL and request.method == "GET":
-                    return await self._small(request, file, found, mark)
-                return await self._send(request, file, found.descriptor, found.size, None)
-            if request.method == "HEAD":
-                await found.whole()
-            return await self._relay(request, file, found)
-        finally:
             if isinstance(found, Reader):
-                found.close()
-            else:
-                os.close(found.descriptor)
+                return await self._relay(request, file, found, mark)
+            if found.size <= _SMALL and request.method == "GET":
+                return await self._small(request, file, found.descriptor, "storage", mark)
+            return await self._send(request, file, found.descriptor, found.size, None)
+        finally:
+            found.close()
 
     async def side_file(self, request: web.Request) -> web.StreamResponse:
         """A listing, a log or a debug-info pointer."""
@@ -139,22 +134,30 @@ class Answering:
         return web.Response(text=page, content_type="text/html", headers=_cache("no-store"))
 
     async def _small(
-        self, request: web.Request, file: str, stored: StoredNar, mark: int
+        self, request: web.Request, file: str, descriptor: int, source: str, mark: int
     ) -> web.StreamResponse:
-        body = await self._substituter.blocking.run(os.pread, stored.descriptor, _SMALL, 0)
+        """A complete, verified file that is worth a place in memory."""
+        body = await self._substituter.blocking.run(os.pread, descriptor, _SMALL, 0)
         answer = _hot("nar", _NAR, _IMMUTABLE, body, _file_etag(file), "Accept-Ranges: bytes\r\n")
         self._substituter.hot.put(f"/nar/{file}".encode(), answer, mark)
-        metrics.nar_bytes.labels("storage").inc(len(body))
+        metrics.nar_bytes.labels(source).inc(len(body))
         return _whole(request, body, _NAR, _IMMUTABLE, _file_etag(file))
 
-    async def _relay(self, request: web.Request, file: str, reader: Reader) -> web.StreamResponse:
+    async def _relay(
+        self, request: web.Request, file: str, reader: Reader, mark: int
+    ) -> web.StreamResponse:
         """Follow a transfer. Errors before the first byte are answers, later ones a broken line."""
         try:
             async with asyncio.timeout(_FIRST_BYTE):
+                if request.method == "HEAD":
+                    await reader.whole()
                 await reader.follow(0)
         except TimeoutError as error:
             raise UpstreamTimeout(f"nar/{file}: nothing came in {_FIRST_BYTE} s") from error
         assert reader.size is not None  # nothing is released before it is known
+        if reader.size <= _SMALL and request.method == "GET":
+            await reader.whole()
+            return await self._small(request, file, reader.descriptor, "upstream", mark)
         return await self._send(request, file, reader.descriptor, reader.size, reader)
 
     async def _send(
@@ -181,8 +184,13 @@ class Answering:
         return response
 
     async def _stream(
-        self, request: web.Request, response: web.StreamResponse, descriptor: int, start: int,
-        stop: int, reader: Reader | None,
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        descriptor: int,
+        start: int,
+        stop: int,
+        reader: Reader | None,
     ) -> None:
         async def all_there(_: int) -> int:
             return stop
@@ -225,7 +233,7 @@ def _headers(control: str, etag: str) -> dict[str, str]:
     return {"Cache-Control": control, "ETag": etag, "Accept-Ranges": "bytes"}
 
 
-def _span(request: web.Request, size: int, etag: str) -> Span | None | web.Response:
+def _span(request: web.Request, size: int, etag: str) -> Span | web.Response | None:
     """The range that is asked for, or the answer that it cannot be had."""
     condition = request.headers.get("If-Range")
     if condition is not None and not etag_matches(condition, etag):

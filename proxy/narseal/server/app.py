@@ -38,6 +38,7 @@ def application(answering: Answering, tally: Tally) -> web.Application:
         given = request.headers.get("X-Request-Id", "")
         id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         token = request_id.set(id)
+        request["id"] = id
         route = request.match_info.route.name or "other"
         status = 499  # the client left, as nginx has it
         try:
@@ -54,22 +55,19 @@ def application(answering: Answering, tally: Tally) -> web.Application:
                 _log.exception("%s %s failed", request.method, request.path)
                 response = web.Response(status=500, text="narseal failed; its log says how\n")
             status = response.status
-            if not response.prepared:
-                response.headers["X-Request-Id"] = id
             if isinstance(response, web.HTTPException):
                 raise response
             return response
         finally:
             request_id.reset(token)
-            tally.answered(
-                route, request.method, request.path, status, perf_counter() - start
-            )
+            tally.answered(route, request.method, request.path, status, perf_counter() - start)
 
-    async def name_server(_: web.Request, response: web.StreamResponse) -> None:
+    async def finish_head(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Server"] = "narseal"
+        response.headers["X-Request-Id"] = request["id"]
 
     app = web.Application(middlewares=[account], client_max_size=1 << 20)
-    app.on_response_prepare.append(name_server)
+    app.on_response_prepare.append(finish_head)
     table: list[tuple[str, str, Handler]] = [
         ("nix-cache-info", "/nix-cache-info", answering.cache_info),
         ("narinfo", f"/{{hash:{_HASH}}}.narinfo", answering.narinfo),
@@ -82,7 +80,11 @@ def application(answering: Answering, tally: Tally) -> web.Application:
             rf"/{{name:realisations/sha256:[0-9a-f]{{64}}!{_OUTPUT}\.doi}}",
             answering.realisation,
         ),
-        ("build-trace-v2", rf"/{{name:build-trace-v2/{_PATH}/{_OUTPUT}\.doi}}", answering.realisation),
+        (
+            "build-trace-v2",
+            rf"/{{name:build-trace-v2/{_PATH}/{_OUTPUT}\.doi}}",
+            answering.realisation,
+        ),
         ("healthz", "/healthz", answering.healthz),
         ("readyz", "/readyz", answering.readyz),
         ("pubkey", "/pubkey", answering.pubkey),

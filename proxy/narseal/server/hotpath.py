@@ -27,9 +27,24 @@ _MAX_TARGET = 100
 _MAX_HEAD = 2048
 #: Headers that change nothing of an answer from memory.
 _HARMLESS = frozenset(
-    (b"host", b"user-agent", b"accept", b"accept-encoding", b"accept-language", b"cache-control",
-     b"pragma", b"dnt", b"traceparent", b"tracestate", b"x-forwarded-for", b"x-forwarded-proto",
-     b"x-forwarded-host", b"x-real-ip", b"forwarded", b"via")
+    (
+        b"host",
+        b"user-agent",
+        b"accept",
+        b"accept-encoding",
+        b"accept-language",
+        b"cache-control",
+        b"pragma",
+        b"dnt",
+        b"traceparent",
+        b"tracestate",
+        b"x-forwarded-for",
+        b"x-forwarded-proto",
+        b"x-forwarded-host",
+        b"x-real-ip",
+        b"forwarded",
+        b"via",
+    )
 )
 _KNOWN_HEADS = 1024
 _SWEEP = 1.0
@@ -39,12 +54,15 @@ class HotServer(web.Server):
     """aiohttp's server, with our protocol on each connection."""
 
     def __init__(
-        self, inner: web.Server, options: dict[str, Any], *, hot: HotMap, limits: LimitsConfig,
+        self,
+        inner: web.Server,
+        options: dict[str, Any],
+        *,
+        hot: HotMap,
+        limits: LimitsConfig,
         tally: Tally,
     ) -> None:
-        super().__init__(
-            inner.request_handler, request_factory=inner.request_factory, **options
-        )
+        super().__init__(inner.request_handler, request_factory=inner.request_factory, **options)
         self.hot = hot
         self.tally = tally
         self.limits = limits
@@ -145,7 +163,7 @@ class HotProtocol(RequestHandler):
             self.waits_since = self._loop.time()
 
     def _is_parked(self) -> bool:
-        """aiohttp waits for a request: none is being answered and none is queued."""
+        """Aiohttp waits for a request: none is being answered and none is queued."""
         return (
             self._waiter is not None
             and not self._waiter.done()

@@ -24,7 +24,11 @@ class Sending:
     """
 
     def __init__(
-        self, request: web.Request, response: web.StreamResponse, *, timeout: float,
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        *,
+        timeout: float,
         blocking: Blocking,
     ) -> None:
         self._request = request

@@ -16,7 +16,8 @@ class Tally:
     def __init__(self, *, access_log: bool) -> None:
         self._access_log = access_log
         self._routes = {
-            route: metrics.Bulk(metrics.request_seconds.labels(route)) for route in ("narinfo", "nar")
+            route: metrics.Bulk(metrics.request_seconds.labels(route))
+            for route in ("narinfo", "nar")
         }
         self._nar_bytes = 0
 

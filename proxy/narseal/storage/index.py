@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Iterable
@@ -67,9 +66,9 @@ class PathRecord:
 
 
 #: Paths with the NAR that their narinfo names; both tables hold NarHash and NarSize, once is enough.
-_PATHS = select(
-    schema.path, *(c for c in schema.nar.c if c.name not in schema.path.c)
-).join(schema.nar, schema.path.c.nar_file == schema.nar.c.file)
+_PATHS = select(schema.path, *(c for c in schema.nar.c if c.name not in schema.path.c)).join(
+    schema.nar, schema.path.c.nar_file == schema.nar.c.file
+)
 
 
 def file_name(file_hash: Hash, compression: str) -> str:
@@ -104,9 +103,7 @@ class Index:
 
     async def nar_of_source(self, upstream: str, url: str) -> NarRecord | None:
         """The NAR that an upstream has at a URL, if a path with it was admitted."""
-        query = select(schema.nar).where(
-            schema.nar.c.upstream == upstream, schema.nar.c.url == url
-        )
+        query = select(schema.nar).where(schema.nar.c.upstream == upstream, schema.nar.c.url == url)
         rows = await self._read(query)
         return _nar(rows[0]) if rows else None
 
@@ -142,9 +139,7 @@ class Index:
         """Replace a path's signatures."""
         text = "\n".join(map(str, signatures))
         change = (
-            update(schema.path)
-            .where(schema.path.c.hash_part == hash_part)
-            .values(signatures=text)
+            update(schema.path).where(schema.path.c.hash_part == hash_part).values(signatures=text)
         )
         await self._engines.write(lambda c: c.execute(change))
 
@@ -194,7 +189,7 @@ class Index:
         try:
             async with self._engines.reading.connect() as connection:
                 return list((await connection.execute(query)).all())
-        except (DBAPIError, OSError, asyncio.TimeoutError) as error:
+        except (TimeoutError, DBAPIError, OSError) as error:
             raise Unavailable(f"the index cannot be read: {error}") from error
 
     async def _admit(
@@ -317,9 +312,7 @@ class Index:
 
 
 async def _add_bytes(connection: AsyncConnection, size: int) -> None:
-    await connection.execute(
-        update(schema.total).values(nar_bytes=schema.total.c.nar_bytes + size)
-    )
+    await connection.execute(update(schema.total).values(nar_bytes=schema.total.c.nar_bytes + size))
 
 
 def _nar(row: Row[Any]) -> NarRecord:

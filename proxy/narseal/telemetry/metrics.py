@@ -65,21 +65,27 @@ _MILLISECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 250
 
 requests = Counter("narseal_requests_total", "Requests answered.", ["route", "code"])
 request_seconds = Histogram(
-    "narseal_request_seconds", "From a request's head to the end of its answer.", ["route"],
+    "narseal_request_seconds",
+    "From a request's head to the end of its answer.",
+    ["route"],
     buckets=_SLOW,
 )
 verify_seconds = Histogram(
     "narseal_verify_seconds", "Verification of one object.", ["kind", "result"], buckets=_SLOW
 )
 verify_ms = Histogram(
-    "sigstore_verify_ms", "Verification of one object, in milliseconds.", ["kind"],
+    "sigstore_verify_ms",
+    "Verification of one object, in milliseconds.",
+    ["kind"],
     buckets=_MILLISECONDS,
 )
 sign_seconds = Histogram(
     "narseal_sign_seconds", "Making of one signature.", ["kind", "result"], buckets=_FAST
 )
 upstream_seconds = Histogram(
-    "narseal_upstream_seconds", "One question to an upstream.", ["upstream", "result"],
+    "narseal_upstream_seconds",
+    "One question to an upstream.",
+    ["upstream", "result"],
     buckets=_SLOW,
 )
 nar_bytes = Counter("narseal_nar_bytes_total", "NAR bytes sent to clients.", ["source"])
@@ -91,8 +97,10 @@ corrected = Counter(
 )
 worker_restarts = Counter("narseal_worker_restarts_total", "Workers that died and were restarted.")
 key_not_after = Gauge(
-    "narseal_key_not_after_seconds", "Unix time after which a key stops signing; 0: never.",
-    ["key"], multiprocess_mode="max",
+    "narseal_key_not_after_seconds",
+    "Unix time after which a key stops signing; 0: never.",
+    ["key"],
+    multiprocess_mode="max",
 )
 storage_bytes = Gauge(
     "narseal_storage_bytes", "Bytes of NARs in storage.", multiprocess_mode="mostrecent"

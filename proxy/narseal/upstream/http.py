@@ -40,7 +40,10 @@ class HttpUpstream:
         self.config = config
         self._base = config.url + "/"
         self._origin = URL(config.url).origin()
-        self._trusted = {self._origin, *(URL(origin).origin() for origin in config.redirect_origins)}
+        self._trusted = {
+            self._origin,
+            *(URL(origin).origin() for origin in config.redirect_origins),
+        }
         self._credentials = credentials(config, self._origin.host or "")
         self._breaker = Breaker()
         self._own = _session(config, aiohttp.TCPConnector(limit=_CONNECTIONS))

@@ -1,0 +1,56 @@
+# narseal: everything that a newcomer needs. `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export UV_PROJECT_ENVIRONMENT := $(VENV)
+export UV_COMPILE_BYTECODE := 1
+# bytecode halves the start of every process that the tests start
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help serve dev test lint format bench docs tools vectors clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+serve: $(READY) ## run narseal on a sample cache, or in front of UPSTREAM=https://cache.nixos.org
+	@$(BIN)/python examples/serve.py $(if $(UPSTREAM),--upstream $(UPSTREAM)) $(if $(PUBLIC_KEY),--public-key $(PUBLIC_KEY))
+
+dev: $(READY) ## set up the development environment in .venv
+
+test: $(READY) tools lint ## everything: lint, types, layers, unit, property, faults, real clients
+	$(BIN)/pytest --durations=10
+
+lint: $(READY) ## ruff, mypy --strict, the layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## let ruff write the code's form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) tools ## ratios against nginx, all from one run on this machine
+	$(BIN)/python -m tests.bench
+
+docs: $(READY) ## check that the documentation names every setting, command, metric and threat
+	$(BIN)/pytest tests/unit/test_docs.py
+
+tools: $(READY) ## install what the tests need: Debian's packages, a root with real Nix and cosign
+	$(BIN)/python -m tests.tools.debian
+
+vectors: tools ## make tests/vectors anew with real Nix
+	$(BIN)/python -m tests.tools.vectors
+
+clean: ## remove what make made here
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(READY): pyproject.toml uv.lock
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ apt-get update -q && apt-get install -qy python3-venv && $(PYTHON) -m venv $(VENV); }
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv sync --quiet --frozen --inexact
+	@touch $@

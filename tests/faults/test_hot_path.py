@@ -1,0 +1,253 @@
+"""The wire itself: the hot path answers byte for byte like aiohttp, and hostile bytes get nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.tools.cache import entry
+from tests.tools.narseal import UPSTREAM, Client, metric, narseal
+from tests.tools.upstream import FakeCache
+
+ITEM = entry("item").signed(UPSTREAM)
+
+
+class Wire:
+    """A raw connection."""
+
+    def __init__(self, client: Client) -> None:
+        self.host, self.port = client.url.removeprefix("http://").split(":")
+
+    async def __aenter__(self) -> Wire:
+        self.reader, self.writer = await asyncio.open_connection(self.host, int(self.port))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.writer.close()
+
+    async def send(self, *portions: bytes) -> None:
+        for portion in portions:
+            self.writer.write(portion)
+            await self.writer.drain()
+            await asyncio.sleep(0)
+
+    async def answer(self) -> tuple[int, bytes, bytes]:
+        """Status, head and body of the next answer."""
+        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 10)
+        length = next(
+            int(line.split(b":")[1])
+            for line in head.split(b"\r\n")
+            if line.lower().startswith(b"content-length:")
+        )
+        body = await self.reader.readexactly(length)
+        return int(head.split(b" ")[1]), head, body
+
+
+def get(target: str, *headers: str) -> bytes:
+    lines = [f"GET {target} HTTP/1.1", "Host: x", *headers, "", ""]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+async def test_torn_and_pipelined_requests_are_answered_byte_for_byte(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    upstream.add(ITEM)
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        cold = (await client.get(f"{ITEM.hash}.narinfo"))[1]
+        request = get(f"/{ITEM.hash}.narinfo", "User-Agent: curl/8 Nix/2.34")
+        async with Wire(client) as wire:
+            for cut in range(1, len(request)):
+                await wire.send(request[:cut], request[cut:])
+                status, _, body = await wire.answer()
+                assert (status, body) == (200, cold)
+            await wire.send(request * 20)
+            for _ in range(20):
+                assert (await wire.answer())[2] == cold
+            mixed = request + get("/nix-cache-info") + request + get("/nothing") + request
+            for cut in range(0, len(mixed), 11):
+                await wire.send(mixed[:cut], mixed[cut:])
+                bodies = [(await wire.answer())[2] for _ in range(5)]
+                assert bodies[0] == bodies[2] == bodies[4] == cold
+                assert bodies[1].startswith(b"StoreDir")
+            # a body that is not read must not be taken for a request
+            post = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(request)
+            await wire.send(post, request)
+            assert (await wire.answer())[0] == 405
+            await wire.send(request)
+            assert (await wire.answer())[2] == cold
+        assert metric("narseal_hot_hits_total") > 0
+
+
+async def test_the_hot_answer_says_what_the_slow_one_says(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    upstream.add(ITEM)
+
+    def fields(head: bytes) -> dict[bytes, bytes]:
+        pairs = [line.split(b": ", 1) for line in head.split(b"\r\n")[1:] if line]
+        leave = (b"date", b"x-request-id", b"accept-ranges")
+        return {k.lower(): v for k, v in pairs if k.lower() not in leave}
+
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        info = await client.narinfo(ITEM.hash)
+        await client.get(info.url)
+        await client.until(lambda: info.url in client.published())
+        await client.get(info.url)
+        await client.get(f"{ITEM.hash}.narinfo")
+        async with Wire(client) as wire:
+            await wire.send(get("/nix-cache-info"))
+            await wire.answer()
+            for target in (f"/{ITEM.hash}.narinfo", f"/{info.url}"):
+                before = metric("narseal_requests_total", route="narinfo", code="200")
+                await wire.send(get(target))
+                _, hot, hot_body = await wire.answer()
+                await wire.send(get(target, "X-Odd: 1"))
+                _, slow, slow_body = await wire.answer()
+                assert b"X-Request-Id" in slow and b"X-Request-Id" not in hot
+                assert (fields(hot), hot_body) == (fields(slow), slow_body)
+                await wire.send(get(target, "Range: bytes=0-3"))
+                assert (await wire.answer())[0] == 206
+                assert before >= 0
+
+
+HOSTILE = [
+    "/nar/..%2f..%2fetc%2fpasswd", "/nar/../../etc/passwd", "/nar/%00", "/nar/%0a",
+    "/../etc/passwd", "//etc/passwd", "/nar//etc/passwd", f"/{'0' * 32}.narinfo%00",
+    f"/{'0' * 32}.narinfo/..", f"/{'e' * 32}.narinfo", f"/{'0' * 31}.narinfo",
+    f"/{'0' * 33}.narinfo", f"/{'0' * 32}.NARINFO", "/log/../../etc/passwd",
+    "/log/%2e%2e%2fetc%2fpasswd", f"/log/{'0' * 32}-%2e%2e%2fx", f"/debuginfo/{'g' * 40}",
+    "/realisations/x.doi", f"/realisations/sha256:{'0' * 64}%21..%2fx.doi",
+    f"/build-trace-v2/{'0' * 32}-x.drv/..%2f..%2fx.doi", f"/nar/{'0' * 52}.nar.exe",
+    f"/nar/{'0' * 52}.nar.xz%20", "/.narseal/lock", "/.narseal/incoming/x", "/index.sqlite",
+    f"/nar/{'0' * 52}.nar;x", "/nar/" + "0" * 3000, "/%ff%fe", "/nar/\u0000".replace("\0", "%00"),
+]  # fmt: skip
+
+
+async def test_no_hostile_path_reaches_a_file(tmp_path: Path, upstream: FakeCache) -> None:
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        for target in HOSTILE:
+            async with Wire(client) as wire:
+                await wire.send(get(target))
+                status, _, body = await wire.answer()
+                assert status in (400, 404), target
+                assert b"root:" not in body
+        assert not any("passwd" in name for name in upstream.asked)
+
+
+BROKEN_HTTP = [
+    b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
+    b"GET / HTTP/1.1\r\nHost: x\r\nX: a\nY: b\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"X%d: y\r\n" % n for n in range(200)) + b"\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 10_000 + b"\r\n\r\n",
+    b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("number", range(len(BROKEN_HTTP)))
+async def test_broken_http_is_400_and_the_end(
+    number: int, tmp_path: Path, upstream: FakeCache
+) -> None:
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        async with Wire(client) as wire:
+            await wire.send(BROKEN_HTTP[number])
+            assert (await wire.answer())[0] == 400
+            assert await asyncio.wait_for(wire.reader.read(), 5) == b""
+        assert (await client.get("healthz"))[0] == 200
+
+
+async def test_headers_that_change_the_answer_do_not_take_the_hot_path(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    upstream.add(ITEM)
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        _, body, headers = await client.get(f"{ITEM.hash}.narinfo")
+        target = f"/{ITEM.hash}.narinfo"
+        async with Wire(client) as wire:
+            for more, status in (
+                (f"If-None-Match: {headers['ETag']}", 304), ("Range: bytes=0-0", 206),
+                ("Host: y", 400),
+            ):  # fmt: skip
+                await wire.send(get(target))
+                assert (await wire.answer())[2] == body
+                await wire.send(get(target, more))
+                if status == 304:
+                    head = await wire.reader.readuntil(b"\r\n\r\n")
+                    assert b" 304 " in head
+                else:
+                    assert (await wire.answer())[0] == status
+        async with Wire(client) as wire:
+            await wire.send(get(target, "Connection: close"))
+            assert (await wire.answer())[2] == body
+            assert await asyncio.wait_for(wire.reader.read(), 5) == b""
+        async with Wire(client) as wire:
+            await wire.send(get(target).replace(b"HTTP/1.1", b"HTTP/1.0"))
+            assert (await wire.answer())[2] == body
+
+
+async def test_a_dribbled_head_is_cut_off_at_its_deadline(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    async with narseal(
+        tmp_path, {"url": upstream.url}, limits={"header_timeout": "500ms"}
+    ) as client, Wire(client) as silent, Wire(client) as dribbling, Wire(client) as good:
+        await good.send(get("/healthz"))
+        await good.answer()
+        await dribbling.send(get("/healthz"))
+        await dribbling.answer()
+        for byte in get("/" + "x" * 30):
+            if dribbling.writer.is_closing() or dribbling.reader.at_eof():
+                break
+            dribbling.writer.write(bytes([byte]))
+            await asyncio.sleep(0.1)
+        assert await silent.reader.read() == b""
+        assert dribbling.reader.at_eof()
+        await good.send(get("/healthz"))  # idle between requests is not a dribble
+        assert (await good.answer())[0] == 200
+
+
+async def test_connections_of_one_address_are_bounded(tmp_path: Path, upstream: FakeCache) -> None:
+    async with narseal(
+        tmp_path, {"url": upstream.url}, limits={"connections_per_address": 5}
+    ) as client:
+        wires = [await Wire(client).__aenter__() for _ in range(8)]
+        answered = 0
+        for wire in wires:
+            try:
+                await wire.send(get("/healthz"))
+                answered += (await wire.answer())[0] == 200
+            except (asyncio.IncompleteReadError, ConnectionError):
+                continue
+        assert answered == 5
+        for wire in wires:
+            wire.writer.close()
+
+
+async def test_any_bytes_leave_the_server_standing(tmp_path: Path, upstream: FakeCache) -> None:
+    upstream.add(ITEM)
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        good = (await client.get(f"{ITEM.hash}.narinfo"))[1]
+        request = get(f"/{ITEM.hash}.narinfo")
+        samples: list[bytes] = []
+
+        @settings(max_examples=150, suppress_health_check=list(HealthCheck), database=None)
+        @given(st.integers(0, len(request)), st.binary(max_size=8), st.integers(0, 8))
+        def collect(at: int, more: bytes, less: int) -> None:
+            samples.append(request[:at] + more + request[at + less :])
+
+        collect()
+        for sample in samples:
+            async with Wire(client) as wire:
+                await wire.send(sample)
+                wire.writer.write_eof()
+                answer = await asyncio.wait_for(wire.reader.read(), 10)
+                assert not answer or answer.startswith(b"HTTP/1.")
+        async with Wire(client) as wire:
+            await wire.send(request)
+            assert (await wire.answer())[2] == good

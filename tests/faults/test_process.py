@@ -1,0 +1,441 @@
+"""The real command: workers, signals, crashes, full disks, sockets, broken configurations."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import http.client
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from narseal.nix.narinfo import NarInfo
+from tests.tools.cache import Entry, entry, write_cache
+from tests.tools.narseal import (
+    UPSTREAM,
+    Process,
+    is_countersigned,
+    narseal_process,
+    render_toml,
+    settings,
+)
+
+ITEMS = [entry(f"item{n}", os.urandom(40_000)).signed(UPSTREAM) for n in range(12)]
+BIG = entry("big", os.urandom(24 << 20), compression="none").signed(UPSTREAM)
+
+
+def fetch(url: str, **headers: str) -> tuple[int, bytes]:
+    """Status and body; a broken body raises http.client.IncompleteRead."""
+    try:
+        request = urllib.request.Request(url, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def cache_of(folder: Path, *items: Entry) -> dict[str, str]:
+    write_cache(folder / "cache", *items)
+    return {"url": f"file://{folder}/cache"}
+
+
+def check_storage(storage: Path, items: list[Entry]) -> None:
+    """What the checker after every crash wants: all or nothing, and nothing that is wrong."""
+    by_hash = {item.hash: item for item in items}
+    for file in storage.glob("nar/*"):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert digest in {hashlib.sha256(item.file).hexdigest() for item in items}, file
+    for file in storage.glob("*.narinfo"):
+        info = NarInfo.parse(file.read_bytes())
+        assert is_countersigned(info), file
+        assert info.nar_hash == by_hash[info.store_path.hash_part].info.nar_hash
+        assert (storage / info.url).exists(), f"{file} without its NAR"
+
+
+def test_metrics_are_right_across_workers(tmp_path: Path) -> None:
+    with narseal_process(tmp_path, cache_of(tmp_path, *ITEMS), workers=3) as proxy:
+        for _ in range(10):
+            for item in ITEMS:  # each on a connection of its own, so on any worker
+                assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 200
+        wanted = 10 * len(ITEMS)
+        deadline = time.monotonic() + 5
+        while True:
+            text = fetch(f"{proxy.url}/metrics")[1].decode()
+            lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[:1] != "#")
+            count = float(lines['narseal_requests_total{code="200",route="narinfo"}'])
+            if count == wanted:
+                break
+            assert count < wanted and time.monotonic() < deadline
+            time.sleep(0.1)
+        assert float(lines['narseal_request_seconds_count{route="narinfo"}']) == wanted
+        assert 'sigstore_verify_ms_bucket{kind="nix",le="500.0"}' in lines
+        assert len([line for line in lines if str(tmp_path) in line]) == 0
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, text=True
+        )
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_a_dead_worker_is_restarted_and_nobody_is_turned_away(tmp_path: Path) -> None:
+    with narseal_process(tmp_path, cache_of(tmp_path, *ITEMS), workers=2) as proxy:
+        before = proxy.workers()
+        assert len(before) == 2
+        os.kill(before[0], signal.SIGKILL)
+        for _ in range(40):
+            assert fetch(f"{proxy.url}/{ITEMS[0].hash}.narinfo")[0] == 200
+        after = proxy.workers()
+        assert len(after) == 2 and before[0] not in after
+        assert "a worker died and is restarted" in proxy.log.read_text()
+
+
+def test_no_worker_serves_what_another_has_refused(tmp_path: Path) -> None:
+    wrong = entry("wrong", b"right", compression="none").signed(UPSTREAM)
+    upstream = cache_of(tmp_path, wrong)
+    (tmp_path / "cache" / wrong.info.url).write_bytes(wrong.file.replace(b"right", b"wrong"))
+    with narseal_process(tmp_path, upstream, workers=4) as proxy:
+        target = f"{proxy.url}/{wrong.hash}.narinfo"
+        for _ in range(60):  # until it is in the memory of all of them
+            assert fetch(target)[0] == 200
+        assert fetch(f"{proxy.url}/{wrong.info.url}")[0] == 404
+        assert {fetch(target)[0] for _ in range(60)} == {404}
+        refusals = [
+            line
+            for line in map(json.loads, proxy.log.read_text().splitlines())
+            if line.get("reason") == "content-mismatch"
+        ]
+        assert len(refusals) == 1
+        assert {"time", "level", "upstream", "object", "request"} <= refusals[0].keys() | {
+            "request"
+        }
+
+
+@pytest.mark.parametrize("moment", range(12))
+def test_kill_9_leaves_all_or_nothing(moment: int, tmp_path: Path) -> None:
+    items = [*ITEMS, BIG]
+    upstream = cache_of(tmp_path, *items)
+    with narseal_process(tmp_path, upstream) as proxy:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            wanted = [pool.submit(_try_path, proxy.url, item) for item in items]
+            time.sleep(0.01 + moment * 0.02)
+            for pid in [proxy.process.pid, *proxy.workers()]:
+                os.kill(pid, signal.SIGKILL)
+            concurrent.futures.wait(wanted)
+    check_storage(tmp_path / "storage", items)
+    with narseal_process(tmp_path, upstream) as proxy:
+        for item in items:
+            status, text = fetch(f"{proxy.url}/{item.hash}.narinfo")
+            assert status == 200
+            assert fetch(f"{proxy.url}/{NarInfo.parse(text).url}") == (200, item.file)
+        until(lambda: not any((tmp_path / "storage/.narseal/incoming").iterdir()))
+    check_storage(tmp_path / "storage", items)
+
+
+def _try_path(url: str, item: Entry) -> None:
+    try:
+        status, text = fetch(f"{url}/{item.hash}.narinfo")
+        if status == 200:
+            assert fetch(f"{url}/{NarInfo.parse(text).url}") == (200, item.file)
+    except (OSError, http.client.HTTPException):
+        return
+
+
+@contextmanager
+def strace(proxy: Process, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker under strace, which shows its system calls or makes them fail or kill."""
+    tracer = subprocess.Popen(
+        ["strace", "-f", "-p", str(proxy.workers()[0]), *options], stderr=subprocess.PIPE
+    )
+    assert tracer.stderr is not None
+    tracer.stderr.readline()  # "Process … attached"
+    try:
+        yield tracer
+    finally:
+        tracer.terminate()
+        tracer.wait()
+        tracer.stderr.close()
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_files_are_synced_then_renamed_then_recorded(tmp_path: Path) -> None:
+    upstream = cache_of(tmp_path, ITEMS[0])
+    trace = tmp_path / "trace"
+    calls = "trace=fsync,fdatasync,rename,renameat,renameat2"
+    with (
+        narseal_process(tmp_path, upstream) as proxy,
+        strace(proxy, "-qq", "-y", "-e", calls, "-o", str(trace)),
+    ):
+        assert fetch(f"{proxy.url}/{ITEMS[0].hash}.narinfo")[0] == 200
+        assert fetch(f"{proxy.url}/{ITEMS[0].info.url}") == (200, ITEMS[0].file)
+        until((tmp_path / "storage" / f"{ITEMS[0].hash}.narinfo").exists)
+    lines = trace.read_text().splitlines()
+    name = ITEMS[0].info.url
+    renamed = next(n for n, line in enumerate(lines) if "rename" in line and name in line)
+    incoming = lines[renamed].split('"')[1]
+    synced = next(n for n, line in enumerate(lines) if "fsync" in line and incoming in line)
+    folder = next(
+        n for n, line in enumerate(lines) if n > renamed and "fsync" in line and "nar>" in line
+    )
+    recorded = next(
+        n for n, line in enumerate(lines) if n > folder and "sync" in line and "index" in line
+    )
+    narinfo = next(
+        n for n, line in enumerate(lines) if "rename" in line and f"{ITEMS[0].hash}.narinfo" in line
+    )
+    assert synced < renamed < folder < recorded < narinfo
+
+
+@pytest.mark.parametrize("call", ["rename", "fsync", "pwrite64"])
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_killed_in_the_middle_of_a_system_call(call: str, number: int, tmp_path: Path) -> None:
+    """The worker dies in its nth call; the next one serves, and storage is right."""
+    items = ITEMS[:4]
+    upstream = cache_of(tmp_path, *items)
+    inject = f"inject={call}:signal=KILL:when={number}"
+    with narseal_process(tmp_path, upstream) as proxy:
+        with strace(proxy, "-e", f"trace={call}", "-e", inject, "-o", "/dev/null") as tracer:
+            for item in items:
+                _try_path(proxy.url, item)
+            tracer.wait(20)
+        for item in items:
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    status, text = fetch(f"{proxy.url}/{item.hash}.narinfo")
+                    assert status == 200
+                    assert fetch(f"{proxy.url}/{NarInfo.parse(text).url}") == (200, item.file)
+                    break
+                except (OSError, http.client.HTTPException):
+                    assert time.monotonic() < deadline
+        until(lambda: not any((tmp_path / "storage/.narseal/incoming").iterdir()) or number > 1)
+        check_storage(tmp_path / "storage", items)
+        assert "a worker died" in proxy.log.read_text()
+
+
+def test_fsync_that_fails_publishes_nothing(tmp_path: Path) -> None:
+    upstream = cache_of(tmp_path, BIG)
+    with narseal_process(tmp_path, upstream) as proxy:
+        assert fetch(f"{proxy.url}/{BIG.hash}.narinfo")[0] == 200
+        eio = "inject=fsync:error=EIO:when=1"
+        with strace(proxy, "-e", "trace=fsync", "-e", eio, "-o", "/dev/null"):
+            # the content is right, so the reader gets it; it is not kept
+            assert fetch(f"{proxy.url}/{BIG.info.url}") == (200, BIG.file)
+            until(lambda: "storage fails" in proxy.log.read_text())
+            assert not (tmp_path / "storage" / BIG.info.url).exists()
+        assert fetch(f"{proxy.url}/{BIG.info.url}") == (200, BIG.file)
+
+
+def test_a_full_disk_is_507_and_recovers_unaided(tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(storage)], check=True)
+    try:
+        with narseal_process(tmp_path, cache_of(tmp_path, BIG, *ITEMS)) as proxy:
+            assert fetch(f"{proxy.url}/{BIG.hash}.narinfo")[0] == 200
+            item = ITEMS[0]
+            assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 200
+            assert fetch(f"{proxy.url}/{item.info.url}") == (200, item.file)
+            with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+                status, _ = fetch(f"{proxy.url}/{BIG.info.url}")
+                assert status == 507
+                raise ConnectionError
+            assert fetch(f"{proxy.url}/{item.info.url}") == (200, item.file)
+            until(lambda: not any((storage / ".narseal/incoming").iterdir()))
+            subprocess.run(["mount", "-o", "remount,size=64M", str(storage)], check=True)
+            assert fetch(f"{proxy.url}/{BIG.info.url}") == (200, BIG.file)
+    finally:
+        subprocess.run(["umount", "-l", str(storage)], check=True)
+
+
+def test_sigterm_lets_a_running_download_end(tmp_path: Path) -> None:
+    upstream = cache_of(tmp_path, BIG)
+    with narseal_process(tmp_path, upstream, limits={"shutdown_timeout": "20s"}) as proxy:
+        fetch(f"{proxy.url}/{BIG.hash}.narinfo")
+        host, port = proxy.url.removeprefix("http://").split(":")
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        connection.connect((host, int(port)))
+        connection.sendall(f"GET /{BIG.info.url} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        head = connection.recv(4096)
+        proxy.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert proxy.process.poll() is None
+        with pytest.raises(OSError):
+            fetch(f"{proxy.url}/healthz")
+        data = head
+        while chunk := connection.recv(1 << 16):
+            data += chunk
+        connection.close()
+        assert data.partition(b"\r\n\r\n")[2] == BIG.file
+        assert proxy.process.wait(20) == 0
+
+
+def test_a_second_narseal_on_the_same_storage_is_refused(tmp_path: Path) -> None:
+    with narseal_process(tmp_path, cache_of(tmp_path)) as proxy:
+        file = proxy.folder / "narseal.toml"
+        second = run("serve", "--config", str(file))
+        assert second.returncode == 2
+        assert "another narseal serves from it" in second.stderr
+
+
+def test_unix_socket_tls_and_a_metrics_listener(tmp_path: Path) -> None:
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
+         "subjectAltName=IP:127.0.0.1", "-keyout", str(tmp_path / "key.pem"), "-out",
+         str(tmp_path / "cert.pem")], check=True, capture_output=True,
+    )  # fmt: skip
+    upstream = cache_of(tmp_path, BIG)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with narseal_process(
+        tmp_path / "tls", upstream,
+        tls={"certificate": f"{tmp_path}/cert.pem", "key": f"{tmp_path}/key.pem"},
+        metrics={"listen": f"127.0.0.1:{port}"},
+    ) as proxy:  # fmt: skip
+        assert proxy.url.startswith("https://")
+        context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+        for name, wanted in ((f"{BIG.hash}.narinfo", None), (BIG.info.url, BIG.file)) * 2:
+            with urllib.request.urlopen(f"{proxy.url}/{name}", context=context) as response:
+                body = response.read()
+                assert wanted is None or body == wanted
+        assert b"narseal_build_info" in fetch(f"http://127.0.0.1:{port}/metrics")[1]
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{proxy.url}/metrics", context=context)
+    with narseal_process(tmp_path / "unix", upstream, listen=f"unix:{tmp_path}/s", workers=2):
+        for _ in range(5):
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(f"{tmp_path}/s")
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+            connection.close()
+
+
+_ACTIVATE = """
+import os, socket, sys
+sock = socket.create_server(("127.0.0.1", 0))
+print(sock.getsockname()[1], flush=True)
+os.dup2(sock.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+os.execv(sys.executable, [sys.executable, "-m", "narseal", "serve", "--config", sys.argv[1]])
+"""
+
+
+def test_systemd_socket_activation_and_readiness(tmp_path: Path) -> None:
+    file = tmp_path / "narseal.toml"
+    upstream = cache_of(tmp_path, ITEMS[0])
+    file.write_text(render_toml(settings(tmp_path, upstream, listen="systemd", workers=2)))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(tmp_path / "notify"))
+        notify.settimeout(20)
+        process = subprocess.Popen(
+            [sys.executable, "-c", _ACTIVATE, str(file)], stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify")},
+        )  # fmt: skip
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        # a request may come before narseal is up: it waits in systemd's socket
+        assert fetch(f"http://127.0.0.1:{port}/{ITEMS[0].hash}.narinfo")[0] == 200
+        assert notify.recv(64) == b"READY=1"
+        process.terminate()
+        assert process.wait(20) == 0
+        process.stdout.close()
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "narseal", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+KEY = str(UPSTREAM.public)
+BROKEN: list[tuple[str, str]] = [
+    ("lisen = 'x'", "line 1: lisen: there is no such setting"),
+    ("listen = '8080'", 'listen: not "host:port"'),
+    ("workers = 0", "workers"),
+    ("workers = 'many'", "workers"),
+    ("priority = -1", "priority"),
+    ("store_dir = 'nix/store'", "store_dir"),
+    ("store_dir = '/nix/store/'", "store_dir"),
+    ("[[upstream]]\nurl = 'ftp://x'", "line 2: upstream[0].url"),
+    ("[[upstream]]\nurl = 'https://u:p@x'", "credentials go into netrc_file"),
+    ("[[upstream]]\nurl = 'https://x'", "public_keys is empty"),
+    (f"[[upstream]]\nurl = 'https://x'\npublic_keys = ['{KEY}', '{KEY}']", "same name"),
+    ("[[upstream]]\nurl = 'https://x'\npublic_keys = ['a:b']", "line 3"),
+    ("[[upstream]]\nurl = 'https://x'\nverify = 'none'", "verify"),
+    (f"[[upstream]]\nurl = 'file://x'\npublic_keys = ['{KEY}']", "absolute path"),
+    ("[storage]\nurl = 's3://x'", "line 2: storage.url"),
+    ("[storage]\nmax_size = '1G'", "there is no such setting"),
+    ("[limits]\nnar_size = '5 apples'", "not a size"),
+    ("[limits]\nheader_timeout = 'soon'", "not a duration"),
+    ("[limits]\ncontent_hold = '1h'", "content_hold"),
+    ("[[signing.key]]\nurl = 'vault:x'", "signing.key[0].url"),
+    ("[[signing.key]]\nurl = 'file:/nowhere'", "/nowhere: cannot be read"),
+    ("[[signing.key]]\nurl = 'file:/'", "not a regular file"),
+    ("", "there is no [[signing.key]]"),
+    ("listen = ", "not TOML"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BROKEN)))
+def test_a_broken_configuration_says_what_to_change(number: int, tmp_path: Path) -> None:
+    text, message = BROKEN[number]
+    file = tmp_path / "narseal.toml"
+    file.write_text(text)
+    result = run("check-config", "--config", str(file))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_key_files_that_others_can_read_are_refused(tmp_path: Path) -> None:
+    made = run("key", "generate", "cache.example.org-1", "-o", str(tmp_path / "k"))
+    assert made.returncode == 0
+    assert (tmp_path / "k").stat().st_mode & 0o777 == 0o600
+    assert run("key", "public", str(tmp_path / "k")).stdout == made.stdout
+    again = run("key", "generate", "cache.example.org-1", "-o", str(tmp_path / "k"))
+    assert again.returncode == 2 and "File exists" in again.stderr
+    (tmp_path / "k").chmod(0o644)
+    refused = run("key", "public", str(tmp_path / "k"))
+    assert refused.returncode == 2
+    assert "mode 0644 lets others read it; chmod 600" in refused.stderr
+    assert run("key", "generate", "a b").returncode == 2
+
+
+def test_environment_overrides_the_file_and_unknown_names_are_errors(tmp_path: Path) -> None:
+    tree = settings(tmp_path, {"url": "https://example.org"})
+    file = tmp_path / "narseal.toml"
+    file.write_text(render_toml(tree))
+    command = [sys.executable, "-m", "narseal", "check-config", "--config", str(file)]
+    for variable, value, code in (
+        ("NARSEAL_WORKERS", "4", 0), ("NARSEAL_LIMITS__NAR_SIZE", "5G", 0),
+        ("NARSEAL_WORKERS", "x", 2), ("NARSEAL_WROKERS", "4", 2), ("NARSEAL_LIMITS__X", "4", 2),
+    ):  # fmt: skip
+        result = subprocess.run(
+            command, env=os.environ | {variable: value}, capture_output=True, text=True
+        )
+        assert result.returncode == code, (variable, value, result.stderr)
+
+
+def test_help_names_every_command() -> None:
+    text = run("--help").stdout
+    for command in ("serve", "check-config", "key"):
+        assert command in text
