@@ -248,6 +248,7 @@ class Config(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment goes over the file; there are no other sources."""
         return env_settings, init_settings
 
     @model_validator(mode="after")

@@ -194,9 +194,12 @@ async def test_headers_that_change_the_answer_do_not_take_the_hot_path(
 async def test_a_dribbled_head_is_cut_off_at_its_deadline(
     tmp_path: Path, upstream: FakeCache
 ) -> None:
-    async with narseal(
-        tmp_path, {"url": upstream.url}, limits={"header_timeout": "500ms"}
-    ) as client, Wire(client) as silent, Wire(client) as dribbling, Wire(client) as good:
+    async with (
+        narseal(tmp_path, {"url": upstream.url}, limits={"header_timeout": "500ms"}) as client,
+        Wire(client) as silent,
+        Wire(client) as dribbling,
+        Wire(client) as good,
+    ):
         await good.send(get("/healthz"))
         await good.answer()
         await dribbling.send(get("/healthz"))

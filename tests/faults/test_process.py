@@ -85,7 +85,11 @@ def test_metrics_are_right_across_workers(tmp_path: Path) -> None:
         checked = subprocess.run(
             ["promtool", "check", "metrics"], input=text, capture_output=True, text=True
         )
-        assert checked.returncode == 0, checked.stdout + checked.stderr
+        # the one name that is not ours: Sigstore's dashboards have it so
+        complaints = checked.stderr.splitlines()
+        assert complaints == [
+            "sigstore_verify_ms metric names should not contain abbreviated units"
+        ]
 
 
 def test_a_dead_worker_is_restarted_and_nobody_is_turned_away(tmp_path: Path) -> None:
@@ -180,7 +184,7 @@ def test_files_are_synced_then_renamed_then_recorded(tmp_path: Path) -> None:
     calls = "trace=fsync,fdatasync,rename,renameat,renameat2"
     with (
         narseal_process(tmp_path, upstream) as proxy,
-        strace(proxy, "-qq", "-y", "-e", calls, "-o", str(trace)),
+        strace(proxy, "-y", "-e", calls, "-o", str(trace)),
     ):
         assert fetch(f"{proxy.url}/{ITEMS[0].hash}.narinfo")[0] == 200
         assert fetch(f"{proxy.url}/{ITEMS[0].info.url}") == (200, ITEMS[0].file)
@@ -203,10 +207,10 @@ def test_files_are_synced_then_renamed_then_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["rename", "fsync", "pwrite64"])
-@pytest.mark.parametrize("number", [1, 2, 3, 5])
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_killed_in_the_middle_of_a_system_call(call: str, number: int, tmp_path: Path) -> None:
     """The worker dies in its nth call; the next one serves, and storage is right."""
-    items = ITEMS[:4]
+    items = ITEMS
     upstream = cache_of(tmp_path, *items)
     inject = f"inject={call}:signal=KILL:when={number}"
     with narseal_process(tmp_path, upstream) as proxy:
@@ -224,7 +228,7 @@ def test_killed_in_the_middle_of_a_system_call(call: str, number: int, tmp_path:
                     break
                 except (OSError, http.client.HTTPException):
                     assert time.monotonic() < deadline
-        until(lambda: not any((tmp_path / "storage/.narseal/incoming").iterdir()) or number > 1)
+        until(lambda: not any((tmp_path / "storage/.narseal/incoming").iterdir()))
         check_storage(tmp_path / "storage", items)
         assert "a worker died" in proxy.log.read_text()
 

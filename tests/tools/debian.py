@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-CACHE = Path(os.environ.get("NARSEAL_TEST_CACHE", Path.home() / ".cache" / "narseal-tests"))
+CACHE = Path(os.environ.get("TESTS_CACHE", Path.home() / ".cache" / "narseal-tests"))
 ROOT = CACHE / "sid"
 #: Commands that tests use, and the packages that bring them.
 PACKAGES = {

@@ -96,10 +96,11 @@ class Plain:
     """Compression: none."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
+        """See Decompressor.feed."""
         yield data
 
     def finish(self) -> None:
-        return None
+        """See Decompressor.finish: any end is an end."""
 
 
 class _Framed:

@@ -35,7 +35,18 @@ _LINE = re.compile(rb"[!-9;-~]{1,64}: ?[ -~]*")
 _URL = re.compile(r"[!-~]{1,2048}", re.ASCII)
 _UNKNOWN_DERIVER = "unknown-deriver"
 _KNOWN = frozenset(
-    ["StorePath", "URL", "Compression", "FileHash", "FileSize", "NarHash", "NarSize", "References", "Deriver", "CA"]
+    [
+        "StorePath",
+        "URL",
+        "Compression",
+        "FileHash",
+        "FileSize",
+        "NarHash",
+        "NarSize",
+        "References",
+        "Deriver",
+        "CA",
+    ]
 )
 
 

@@ -34,7 +34,7 @@ class Realisation:
     signatures: tuple[Signature, ...] = ()
 
     @classmethod
-    def parse(cls, data: bytes, *, id: str) -> Realisation:
+    def parse(cls, data: bytes, *, id: str) -> Realisation:  # noqa: A002 - Nix's own word
         """The value of a `.doi` file asked for as `id`; MalformedRealisation else."""
         tree = _object(
             data, required={"id", "outPath"}, optional={"signatures", "dependentRealisations"}

@@ -37,10 +37,9 @@ class ReferenceScanner:
 
 
 class HashModulo:
-    """A digest with every occurrence of `hash_part` blanked, as content is addressed that refers
-    to itself (Nix's `HashModuloSink`).
+    """A digest with every occurrence of `hash_part` blanked (Nix's `HashModuloSink`).
 
-    Nix's source means to hash the places of the occurrences behind that; Nix 2.34 does not
+    So content is addressed that refers to itself. Nix's source means to hash the places of the occurrences behind that; Nix 2.34 does not
     (tests/vectors), other releases do. So there are two right digests.
     """
 

@@ -1,0 +1,1 @@
+"""Admission, countersigning, fetching: what narseal does between asking and answering."""

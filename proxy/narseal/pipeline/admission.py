@@ -114,7 +114,7 @@ class Admission:
         hash_part = info.store_path.hash_part
         others = [upstream for upstream in self._upstreams if upstream is not own]
         async with in_order(
-            others, lambda u: self._ask(u, hash_part), answers, object=hash_part
+            others, lambda u: self._ask(u, hash_part), answers, thing=hash_part
         ) as found:
             async for upstream, candidate in found:
                 if _same_file(record, info, candidate.info):
@@ -124,9 +124,9 @@ class Admission:
 
     async def _admit(self, hash_part: str) -> Admitted:
         answers = Answers()
-        object = f"{hash_part}.narinfo"
+        thing = f"{hash_part}.narinfo"
         async with in_order(
-            self._upstreams, lambda u: self._ask(u, hash_part), answers, object=object
+            self._upstreams, lambda u: self._ask(u, hash_part), answers, thing=thing
         ) as found:
             async for upstream, candidate in found:
                 try:
@@ -140,8 +140,8 @@ class Admission:
                             error.reason,
                             for_seconds=REFUSED_SECONDS,
                         )
-                    answers.note(error, upstream=upstream.config.url, object=object)
-        verdict = answers.verdict(object)
+                    answers.note(error, upstream=upstream.config.url, thing=thing)
+        verdict = answers.verdict(thing)
         if isinstance(verdict, NotFound | Refused | Malformed):
             self._negatives.put(hash_part, verdict)
         raise verdict

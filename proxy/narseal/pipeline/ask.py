@@ -30,19 +30,19 @@ class Answers:
         self._refused: Refused | Malformed | None = None
         self._trouble: Trouble | None = None
 
-    def note(self, error: NarsealError, *, upstream: str, object: str) -> None:
+    def note(self, error: NarsealError, *, upstream: str, thing: str) -> None:
         """Take an error from one upstream; refusals are counted and logged here."""
         if isinstance(error, Refused | Malformed):
-            reject(error, upstream=upstream, object=object)
+            reject(error, upstream=upstream, thing=thing)
             self._refused = self._refused or error
         elif isinstance(error, Trouble):
             self._trouble = self._trouble or error
         elif not isinstance(error, NotFound):
             raise error
 
-    def verdict(self, object: str) -> NarsealError:
+    def verdict(self, thing: str) -> NarsealError:
         """The error for the client: trouble outweighs refusal outweighs absence (I5)."""
-        return self._trouble or self._refused or NotFound(f"no upstream has {object}")
+        return self._trouble or self._refused or NotFound(f"no upstream has {thing}")
 
 
 @asynccontextmanager
@@ -51,7 +51,7 @@ async def in_order(
     question: Callable[[Upstream], Awaitable[T]],
     answers: Answers,
     *,
-    object: str,
+    thing: str,
 ) -> AsyncIterator[AsyncIterator[tuple[Upstream, T]]]:
     """Good answers to `question`, as they come; the errors go to `answers`.
 
@@ -77,7 +77,7 @@ async def in_order(
             for task in done:
                 upstream, result = running.pop(task), task.result()
                 if isinstance(result, NarsealError):
-                    answers.note(result, upstream=upstream.config.url, object=object)
+                    answers.note(result, upstream=upstream.config.url, thing=thing)
                 else:
                     yield upstream, result
 

@@ -164,7 +164,7 @@ class Fetcher:
         """An upstream's bytes were wrong: count, log, refuse them for a time, withdraw the paths."""
         for origin in origins:
             upstream = origin.upstream.config.url
-            reject(error, upstream=upstream, object=f"nar/{record.file}")
+            reject(error, upstream=upstream, thing=f"nar/{record.file}")
             await self._index.refuse(
                 upstream, origin.url, record.nar_hash, error.reason, for_seconds=REFUSED_SECONDS
             )

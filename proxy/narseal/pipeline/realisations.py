@@ -61,7 +61,7 @@ class Realisations:
     async def _admit(self, name: str) -> bytes:
         answers = Answers()
         async with in_order(
-            self._upstreams, lambda u: self._ask(u, name), answers, object=name
+            self._upstreams, lambda u: self._ask(u, name), answers, thing=name
         ) as found:
             async for _, (entry, evidence) in found:
                 return await self._countersigned(name, entry, None, evidence)

@@ -10,11 +10,11 @@ from narseal.telemetry import metrics
 _log = logging.getLogger(__name__)
 
 
-def reject(error: Refused | Malformed, *, upstream: str, object: str) -> None:
-    """Count and log a refusal of `object` as it came from `upstream`."""
+def reject(error: Refused | Malformed, *, upstream: str, thing: str) -> None:
+    """Count and log a refusal of a thing as it came from `upstream`."""
     metrics.rejected.labels(error.reason).inc()
     _log.warning(
         "refused: %s",
         error,
-        extra={"reason": error.reason, "upstream": upstream, "object": object},
+        extra={"reason": error.reason, "upstream": upstream, "object": thing},
     )

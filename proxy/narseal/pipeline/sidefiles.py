@@ -67,13 +67,13 @@ class SideFiles:
     async def _fetch(self, name: str) -> bytes:
         answers = Answers()
         async with in_order(
-            self._upstreams, lambda u: self._ask(u, name), answers, object=name
+            self._upstreams, lambda u: self._ask(u, name), answers, thing=name
         ) as found:
             async for _, data in found:
                 try:
                     await self._blocking.run(self._storage.write, name, data)
                 except Unavailable as error:
-                    answers.note(error, upstream="storage", object=name)
+                    answers.note(error, upstream="storage", thing=name)
                 return data
         raise answers.verdict(name)
 

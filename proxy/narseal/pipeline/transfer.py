@@ -54,8 +54,11 @@ OnWrong = Callable[[set[Origin], Refused | Malformed], Awaitable[None]]
 class Sink(Protocol):
     """What may take the decompressed NAR beside the inspection (recompression)."""
 
-    def feed(self, data: bytes) -> None: ...
-    def restart(self) -> None: ...
+    def feed(self, data: bytes) -> None:
+        """The next bytes of the NAR."""
+
+    def restart(self) -> None:
+        """Forget what was fed."""
 
 
 class Reader:

@@ -1,0 +1,1 @@
+"""HTTP: sockets, workers, routes, the hot path."""

@@ -23,6 +23,7 @@ _HASH = f"{CHARS}{{32}}"
 _PATH = rf"{CHARS}{{32}}-[0-9a-zA-Z+\-._?=]{{1,211}}"
 _OUTPUT = r"[0-9a-zA-Z+\-._?=]{1,211}"
 _SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(set(COMPRESSIONS.values())) if suffix)
+_ID = web.RequestKey("id", str)
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._-]{1,64}", re.ASCII)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -36,9 +37,9 @@ def application(answering: Answering, tally: Tally) -> web.Application:
         """Request id, counting, and every error as a short text for whoever reads it."""
         start = perf_counter()
         given = request.headers.get("X-Request-Id", "")
-        id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        token = request_id.set(id)
-        request["id"] = id
+        name = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        token = request_id.set(name)
+        request[_ID] = name
         route = request.match_info.route.name or "other"
         status = 499  # the client left, as nginx has it
         try:
@@ -51,7 +52,7 @@ def application(answering: Answering, tally: Tally) -> web.Application:
             except Broken as broken:
                 status = broken.status
                 return broken.response
-            except Exception:
+            except Exception:  # a fault of ours: the client gets a 500, the log the rest
                 _log.exception("%s %s failed", request.method, request.path)
                 response = web.Response(status=500, text="narseal failed; its log says how\n")
             status = response.status
@@ -64,7 +65,7 @@ def application(answering: Answering, tally: Tally) -> web.Application:
 
     async def finish_head(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Server"] = "narseal"
-        response.headers["X-Request-Id"] = request["id"]
+        response.headers["X-Request-Id"] = request.get(_ID, "")
 
     app = web.Application(middlewares=[account], client_max_size=1 << 20)
     app.on_response_prepare.append(finish_head)

@@ -87,7 +87,7 @@ class HotServer(web.Server):
                 protocol.force_close()
         self._timer = self._loop.call_later(_SWEEP, self._tick)
 
-    async def shutdown(self, timeout: float | None = None) -> None:
+    async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's
         """Let running answers end."""
         self._timer.cancel()
         await super().shutdown(timeout)
@@ -122,7 +122,7 @@ class HotProtocol(RequestHandler):
             self._address
             and server.per_address[self._address] > server.limits.connections_per_address
         )
-        if crowded or len(server._connections) > server.limits.connections:
+        if crowded or len(server.connections) > server.limits.connections:
             self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:

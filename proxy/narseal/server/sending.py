@@ -84,13 +84,16 @@ class Sending:
             loop.remove_writer(socket)
 
     async def _drain(self, transport: asyncio.Transport) -> None:
-        """Get the head of the answer out of the transport's buffer."""
+        """Get the head of the answer out of the transport's buffer.
+
+        aiohttp has no public way to send a head alone and to wait until it is out.
+        """
         low, high = transport.get_write_buffer_limits()
         transport.set_write_buffer_limits(high=0)
         try:
-            self._response._payload_writer.send_headers()  # type: ignore[union-attr]
+            self._response._payload_writer.send_headers()  # type: ignore[union-attr] # noqa: SLF001
             while transport.get_write_buffer_size():
-                await self._request.protocol._drain_helper()
+                await self._request.protocol._drain_helper()  # noqa: SLF001
                 await asyncio.sleep(0)
         finally:
             transport.set_write_buffer_limits(high=high, low=low)

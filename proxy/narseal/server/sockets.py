@@ -35,7 +35,7 @@ def url_of(sock: socket.socket, *, tls: bool) -> str:
     if sock.family == socket.AF_UNIX:
         return f"unix:{sock.getsockname()}"
     host, port = sock.getsockname()[:2]
-    host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
+    host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)  # noqa: S104 - not a bind
     bracketed = f"[{host}]" if ":" in host else host
     return f"{'https' if tls else 'http'}://{bracketed}:{port}"
 

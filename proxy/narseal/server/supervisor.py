@@ -47,7 +47,7 @@ class Supervisor:
         self._config = config
         load_keys(config)
         tls_context(config)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         migrate(config.storage.index)
         info = CacheInfo(config.store_dir, want_mass_query=True, priority=config.priority)
@@ -105,6 +105,15 @@ class Supervisor:
             self._stopping = True
             notify_systemd("STOPPING=1")
             self._signal(signal.SIGTERM)
+            self._close_sockets(keep=None)  # from now on nobody is left waiting in a queue
+
+    def _close_sockets(self, keep: int | None) -> None:
+        """Close our copies of the listening sockets, but for those of one worker."""
+        kept = [] if keep is None else [*self.sockets[keep], *self._metrics_sockets[keep]]
+        for group in (*self.sockets, *self._metrics_sockets):
+            for sock in group:
+                if sock not in kept:
+                    sock.close()
 
     def _signal(self, number: int) -> None:
         for pid in self._workers:
@@ -123,6 +132,7 @@ class Supervisor:
             if not pid:
                 return
             worker = self._workers.pop(pid)
+            self._storage.sweep(pid)
             mark_process_dead(pid)  # type: ignore[no-untyped-call]
             if self._stopping:
                 continue
@@ -165,6 +175,7 @@ class Supervisor:
 
     def _become_worker(self, slot: int) -> None:
         """In the child, until it is told to stop."""
+        self._close_sockets(keep=slot)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):

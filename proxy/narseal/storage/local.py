@@ -51,13 +51,18 @@ class LocalStorage:
         except (OSError, Unavailable) as error:
             raise ConfigError(f"storage.url {self.root}: cannot be written: {error}") from error
 
+    def sweep(self, pid: int) -> None:
+        """Remove what a process that died was bringing in."""
+        for file in self._incoming.glob(f"{pid}-*"):
+            file.unlink(missing_ok=True)
+
     def path(self, name: str) -> Path:
         """The file of a name that narseal made itself (never a client's or upstream's text)."""
         return self.root / name
 
     def incoming(self) -> tuple[int, Path]:
         """A new file to write and read, and its path."""
-        path = self._incoming / secrets.token_hex(16)
+        path = self._incoming / f"{os.getpid()}-{secrets.token_hex(16)}"
         with storage_errors():
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             return os.open(path, flags, 0o644), path

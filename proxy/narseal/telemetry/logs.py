@@ -17,6 +17,7 @@ class JsonFormatter(logging.Formatter):
     """time, level, logger, message, request, then what the call gave in `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """One line, without a newline."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

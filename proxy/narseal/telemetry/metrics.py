@@ -167,7 +167,7 @@ class Bulk:
 
     def __init__(self, child: Histogram) -> None:
         self._child = child
-        self._bounds: list[float] = list(child._upper_bounds)
+        self._bounds: list[float] = list(child._upper_bounds)  # noqa: SLF001
         self._counts = [0] * len(self._bounds)
         self._sum = 0.0
 
@@ -182,8 +182,8 @@ class Bulk:
         if count:
             for index, times in enumerate(self._counts):
                 if times:
-                    self._child._buckets[index].inc(times)
-            self._child._sum.inc(self._sum)
+                    self._child._buckets[index].inc(times)  # noqa: SLF001
+            self._child._sum.inc(self._sum)  # noqa: SLF001
             self._counts = [0] * len(self._bounds)
             self._sum = 0.0
         return count

@@ -1,0 +1,44 @@
+{ lib, python3Packages }:
+
+python3Packages.buildPythonApplication {
+  pname = "narseal";
+  version = builtins.head (builtins.match ".*__version__ = \"([^\"]+)\".*"
+    (builtins.readFile ../proxy/narseal/__init__.py));
+  pyproject = true;
+
+  src = lib.fileset.toSource {
+    root = ../.;
+    fileset = lib.fileset.unions [ ../proxy ../pyproject.toml ../README.md ../LICENSE ];
+  };
+
+  build-system = [ python3Packages.hatchling ];
+
+  dependencies = with python3Packages; [
+    aiofiles
+    aiohttp
+    aiosqlite
+    alembic
+    backports-zstd
+    brotli
+    click
+    jinja2
+    prometheus-client
+    pydantic
+    pydantic-settings
+    pynacl
+    rich
+    sqlalchemy
+    uvloop
+  ];
+
+  # they want real Nix, root and Debian's packages: `make test` runs them
+  doCheck = false;
+  pythonImportsCheck = [ "narseal.cli" ];
+
+  meta = {
+    description = "A proxy in front of Nix binary caches that verifies what it serves and countersigns it";
+    license = lib.licenses.asl20;
+    mainProgram = "narseal";
+    platforms = lib.platforms.linux;
+  };
+}
