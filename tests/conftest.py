@@ -9,7 +9,6 @@ import pytest
 
 from tests.tools.upstream import FakeCache, fake_cache
 
-
 _LEFT_OUT = pytest.StashKey[int]()
 
 

@@ -1,0 +1,34 @@
+"""`make bench`: narseal beside nginx in one run on this machine, as ratios.
+
+Prints a Markdown table (docs/benchmarks.md holds one) and exits 1 if an aim is missed by far.
+Names on the command line choose: narinfo, storage, relay, copy, memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from tests.bench import copying, memory, narinfo, nars
+from tests.bench.table import Row, render
+
+SUITES: dict[str, Callable[[], list[Row]]] = {
+    "narinfo": narinfo.measure,
+    "storage": nars.measure_storage,
+    "relay": nars.measure_relay,
+    "copy": copying.measure,
+    "memory": memory.measure,
+}
+
+
+def main() -> None:
+    """Run the suites one after another, so that none disturbs another."""
+    rows = []
+    for name in sys.argv[1:] or SUITES:
+        print(f"measuring {name} …", file=sys.stderr, flush=True)
+        rows += SUITES[name]()
+    print(render(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""`nix copy` of 600 paths by real Nix: warm and cold, beside nginx."""
+
+from __future__ import annotations
+
+import time
+
+from tests.bench.servers import median, nginx
+from tests.bench.table import Row
+from tests.tools.narseal import narseal_process
+from tests.tools.nix import Nix, nix
+
+_PATHS = 600
+_EXPRESSION = f"""
+let sh = name: args: derivation {{ inherit name; system = "x86_64-linux"; builder = "/bin/sh"; args = ["-c" args]; }};
+in sh "all" ("echo " + toString (builtins.genList (n: sh "p${{toString n}}" "echo ${{toString n}} > $out") {_PATHS - 1}) + " > $out")
+"""
+
+
+def measure() -> list[Row]:
+    """Seconds for the whole closure into an empty store, by a client without a cache."""
+    with nix() as builder:
+        (builder.folder / "d.nix").write_text(_EXPRESSION)
+        builder.script("nix key generate-secret --key-name builder-1 > key")
+        builder.config["secret-key-files"] = builder.path("key")
+        key = builder.script("nix key convert-secret-to-public < key")
+        path = builder.script("nix-build --no-out-link d.nix 2>/dev/null")
+        builder.script(f"nix copy --to 'file://{builder.path('cache')}?compression=zstd' {path}")
+        cache = builder.folder / "cache"
+        ours: dict[str, list[float]] = {"cold": [], "warm": []}
+        theirs: dict[str, list[float]] = {"cold": [], "warm": []}
+        cores = {0, 1}
+        with nginx(f"root {cache};", cores) as static:
+            with nginx(f"location / {{ proxy_pass {static}; }}", cores) as relay:
+                for round_ in range(3):
+                    folder = builder.folder / f"narseal{round_}"
+                    with narseal_process(folder, {"url": static, "public_keys": [key]}) as proxy:
+                        ours["cold"].append(_copy(proxy.url, proxy.public_key, path))
+                        ours["warm"].append(_copy(proxy.url, proxy.public_key, path))
+                        ours["warm"].append(_copy(proxy.url, proxy.public_key, path))
+                    theirs["cold"].append(_copy(relay, key, path))
+                    theirs["warm"].append(_copy(static, key, path))
+                    theirs["warm"].append(_copy(static, key, path))
+    rows = []
+    for state, beside, aim in (("warm", "nginx static", "≤ 1.1"), ("cold", "nginx proxy_pass", "")):
+        mine, other = median(ours[state]), median(theirs[state])
+        rows.append(
+            Row(f"`nix copy` of {_PATHS} paths, {state}, against {beside} (time)", f"{mine:.2f} s",
+                f"{other:.2f} s", mine / other, aim)
+        )  # fmt: skip
+    return rows
+
+
+def _copy(url: str, key: str, path: str) -> float:
+    with nix() as client:
+        client.config["trusted-public-keys"] = key
+        client.run("nix", "--version")
+        start = time.monotonic()
+        client.run("nix", "copy", "--from", url, "--to", _store(client), path)
+        return time.monotonic() - start
+
+
+def _store(client: Nix) -> str:
+    return f"local?root={client.path('store')}"

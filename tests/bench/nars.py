@@ -1,0 +1,76 @@
+"""One 100 MB NAR: from storage, and through a cold relay."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import urllib.request
+from pathlib import Path
+
+from tests.bench.servers import download, median, nginx, pinned_narseal
+from tests.bench.table import Row
+from tests.tools.cache import Entry, entry, write_cache
+from tests.tools.narseal import UPSTREAM
+
+_SIZE = 100 << 20
+_ROUNDS = 7
+
+
+def measure_storage() -> list[Row]:
+    """Against nginx with sendfile serving the same file."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        item = _big("stored")
+        write_cache(folder / "cache", item)
+        with (
+            pinned_narseal(folder / "n", {"url": f"file://{folder}/cache"}) as proxy,
+            nginx(f"root {folder}/n/storage;") as static,
+        ):
+            urllib.request.urlopen(f"{proxy.url}/{item.hash}.narinfo").read()
+            download(f"{proxy.url}/{item.info.url}")
+            while not (folder / "n/storage" / f"{item.hash}.narinfo").exists():
+                pass
+            ours, theirs = [], []
+            for _ in range(_ROUNDS):
+                ours.append(download(f"{proxy.url}/{item.info.url}"))
+                theirs.append(download(f"{static}/{item.info.url}"))
+    return [_row("100 MB NAR from storage, against nginx static", ours, theirs, "≥ 0.9")]
+
+
+def measure_relay() -> list[Row]:
+    """Against nginx's proxy_pass to the same upstream; a fresh NAR each time."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        items = [_big(f"cold{n}") for n in range(_ROUNDS)]
+        write_cache(folder / "cache", *items)
+        tuned = "proxy_buffers 64 64k; proxy_buffer_size 64k; proxy_max_temp_file_size 0;"
+        http = "proxy_http_version 1.1; proxy_set_header Connection '';"
+        with (
+            nginx(f"root {folder}/cache;", {0, 1}) as upstream,
+            nginx(f"location / {{ proxy_pass {upstream}; {http} }}") as default,
+            nginx(f"location / {{ proxy_pass {upstream}; {http} {tuned} }}") as best,
+            pinned_narseal(folder / "n", {"url": upstream}) as proxy,
+        ):
+            ours, by_default, by_best = [], [], []
+            for item in items:
+                urllib.request.urlopen(f"{proxy.url}/{item.hash}.narinfo").read()
+                by_default.append(download(f"{default}/{item.info.url}"))
+                by_best.append(download(f"{best}/{item.info.url}"))
+                ours.append(download(f"{proxy.url}/{item.info.url}"))
+    return [
+        _row("100 MB NAR through a cold relay, hashed and kept, against proxy_pass with its"
+             " default buffers", ours, by_default, "≥ 0.6"),
+        _row("the same against proxy_pass with large buffers and no temporary file", ours,
+             by_best, ""),
+    ]  # fmt: skip
+
+
+def _big(name: str) -> Entry:
+    return entry(name, os.urandom(_SIZE), compression="none").signed(UPSTREAM)
+
+
+def _row(what: str, ours: list[float], theirs: list[float], aim: str) -> Row:
+    rate, other = (_SIZE / median(seconds) / 1e9 for seconds in (ours, theirs))
+    return Row(what, f"{rate:.2f} GB/s", f"{other:.2f} GB/s", rate / other, aim)
