@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.bench.servers import download, median, nginx, pinned_narseal
 from tests.bench.table import Row
 from tests.tools.cache import Entry, entry, write_cache
-from tests.tools.narseal import UPSTREAM
+from tests.tools.narseal import UPSTREAM, narseal_process
 
 _SIZE = 100 << 20
 _ROUNDS = 7
@@ -46,12 +46,13 @@ def measure_relay() -> list[Row]:
         items = [_big(f"cold{n}") for n in range(_ROUNDS)]
         write_cache(folder / "cache", *items)
         tuned = "proxy_buffers 64 64k; proxy_buffer_size 64k; proxy_max_temp_file_size 0;"
+        both = {0, 1}
         http = "proxy_http_version 1.1; proxy_set_header Connection '';"
         with (
-            nginx(f"root {folder}/cache;", {0, 1}) as upstream,
-            nginx(f"location / {{ proxy_pass {upstream}; {http} }}") as default,
-            nginx(f"location / {{ proxy_pass {upstream}; {http} {tuned} }}") as best,
-            pinned_narseal(folder / "n", {"url": upstream}) as proxy,
+            nginx(f"root {folder}/cache;", both) as upstream,
+            nginx(f"location / {{ proxy_pass {upstream}; {http} }}", both) as default,
+            nginx(f"location / {{ proxy_pass {upstream}; {http} {tuned} }}", both) as best,
+            narseal_process(folder / "n", {"url": upstream}) as proxy,
         ):
             ours, by_default, by_best = [], [], []
             for item in items:

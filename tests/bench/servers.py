@@ -22,7 +22,7 @@ worker_processes 1; daemon off; pid {folder}/pid; error_log {folder}/error.log;
 events {{ worker_connections 1024; }}
 http {{
   access_log off; sendfile on; tcp_nopush on; tcp_nodelay on; keepalive_requests 100000000;
-  open_file_cache max=10000; types {{ text/x-nix-narinfo narinfo; application/x-nix-nar nar xz zst; }}
+  types {{ text/x-nix-narinfo narinfo; application/x-nix-nar nar xz zst; }}
   client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;
   uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;
   server {{ listen 127.0.0.1:{port} backlog=1024; {body} }}

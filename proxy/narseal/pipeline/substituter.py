@@ -26,6 +26,8 @@ from narseal.storage import Epoch, Index, LocalStorage, NarRecord
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream, connect
 
+_KNOWN = 20_000
+
 
 @dataclass(frozen=True, slots=True)
 class StoredNar:
@@ -48,13 +50,15 @@ class Substituter:
         self.config = config
         self._epoch = epoch
         self.crew = Crew()
-        self.blocking = Blocking()
+        self.blocking = Blocking(transfers=config.limits.transfers)
         self.upstreams = upstreams
         self.hot = HotMap(max_bytes=config.limits.hot_map, epoch=epoch)
         self.cache_info = CacheInfo(
             config.store_dir, want_mass_query=True, priority=config.priority
         )
         self.countersigner = Countersigner(keys)
+        #: Stored files, so that one that is asked for again costs no question to the index.
+        self._known: dict[str, NarRecord] = {}
         self._storage = LocalStorage(config.storage.url)
         self._index = Index(config.storage.index, config.store_dir)
         self._fetcher = Fetcher(
@@ -125,6 +129,9 @@ class Substituter:
         while True:
             if (reader := self._fetcher.join(file)) is not None:
                 return reader
+            if (known := self._known.pop(file, None)) and (stored := await self._open(known)):
+                self._known[file] = known
+                return stored
             record = await self._index.nar(file)
             if record is None:
                 raise NotFound(f"no narinfo that was served names nar/{file}")
@@ -146,6 +153,15 @@ class Substituter:
         """Raises Unavailable if the index cannot be read."""
         await self._index.stored_bytes()
 
+    async def _open(self, record: NarRecord) -> StoredNar | None:
+        """The file of a record, None unless it is there with its size."""
+        path = self._storage.path(f"nar/{record.file}")
+        stored = await self.blocking.run(_open, str(path))
+        if stored is None or stored.size == record.file_size:
+            return stored
+        stored.close()
+        return None
+
     async def _stored(self, record: NarRecord) -> StoredNar | None:
         """The published file, if it is there and whole; a lost one is struck off the index."""
         if record.published_as:
@@ -153,12 +169,11 @@ class Substituter:
             return await self._stored(target) if target else None
         if not record.stored:
             return None
-        path = self._storage.path(f"nar/{record.file}")
-        stored = await self.blocking.run(_open, str(path))
-        if stored is not None and stored.size == record.file_size:
+        if (stored := await self._open(record)) is not None:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[record.file] = record
             return stored
-        if stored is not None:
-            stored.close()
         await self._index.unpublish(record.file)
         if not record.url:  # recompressed here: its path has to be admitted anew
             await self._index.withdraw(record.file)

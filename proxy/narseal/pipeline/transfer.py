@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -34,7 +36,7 @@ from narseal.upstream import Upstream
 _log = logging.getLogger(__name__)
 
 WITHHELD = 1 << 20
-_BATCH = 1 << 20
+_CHUNK = 1 << 19
 _RESUMES = 16
 _PAUSE = 0.2  # seconds before the same upstream is asked again
 
@@ -117,9 +119,10 @@ class Transfer:
         self._bound = info.nar_size + info.nar_size // 8 + 65536
         self._written = 0
         self._spent = 0.0
+        self._given_up = False
         self._job: asyncio.Future[None] | None = None
-        self._pending: list[bytes] = []
-        self._pending_size = 0
+        self._loop = asyncio.get_running_loop()
+        self._told = True
         self._inspection = self._inspect()
         self._news = asyncio.Event()
 
@@ -150,6 +153,7 @@ class Transfer:
             raise
         except BaseException:
             self.failure = UpstreamTrouble("the transfer was given up")
+            self._given_up = True
             raise
         finally:
             metrics.observe_verification("content", "good" if self.measured else "bad", self._spent)
@@ -188,8 +192,9 @@ class Transfer:
         fruitless = 0
         for _ in range(_RESUMES):
             before = self._written
+            self._job = self._blocking.run_transfer(self._pull, origin)
             try:
-                return await self._pull(origin)
+                return await asyncio.shield(self._job)
             except UpstreamTrouble as error:
                 fruitless = 0 if self._written > before else fruitless + 1
                 if fruitless > 1:
@@ -198,18 +203,35 @@ class Transfer:
                 await asyncio.sleep(_PAUSE)
         raise UpstreamTrouble(f"{origin.url}: broke off {_RESUMES} times")
 
-    async def _pull(self, origin: Origin) -> None:
-        async with origin.upstream.open(origin.url, self._written) as body:
+    def _pull(self, origin: Origin) -> None:
+        """In a thread: read and write, while another inspects the portion before."""
+        with origin.upstream.open(origin.url, self._written) as body, self._inspecting() as inspect:
             self._agree(body.size)
-            try:
-                async for chunk in body.chunks:
-                    await self._take(chunk)
-            except UpstreamTrouble:
-                await self._flush()  # what came is good to resume behind
-                raise
-            await self._flush()
+            while data := body.read(_CHUNK):
+                if self._given_up:
+                    raise UpstreamTrouble("the transfer was given up")
+                self._write(data)
+                inspect(data)
+                self._release()
         if self.size is not None and self._written != self.size:
             raise UpstreamTrouble(f"{origin.url}: ended after {self._written} of {self.size} bytes")
+
+    @contextmanager
+    def _inspecting(self) -> Iterator[Callable[[bytes], None]]:
+        """Inspect portions one behind; at the end, whatever it is, all of them were."""
+        running: Future[None] | None = None
+
+        def inspect(data: bytes) -> None:
+            nonlocal running
+            if running:
+                running.result()
+            running = self._blocking.start(self._inspect_portion, data)
+
+        try:
+            yield inspect
+        finally:
+            if running:
+                running.result()
 
     def _agree(self, size: int | None) -> None:
         if size is None and self.info.compression == "none":
@@ -221,70 +243,41 @@ class Transfer:
         if not self._written:
             self.size = size
 
-    async def _take(self, chunk: bytes) -> None:
-        """Collect chunks while a thread works, so that few hops carry many bytes."""
-        self._pending.append(chunk)
-        self._pending_size += len(chunk)
-        if self._job is None or self._job.done() or self._pending_size >= _BATCH:
-            await self._hand_over()
-
-    async def _flush(self) -> None:
-        if self._pending:
-            await self._hand_over()
-        await self._land()
-
-    async def _hand_over(self) -> None:
-        await self._land()
-        data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
-        self._pending = []
-        self._pending_size = 0
-        self._job = self._blocking.run(self._digest, data)
-
-    async def _land(self) -> None:
-        """Wait for the thread; its errors are raised here."""
-        if (job := self._job) is not None:
-            try:
-                await asyncio.shield(job)
-            finally:
-                if job.done():
-                    self._job = None
-            self._release()
-
-    def _digest(self, data: bytes) -> None:
-        """In a thread: write and inspect."""
-        start = perf_counter()
+    def _write(self, data: bytes) -> None:
         if self._written + len(data) > min(self._bound, self.size or self._bound):
             raise Refused("too-large", f"{self.info.store_path}: more bytes than were announced")
         with storage_errors():
             view = memoryview(data)
             while view:
-                view = view[
-                    os.pwrite(self.descriptor, view, self._written + len(data) - len(view)) :
-                ]
-        self._inspection.feed(data)
+                done = len(data) - len(view)
+                view = view[os.pwrite(self.descriptor, view, self._written + done) :]
         self._written += len(data)
+
+    def _inspect_portion(self, data: bytes) -> None:
+        start = perf_counter()
+        self._inspection.feed(data)
         self._spent += perf_counter() - start
 
     def _release(self) -> None:
-        if self.size is not None:
+        """In a thread: let the readers have all but the last block."""
+        if self.size is not None and self._written - self.released >= WITHHELD:
             self.released = max(self.released, min(self._written, self.size - WITHHELD))
-            self._tell()
+            if self._told:
+                self._told = False
+                self._loop.call_soon_threadsafe(self._tell)
 
     def _tell(self) -> None:
+        self._told = True
         news, self._news = self._news, asyncio.Event()
         news.set()
 
     async def _finish(self) -> Measured:
         start = perf_counter()
-        measured = await self._blocking.run(self._inspection.finish)
+        measured = await self._blocking.run_transfer(self._inspection.finish)
         self._spent += perf_counter() - start
         return measured
 
     async def _restart(self) -> None:
-        await self.settle()
-        self._pending = []
-        self._pending_size = 0
-        self._job = None
         self._written = 0
         self.size = None
         self._inspection = self._inspect()

@@ -66,7 +66,9 @@ class HotServer(web.Server):
         self.hot = hot
         self.tally = tally
         self.limits = limits
+        #: The first lines of every answer, and when idle connections end, as of this second.
         self.begin = b""
+        self.keepalive_until = 0.0
         #: Blocks of headers that were found harmless, so that each is looked at once.
         self.harmless: dict[bytes, None] = {}
         self.per_address: Counter[str] = Counter()
@@ -85,6 +87,7 @@ class HotServer(web.Server):
         for protocol in self.connections:
             if isinstance(protocol, HotProtocol) and protocol.waits_since < late:
                 protocol.force_close()
+        self.keepalive_until = self._loop.time() + self.limits.keepalive_timeout
         self._timer = self._loop.call_later(_SWEEP, self._tick)
 
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's
@@ -148,7 +151,7 @@ class HotProtocol(RequestHandler):
             if answer is not None and self.transport and self._is_harmless(data[stop:]):
                 self.transport.write(server.begin + answer.rest)
                 self.waits_since = _NEVER
-                self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+                self._next_keepalive_close_time = server.keepalive_until
                 server.tally.hit(answer, data[4:stop], perf_counter() - start)
                 return
         self._hand_on(data)

@@ -58,30 +58,28 @@ class Sending:
             os.close(socket)
 
     async def _send_portion(self, socket: int, descriptor: int, start: int, limit: int) -> int:
-        while start < limit:
-            try:
-                sent = os.sendfile(socket, descriptor, start, min(limit - start, _PORTION))
-            except BlockingIOError:
-                await self._writable(socket)
-                continue
-            if sent == 0:
-                raise ConnectionResetError("the file is shorter than it was")
-            start += sent
-            if sent == _PORTION:
-                await asyncio.sleep(0)
-        return start
-
-    async def _writable(self, socket: int) -> None:
+        """Send up to `limit`, from the loop's own call whenever the socket takes more."""
         loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-        loop.add_writer(socket, _resolve, ready)
-        try:
-            async with asyncio.timeout(self._timeout):
-                await ready
-        except TimeoutError as error:
-            raise ConnectionResetError("the client takes nothing") from error
-        finally:
-            loop.remove_writer(socket)
+        portion = _Portion(socket, descriptor, start, limit, loop.create_future())
+        portion.push()
+        if not portion.done.done():
+            loop.add_writer(socket, portion.push)
+            try:
+                await self._watch(portion)
+            finally:
+                loop.remove_writer(socket)
+        portion.done.result()
+        return limit
+
+    async def _watch(self, portion: _Portion) -> None:
+        """Wait for the end, as long as the client takes something in every `timeout` seconds."""
+        while True:
+            before = portion.at
+            await asyncio.wait([portion.done], timeout=self._timeout)
+            if portion.done.done():
+                return
+            if portion.at == before:
+                raise ConnectionResetError("the client takes nothing")
 
     async def _drain(self, transport: asyncio.Transport) -> None:
         """Get the head of the answer out of the transport's buffer.
@@ -111,6 +109,34 @@ class Sending:
             start += len(data)
 
 
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+class _Portion:
+    """Bytes of a file that go out piece by piece, each time that the socket is writable."""
+
+    __slots__ = ("_descriptor", "_limit", "_socket", "at", "done")
+
+    def __init__(
+        self, socket: int, descriptor: int, start: int, limit: int, done: asyncio.Future[None]
+    ) -> None:
+        self._socket = socket
+        self._descriptor = descriptor
+        self._limit = limit
+        self.at = start
+        self.done = done
+
+    def push(self) -> None:
+        """Send one piece; `done` has the end or the error."""
+        if self.done.done():
+            return
+        try:
+            size = min(self._limit - self.at, _PORTION)
+            sent = os.sendfile(self._socket, self._descriptor, self.at, size)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.done.set_exception(ConnectionResetError(f"the client is gone: {error.strerror}"))
+            return
+        if sent == 0:
+            self.done.set_exception(ConnectionResetError("the file is shorter than it was"))
+        self.at += sent
+        if self.at >= self._limit:
+            self.done.set_result(None)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import aiofiles
@@ -13,8 +12,6 @@ import aiofiles
 from narseal.config import UpstreamConfig
 from narseal.errors import NotFound, Refused, UpstreamTrouble
 from narseal.upstream.source import Body
-
-_CHUNK = 1 << 20
 
 
 class FileUpstream:
@@ -39,15 +36,14 @@ class FileUpstream:
             raise Refused("too-large", f"{self._root / name} has more than {limit} bytes")
         return data
 
-    @asynccontextmanager
-    async def open(self, url: str, offset: int) -> AsyncIterator[Body]:
+    @contextmanager
+    def open(self, url: str, offset: int) -> Iterator[Body]:
         """See Upstream.open."""
         path = self._root / unquote(url.partition("?")[0])
         try:
-            async with aiofiles.open(path, "rb") as file:
-                size = await file.seek(0, 2)
-                await file.seek(offset)
-                yield Body(size, _chunks(file, path))
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                yield Body(path.stat().st_size, file.read)
         except FileNotFoundError as error:
             raise NotFound(f"{path} is not there") from error
         except OSError as error:
@@ -55,11 +51,3 @@ class FileUpstream:
 
     async def close(self) -> None:
         """Nothing is held."""
-
-
-async def _chunks(file: Any, path: Path) -> AsyncIterator[bytes]:
-    try:
-        while chunk := await file.read(_CHUNK):
-            yield chunk
-    except OSError as error:
-        raise UpstreamTrouble(f"{path}: {error.strerror}") from error

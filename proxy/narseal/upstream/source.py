@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,8 @@ class Body:
 
     #: Of the whole file, in bytes; None if the upstream does not say.
     size: int | None
-    chunks: AsyncIterator[bytes]
+    #: Blocks for the next bytes, at most as many as are asked for; none at the end.
+    read: Callable[[int], bytes]
 
 
 class Upstream(Protocol):
@@ -32,8 +33,8 @@ class Upstream(Protocol):
         Raises Refused("too-large") beyond `limit` bytes, UpstreamTrouble or UpstreamTimeout.
         """
 
-    def open(self, url: str, offset: int) -> AbstractAsyncContextManager[Body]:
-        """A NAR by the URL of its narinfo, from a byte on.
+    def open(self, url: str, offset: int) -> AbstractContextManager[Body]:
+        """A NAR by the URL of its narinfo, from a byte on. Blocks: for a thread.
 
         Raises NotFound, UpstreamTrouble or UpstreamTimeout, on entering or while it is read.
         """

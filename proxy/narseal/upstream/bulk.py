@@ -1,0 +1,140 @@
+"""NARs over HTTP, read by a thread of their own.
+
+The thread that reads also hashes and writes, while the bytes are still in its core's cache: that
+is worth a third of a relay's time against chunks that are handed from the loop to a thread.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util import Timeout
+from yarl import URL
+
+from narseal import __version__
+from narseal.config import UpstreamConfig
+from narseal.errors import NotFound, UpstreamTimeout, UpstreamTrouble
+from narseal.upstream.redirects import ABSENT, HOPS, REDIRECTS, Reach, next_hop
+from narseal.upstream.source import Body
+
+_CONNECTIONS = 64
+
+
+class Bulk:
+    """Large bodies from one upstream. Its methods block; any thread may call them."""
+
+    def __init__(self, config: UpstreamConfig, reach: Reach) -> None:
+        self._reach = reach
+        self._own = _pools(config)
+        self._foreign = _pools(config)
+        self._foreign.pool_classes_by_scheme = {"http": _PublicPool, "https": _PublicTlsPool}
+
+    @contextmanager
+    def open(self, url: str, offset: int) -> Iterator[Body]:
+        """The body behind `url` and its redirects, from a byte on.
+
+        Raises NotFound, UpstreamTrouble or UpstreamTimeout, also while it is read.
+        """
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        with _translated(url):
+            response = self._follow(URL(url, encoded=True), headers)
+            try:
+                if response.status in ABSENT:
+                    raise NotFound(f"{url}: {response.status}")
+                if response.status != (206 if offset else 200):
+                    raise UpstreamTrouble(f"{url}: {response.status} {response.reason or ''}")
+                yield Body(_whole_size(response, offset, url), response.read1)
+            finally:
+                if response.length_remaining:
+                    response.close()  # what is left is not worth reading
+                response.release_conn()
+
+    def close(self) -> None:
+        """Let go of idle connections."""
+        self._own.clear()
+        self._foreign.clear()
+
+    def _follow(self, url: URL, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+        for _ in range(HOPS + 1):
+            pools = self._own if self._reach.is_trusted(url) else self._foreign
+            response = pools.request(
+                "GET",
+                str(url),
+                headers=headers | self._reach.credentials(url) | _HEADERS,
+                redirect=False,
+                retries=False,
+                preload_content=False,
+                decode_content=False,
+            )
+            if response.status not in REDIRECTS:
+                return response
+            location = response.headers.get("Location", "")
+            response.drain_conn()
+            response.release_conn()
+            url = next_hop(url, location)
+        raise UpstreamTrouble(f"{url}: more than {HOPS} redirects")
+
+
+_HEADERS = {"Accept-Encoding": "identity", "User-Agent": f"narseal/{__version__}"}
+
+
+def _pools(config: UpstreamConfig) -> urllib3.PoolManager:
+    return urllib3.PoolManager(
+        num_pools=8,
+        maxsize=_CONNECTIONS,
+        timeout=Timeout(connect=config.connect_timeout, read=config.stall_timeout),
+    )
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """urllib3's errors as ours."""
+    try:
+        yield
+    except (urllib3.exceptions.ReadTimeoutError, urllib3.exceptions.ConnectTimeoutError) as error:
+        raise UpstreamTimeout(f"{url}: the upstream stalls") from error
+    except urllib3.exceptions.HTTPError as error:
+        raise UpstreamTrouble(f"{url}: {type(error).__name__}: {error}") from error
+
+
+class _Public(HTTPConnection):
+    """A connection that lets go of an address that a redirect must not reach."""
+
+    def _new_conn(self) -> socket.socket:
+        sock = super()._new_conn()
+        address = str(sock.getpeername()[0]).partition("%")[0]
+        if not ipaddress.ip_address(address).is_global:
+            sock.close()
+            raise urllib3.exceptions.NewConnectionError(
+                self, f"a redirect to {address}, which is not public; see redirect_origins"
+            )
+        return sock
+
+
+class _PublicTls(_Public, HTTPSConnection):
+    pass
+
+
+class _PublicPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Public
+
+
+class _PublicTlsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _PublicTls
+
+
+def _whole_size(response: urllib3.BaseHTTPResponse, offset: int, url: str) -> int | None:
+    if not offset:
+        length = response.headers.get("Content-Length", "")
+        return int(length) if length.isascii() and length.isdigit() else None
+    content_range = response.headers.get("Content-Range", "")
+    unit, _, rest = content_range.partition(" ")
+    span, _, size = rest.partition("/")
+    if unit != "bytes" or span.partition("-")[0] != str(offset):
+        raise UpstreamTrouble(f"{url}: asked from byte {offset}, got {content_range[:80]!r}")
+    return int(size) if size.isascii() and size.isdigit() else None
