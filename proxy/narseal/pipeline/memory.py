@@ -31,13 +31,14 @@ class HotMap:
     def __init__(self, *, max_bytes: int, epoch: Epoch) -> None:
         self._max_bytes = max_bytes
         self._epoch = epoch
+        self._cell = epoch.cell
         self._seen = epoch.read()
         self._bytes = 0
         self._answers: OrderedDict[bytes, Hot] = OrderedDict()
 
     def get(self, target: bytes) -> Hot | None:
         """The answer for `/…`, if it is here and still good."""
-        if self._epoch.read() != self._seen:
+        if self._cell[0] != self._seen:
             self._forget()
         answer = self._answers.get(target)
         if answer is not None:

@@ -102,7 +102,7 @@ _NEVER = float("inf")
 class HotProtocol(RequestHandler):
     """One connection."""
 
-    __slots__ = ("_address", "_partial", "_server", "waits_since")
+    __slots__ = ("_address", "_eligible", "_partial", "_server", "waits_since")
 
     def __init__(self, server: HotServer, **options: Any) -> None:
         super().__init__(server, **options)
@@ -110,6 +110,7 @@ class HotProtocol(RequestHandler):
         self._address = ""
         #: aiohttp's parser may hold the beginning of something.
         self._partial = False
+        self._eligible = False
         #: When the head began that is not complete yet; infinity while none is awaited.
         self.waits_since = _NEVER
 
@@ -138,25 +139,32 @@ class HotProtocol(RequestHandler):
     def data_received(self, data: bytes) -> None:
         """Answer from memory, or hand on to aiohttp."""
         start = perf_counter()
-        if (
-            data.startswith(_BEGIN)
-            and data.endswith(_END)
-            and len(data) <= _MAX_HEAD
-            and not self._partial
-            and self._is_parked()
-        ):
+        if data.startswith(_BEGIN) and (self._eligible or self._is_eligible()):
             stop = data.find(b" ", 4, _MAX_TARGET)
             server = self._server
-            answer = server.hot.get(data[4:stop]) if stop > 0 else None
-            if answer is not None and self.transport and self._is_harmless(data[stop:]):
-                self.transport.write(server.begin + answer.rest)
+            answer = server.hot.get(data[4:stop])
+            head = data[stop:]
+            # a block of headers that is known to be harmless is also known to be whole
+            if answer is not None and (head in server.harmless or self._is_harmless(head)):
+                self.transport.write(server.begin + answer.rest)  # type: ignore[union-attr]
                 self.waits_since = _NEVER
                 self._next_keepalive_close_time = server.keepalive_until
                 server.tally.hit(answer, data[4:stop], perf_counter() - start)
                 return
         self._hand_on(data)
 
+    def close(self) -> None:
+        """See RequestHandler.close."""
+        self._eligible = False
+        super().close()
+
+    def force_close(self) -> None:
+        """See RequestHandler.force_close."""
+        self._eligible = False
+        super().force_close()
+
     def _hand_on(self, data: bytes) -> None:
+        self._eligible = False
         before = self._request_count
         super().data_received(data)
         self._partial = self._request_count == before or not data.endswith(_END)
@@ -164,6 +172,11 @@ class HotProtocol(RequestHandler):
             self.waits_since = _NEVER
         elif self.waits_since == _NEVER:
             self.waits_since = self._loop.time()
+
+    def _is_eligible(self) -> bool:
+        """Nothing stands between a request and its answer; true until something is handed on."""
+        self._eligible = not self._partial and self._is_parked() and self.transport is not None
+        return self._eligible
 
     def _is_parked(self) -> bool:
         """Aiohttp waits for a request: none is being answered and none is queued."""
@@ -178,9 +191,11 @@ class HotProtocol(RequestHandler):
 
     def _is_harmless(self, head: bytes) -> bool:
         known = self._server.harmless
-        if head in known:
-            return True
-        if not head.startswith(_VERSION) or head.find(_END) != len(head) - len(_END):
+        if (
+            len(head) > _MAX_HEAD
+            or not head.startswith(_VERSION)
+            or head.find(_END) != len(head) - len(_END)
+        ):
             return False
         names = set()
         for line in head[len(_VERSION) : -len(_END)].split(b"\r\n"):
