@@ -7,8 +7,10 @@ import hashlib
 import http.client
 import json
 import os
+import resource
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -266,6 +268,38 @@ def test_a_full_disk_is_507_and_recovers_unaided(tmp_path: Path) -> None:
             assert fetch(f"{proxy.url}/{BIG.info.url}") == (200, BIG.file)
     finally:
         subprocess.run(["umount", "-l", str(storage)], check=True)
+
+
+def test_a_locked_index_is_503_for_new_paths_and_nothing_for_the_others(tmp_path: Path) -> None:
+    with narseal_process(tmp_path, cache_of(tmp_path, *ITEMS)) as proxy:
+        known, fresh = (f"{proxy.url}/{item.hash}.narinfo" for item in ITEMS[:2])
+        assert fetch(known)[0] == 200
+        with closing(sqlite3.connect(tmp_path / "index.sqlite")) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                waiting = pool.submit(fetch, fresh)
+                while not waiting.done():
+                    assert fetch(known)[0] == 200
+                assert waiting.result()[0] == 503
+            other.rollback()
+        assert fetch(fresh)[0] == 200
+
+
+def test_out_of_descriptors_is_survived(tmp_path: Path) -> None:
+    with narseal_process(tmp_path, cache_of(tmp_path, *ITEMS)) as proxy:
+        pid = proxy.workers()[0]
+        used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 20, hard))
+        host, port = proxy.url.removeprefix("http://").split(":")
+        crowd = [socket.create_connection((host, int(port))) for _ in range(60)]
+        time.sleep(1)
+        for connection in crowd:
+            connection.close()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+        for item in ITEMS:
+            assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 200
+        assert proxy.workers() == [pid]
 
 
 def test_sigterm_lets_a_running_download_end(tmp_path: Path) -> None:

@@ -145,6 +145,17 @@ async def test_bad_narinfo_is_404_with_a_reason_and_the_next_upstream_is_asked(
         assert (await client.get(info.url))[1] == GOOD.file
 
 
+async def test_1000_narinfos_under_each_others_names_are_all_refused(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    items = [entry(f"n{n}", b"same").signed(UPSTREAM) for n in range(1000)]
+    for item, other in zip(items, items[1:] + items[:1], strict=True):
+        upstream.files[f"{item.hash}.narinfo"] = other.info.render()
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        for item in items:
+            assert await client.refusal(f"{item.hash}.narinfo") == "wrong-path"
+
+
 async def test_10000_signed_references_are_served_as_nix_would(
     tmp_path: Path, upstream: FakeCache
 ) -> None:

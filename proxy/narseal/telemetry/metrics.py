@@ -30,7 +30,6 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: Values of `reason` of narseal_rejected_total.
 REASONS = (
     "absolute-url",
-    "bomb",
     "ca-mismatch",
     "conflict",
     "content-mismatch",

@@ -1,0 +1,114 @@
+"""The documentation names every setting, command, metric and threat, and only tests that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from click import Group
+from prometheus_client import REGISTRY
+from pydantic import BaseModel
+
+from narseal.cli import narseal
+from narseal.config import Config
+from narseal.telemetry import metrics
+
+PROJECT = Path(__file__).parent.parent.parent
+OPERATING = (PROJECT / "docs/operating.md").read_text()
+METRICS = (PROJECT / "docs/metrics.md").read_text()
+SECURITY = (PROJECT / "docs/security.md").read_text()
+#: Rows of the threat model that are built; each must have a test.
+ROWS = [*(f"U{n}" for n in range(1, 13)), "C1", "C2", "C3", "C4", "C7", "C8", "I1", "I2", "I3",
+        "I5", "I6"]  # fmt: skip
+
+
+def keys(model: type[BaseModel]) -> list[str]:
+    found = []
+    for name, field in model.model_fields.items():
+        inner = re.findall(r"narseal\.config\.(\w+)", repr(field.annotation))
+        sections = [c for c in _models() if c.__name__ in inner]
+        if sections:
+            found += [key for section in sections for key in keys(section)]
+        else:
+            found.append(name)
+    return found
+
+
+def _models() -> list[type[BaseModel]]:
+    import narseal.config as module
+
+    return [
+        value for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, BaseModel)
+    ]  # fmt: skip
+
+
+def test_every_setting_is_documented() -> None:
+    assert len(keys(Config)) > 35
+    missing = [k for k in keys(Config) if f"`{k}`" not in OPERATING and f".{k}`" not in OPERATING]
+    assert missing == []
+
+
+def commands(group: Group, prefix: str) -> list[str]:
+    found = []
+    for name, command in group.commands.items():
+        inner = isinstance(command, Group)
+        found += commands(command, f"{prefix} {name}") if inner else [f"{prefix} {name}"]
+    return found
+
+
+def test_every_command_is_documented() -> None:
+    for command in commands(narseal, "narseal"):
+        assert f"`{command}" in OPERATING, command
+
+
+def test_every_metric_and_reason_is_documented() -> None:
+    names = {
+        metric.name + ("_total" if metric.type == "counter" else "")
+        for metric in REGISTRY.collect()
+        if metric.name.startswith(("narseal_", "sigstore_"))
+    }
+    assert len(names) > 12
+    for name in [*names, *metrics.REASONS]:
+        assert f"`{name}`" in METRICS, name
+
+
+def test_every_reason_in_the_code_is_known_to_the_metrics() -> None:
+    code = "\n".join(p.read_text() for p in (PROJECT / "proxy").rglob("*.py"))
+    used = set(re.findall(r'(?:Refused|ContentMismatch)\(\s*"([a-z-]+)"', code))
+    assert used <= set(metrics.REASONS)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_threat_has_a_row_with_a_test(row: str) -> None:
+    line = next((text for text in SECURITY.splitlines() if text.startswith(f"| {row} |")), "")
+    assert "::test_" in line, f"docs/security.md has no row {row} with a test"
+
+
+def test_every_test_that_the_documentation_names_exists() -> None:
+    named = re.findall(r"`?(tests/[\w/]+\.py)::(test_\w+)", SECURITY)
+    assert len(named) > 40
+    for file, function in named:
+        assert f"def {function}(" in (PROJECT / file).read_text(), f"{file}::{function}"
+
+
+def test_every_link_between_pages_leads_somewhere() -> None:
+    for page in [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_no_machine_is_named_in_the_project() -> None:
+    words = ["/work/", "/root/", "loose-slice", "proxy.golang", "deb.debian"]
+    for path in PROJECT.rglob("*"):
+        relative = path.relative_to(PROJECT)
+        hidden = relative.parts[0] in (".git", ".venv", ".narseal") or "__pycache__" in path.parts
+        if (
+            path.is_file()
+            and not hidden
+            and relative.suffix in (".py", ".md", ".toml", ".nix", ".yml")
+        ):
+            text = path.read_text()
+            if relative.name != "test_docs.py":
+                assert not [word for word in words if word in text], relative
