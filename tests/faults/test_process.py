@@ -94,6 +94,14 @@ def test_metrics_are_right_across_workers(tmp_path: Path) -> None:
         ]
 
 
+def test_the_example_rules_are_rules() -> None:
+    rules = Path(__file__).parent.parent.parent / "examples/prometheus-rules.yml"
+    checked = subprocess.run(
+        ["promtool", "check", "rules", str(rules)], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_a_dead_worker_is_restarted_and_nobody_is_turned_away(tmp_path: Path) -> None:
     with narseal_process(tmp_path, cache_of(tmp_path, *ITEMS), workers=2) as proxy:
         before = proxy.workers()

@@ -308,6 +308,26 @@ async def test_two_narinfos_that_share_a_nar_name_do_not_collide(
         assert (await client.narinfo(keyutils.hash)).url == right.url
 
 
+async def test_a_true_name_that_a_lie_has_taken_stays_with_the_lie(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    honest = entry("honest").signed(UPSTREAM)
+    liar = entry("liar").but(file_hash=honest.info.file_hash, url="nar/liar").signed(UPSTREAM)
+    wrong_hash = honest.but(file_hash=Hash.sha256(b"another"), url="nar/honest")
+    upstream.add(liar, wrong_hash)
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        taken = await client.narinfo(liar.hash)
+        first = await client.narinfo(honest.hash)
+        assert (await client.get(first.url))[1] == honest.file
+        await client.until(lambda: len(client.published()) == 2)
+        new = await client.narinfo(honest.hash)
+        assert new.url not in (first.url, taken.url)
+        for url in (first.url, new.url):
+            assert (await client.get(url))[1] == honest.file
+        assert (await client.narinfo(liar.hash)).url == taken.url
+        assert (await client.get(taken.url))[1] == liar.file
+
+
 async def test_a_pinned_path_never_changes_its_hash(
     tmp_path: Path, upstream: FakeCache, second: FakeCache
 ) -> None:

@@ -26,7 +26,6 @@ PACKAGES = {
     "strace": "strace",
     "openssl": "openssl",
     "promtool": "prometheus",
-    "chromium": "chromium",
 }
 _IN_ROOT = ("nix-bin", "cosign", "ca-certificates", "curl")
 # procfs and a pty are wanted by nix-build; the mounts vanish with the namespace
@@ -40,20 +39,27 @@ def install() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         missing = [package for command, package in PACKAGES.items() if not shutil.which(command)]
         if missing:
-            environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-            # a policy that says no: an installed server must not start itself
-            policy = Path("/usr/sbin/policy-rc.d")
-            if not policy.exists():
-                policy.write_text("#!/bin/sh\nexit 101\n")
-                policy.chmod(0o755)
-            subprocess.run(["apt-get", "update", "-q"], check=True, env=environment)
-            subprocess.run(
-                ["apt-get", "install", "-qy", "--no-install-recommends", *missing],
-                check=True,
-                env=environment,
-            )
+            _install(missing)
         if not has_nix_on_path() and not ROOT.exists():
             _make_root()
+
+
+def _install(packages: list[str]) -> None:
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    policy = Path("/usr/sbin/policy-rc.d")
+    forbid = not policy.exists()
+    if forbid:  # an installed server must not start itself
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
+        subprocess.run(["apt-get", "update", "-q"], check=True, env=environment)
+        subprocess.run(
+            ["apt-get", "install", "-qy", "--no-install-recommends", *packages],
+            check=True, env=environment,
+        )  # fmt: skip
+    finally:
+        if forbid:
+            policy.unlink()
 
 
 def has_nix_on_path() -> bool:

@@ -95,13 +95,14 @@ class Fetcher:
 
     async def _publish(self, record: NarRecord, transfer: Transfer, measured: Measured) -> None:
         known = record.file_hash in (None, measured.file_hash)
-        true = replace(
+        found = replace(
             record,
             file=record.file if known else file_name(measured.file_hash, record.compression),
             file_hash=measured.file_hash,
             file_size=measured.file_size,
-            stored=True,
         )
+        # the true name, too, may have been given to another NAR by a narinfo that lied
+        true = replace(found, file=(await self._index.bind(found)).file, stored=True)
         if not known or record.file_size not in (None, measured.file_size):
             metrics.corrected.inc()
             _log.warning(
