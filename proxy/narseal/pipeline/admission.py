@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from time import monotonic
+from time import monotonic, time
 
 from narseal.config import Config
 from narseal.errors import (
@@ -18,6 +18,7 @@ from narseal.errors import (
     UpstreamTimeout,
 )
 from narseal.nix import narinfo
+from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.ask import Answers, in_order
 from narseal.pipeline.countersign import Countersigner
@@ -27,7 +28,7 @@ from narseal.pipeline.fetch import REFUSED_SECONDS, Fetcher
 from narseal.pipeline.flights import Flights
 from narseal.pipeline.memory import Negatives
 from narseal.pipeline.transfer import Origin
-from narseal.storage import Index, NarRecord, PathRecord
+from narseal.storage import Epoch, Index, NarRecord, PathRecord
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 
@@ -54,6 +55,7 @@ class Admission:
         fetcher: Fetcher,
         countersigner: Countersigner,
         crew: Crew,
+        epoch: Epoch,
     ) -> None:
         self._config = config
         self._upstreams = sorted(upstreams, key=lambda upstream: upstream.config.priority)
@@ -61,6 +63,8 @@ class Admission:
         self._fetcher = fetcher
         self._countersigner = countersigner
         self._crew = crew
+        self._epoch = epoch
+        self._refusals: tuple[int, dict[tuple[str, str, bytes], tuple[str, float]]] | None = None
         self._lookups = asyncio.Semaphore(config.limits.lookups)
         self._flights: Flights[str, Admitted] = Flights(crew)
         self._negatives = Negatives(
@@ -107,7 +111,7 @@ class Admission:
         if (
             own
             and record.url
-            and not await self._index.refused(record.upstream, record.url, record.nar_hash)
+            and not await self._refusal(record.upstream, record.url, record.nar_hash)
         ):
             yield Origin(own, record.url)
         answers = Answers()
@@ -140,6 +144,7 @@ class Admission:
                             error.reason,
                             for_seconds=REFUSED_SECONDS,
                         )
+                        self._epoch.advance()
                     answers.note(error, upstream=upstream.config.url, thing=thing)
         verdict = answers.verdict(thing)
         if isinstance(verdict, NotFound | Refused | Malformed):
@@ -161,10 +166,18 @@ class Admission:
                 own_keys=self._countersigner.public_keys,
                 max_nar_size=self._config.limits.nar_size,
             )
-        reason = await self._index.refused(upstream.config.url, info.url, info.nar_hash)
+        reason = await self._refusal(upstream.config.url, info.url, info.nar_hash)
         if reason is not None:
             raise Refused("refused-source", f"{info.url} had wrong content lately ({reason})")
         return _Candidate(info, evidence)
+
+    async def _refusal(self, upstream: str, url: str, nar_hash: Hash) -> str | None:
+        """Why an upstream's file is not taken for a NAR now; read anew when the epoch changed."""
+        now = self._epoch.read()
+        if self._refusals is None or self._refusals[0] != now:
+            self._refusals = (now, await self._index.refusals())
+        reason, until = self._refusals[1].get((upstream, url, nar_hash.digest), (None, 0.0))
+        return reason if until > time() else None
 
     async def _take(self, upstream: Upstream, candidate: _Candidate) -> Admitted:
         """Hold a candidate to its bytes where they come first, countersign it, pin it."""

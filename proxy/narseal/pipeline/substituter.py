@@ -77,6 +77,7 @@ class Substituter:
             fetcher=self._fetcher,
             countersigner=self.countersigner,
             crew=self.crew,
+            epoch=epoch,
         )
         self.realisations = Realisations(
             config.limits,
@@ -104,18 +105,19 @@ class Substituter:
         for key in keys:
             not_after = key.not_after.timestamp() if key.not_after else 0
             metrics.key_not_after.labels(key.public.name).set(not_after)
-        writer = asyncio.create_task(substituter._index.run(), name="index writer")
-        try:
-            metrics.storage_bytes.set(await substituter._index.stored_bytes())
-            yield substituter
-        finally:
-            await substituter.crew.close(wait=config.limits.shutdown_timeout)
-            writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
-            for upstream in upstreams:
-                await upstream.close()
-            await substituter._index.close()
-            substituter.blocking.close()
+        async with asyncio.TaskGroup() as group:
+            # without the index nothing can be served: if this ends, the worker ends
+            index = group.create_task(substituter._index.run(), name="index")
+            try:
+                metrics.storage_bytes.set(await substituter._index.stored_bytes())
+                yield substituter
+            finally:
+                await substituter.crew.close(wait=config.limits.shutdown_timeout)
+                index.cancel()
+                for upstream in upstreams:
+                    await upstream.close()
+                await substituter._index.close()
+                substituter.blocking.close()
 
     async def narinfo(self, hash_part: str) -> bytes:
         """The countersigned narinfo of a hash; NotFound, Refused, Malformed or Trouble."""

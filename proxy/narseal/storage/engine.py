@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from pathlib import Path
@@ -15,11 +14,11 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from narseal.errors import ConfigError, NarsealError, Unavailable
+from narseal.storage.together import Together
 
 Write = Callable[[AsyncConnection], Awaitable[Any]]
 
 _BUSY_MS = 10_000
-_GROUP = 256  # writes that share one transaction at the most
 
 
 def index_file(url: str) -> Path:
@@ -77,49 +76,40 @@ class Engines:
 
     def __init__(self, url: str) -> None:
         address = f"sqlite+aiosqlite:///{index_file(url)}"
-        self.reading: AsyncEngine = create_async_engine(address, pool_size=4, max_overflow=4)
+        # single statements: no transaction to begin and to roll back around each
+        self.reading: AsyncEngine = create_async_engine(
+            address,
+            pool_size=4,
+            max_overflow=4,
+            isolation_level="AUTOCOMMIT",
+            pool_reset_on_return=None,
+        )
         self._writing = create_async_engine(address, pool_size=1, max_overflow=0)
         _prepare(self._writing.sync_engine)
-        self._queue: asyncio.Queue[tuple[Write, asyncio.Future[Any]]] = asyncio.Queue(4096)
+        self._writes: Together[Write, Any] = Together(self._commit)
 
     async def write(self, work: Write) -> Any:
         """Run `work` in a transaction; returns its result once that is on disk.
 
-        Works that come at the same time share a transaction, each in a savepoint of its own.
-        Errors of `work` reach its caller only; Unavailable if the index cannot be written.
+        Works that come at the same time share a transaction. A work that raises an error of
+        ours leaves what it wrote so far, which must do no harm, and its error reaches its caller
+        only; Unavailable if the index cannot be written.
         """
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        await self._queue.put((work, future))
-        return await future
+        try:
+            return await self._writes.ask(work)
+        except (DBAPIError, OSError) as error:
+            raise Unavailable(f"the index cannot be written: {error}") from error
 
-    async def run_writer(self) -> None:
+    async def run(self) -> None:
         """The one writer; runs until cancelled."""
-        while True:
-            group = [await self._queue.get()]
-            while len(group) < _GROUP and not self._queue.empty():
-                group.append(self._queue.get_nowait())
-            try:
-                outcomes = await self._commit([work for work, _ in group])
-            except (DBAPIError, OSError) as error:
-                trouble = Unavailable(f"the index cannot be written: {error}")
-                outcomes = [trouble] * len(group)
-            except Exception as error:  # a fault of ours: its callers get it, the writer goes on
-                outcomes = [error] * len(group)
-            for (_, future), outcome in zip(group, outcomes, strict=True):
-                if future.done():
-                    continue
-                if isinstance(outcome, Exception):
-                    future.set_exception(outcome)
-                else:
-                    future.set_result(outcome)
+        await self._writes.run()
 
     async def _commit(self, works: list[Write]) -> list[Any]:
         outcomes: list[Any] = []
         async with self._writing.begin() as connection:
             for work in works:
                 try:
-                    async with connection.begin_nested():
-                        outcomes.append(await work(connection))
+                    outcomes.append(await work(connection))
                 except NarsealError as error:
                     outcomes.append(error)
         return outcomes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import StorePath
 from narseal.storage import schema
 from narseal.storage.engine import Engines
+from narseal.storage.together import Together
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,9 @@ class PathRecord:
     withdrawn: bool = False
 
 
+#: A path and the NAR that its narinfo names.
+Admitted = tuple[PathRecord, NarRecord]
+
 #: Paths with the NAR that their narinfo names; both tables hold NarHash and NarSize, once is enough.
 _PATHS = select(schema.path, *(c for c in schema.nar.c if c.name not in schema.path.c)).join(
     schema.nar, schema.path.c.nar_file == schema.nar.c.file
@@ -82,19 +87,22 @@ class Index:
     def __init__(self, url: str, store_dir: str) -> None:
         self._engines = Engines(url)
         self._store_dir = store_dir
+        self._lookups: Together[str, Admitted | None] = Together(self._paths)
+        self._admissions: Together[Admitted, Admitted] = Together(
+            lambda group: self._engines.write(lambda c: self._admit_all(c, group))
+        )
 
     async def run(self) -> None:
-        """Commit writes until cancelled."""
-        await self._engines.run_writer()
+        """Answer and commit until cancelled."""
+        await asyncio.gather(self._engines.run(), self._lookups.run(), self._admissions.run())
 
     async def close(self) -> None:
         """Close the database."""
         await self._engines.dispose()
 
-    async def path(self, hash_part: str) -> tuple[PathRecord, NarRecord] | None:
+    async def path(self, hash_part: str) -> Admitted | None:
         """The admitted path of a hash, and the NAR file that its narinfo names."""
-        rows = await self._read(_PATHS.where(schema.path.c.hash_part == hash_part))
-        return self._pair(rows[0]) if rows else None
+        return await self._lookups.ask(hash_part)
 
     async def nar(self, file: str) -> NarRecord | None:
         """What a file name stands for; None if no admitted narinfo ever mentioned it."""
@@ -107,29 +115,26 @@ class Index:
         rows = await self._read(query)
         return _nar(rows[0]) if rows else None
 
-    async def paths_of(self, file: str) -> list[tuple[PathRecord, NarRecord]]:
+    async def paths_of(self, file: str) -> list[Admitted]:
         """The admitted paths whose narinfo names a file."""
         rows = await self._read(_PATHS.where(schema.path.c.nar_file == file).limit(1000))
         return [self._pair(row) for row in rows]
 
-    async def refused(self, upstream: str, url: str, nar_hash: Hash) -> str | None:
-        """Why an upstream's file is not taken for a NAR now, or None."""
-        query = select(schema.refusal.c.reason).where(
-            schema.refusal.c.upstream == upstream,
-            schema.refusal.c.url == url,
-            schema.refusal.c.nar_hash == nar_hash.digest,
-            schema.refusal.c.until > time.time(),
-        )
-        rows = await self._read(query)
-        return str(rows[0].reason) if rows else None
+    async def refusals(self) -> dict[tuple[str, str, bytes], tuple[str, float]]:
+        """Which upstream's file is not taken for which NAR hash, why, and until what Unix time.
 
-    async def admit(self, path: PathRecord, nar: NarRecord) -> tuple[PathRecord, NarRecord]:
+        By upstream, URL and digest.
+        """
+        rows = await self._read(select(schema.refusal).where(schema.refusal.c.until > time.time()))
+        return {(row.upstream, row.url, row.nar_hash): (row.reason, row.until) for row in rows}
+
+    async def admit(self, path: PathRecord, nar: NarRecord) -> Admitted:
         """Pin a path's fingerprint and bind its file name, or find the pin that is there.
 
         Refused("conflict") if the path is pinned to another fingerprint. A name that already
         stands for another NAR is not used: the NAR hash's name is taken instead.
         """
-        return await self._engines.write(lambda c: self._admit(c, path, nar))  # type: ignore[no-any-return]
+        return await self._admissions.ask((path, nar))
 
     async def bind(self, nar: NarRecord) -> NarRecord:
         """Bind a file name to a NAR, or find the name that this NAR has; see `admit`."""
@@ -192,44 +197,75 @@ class Index:
         except (TimeoutError, DBAPIError, OSError) as error:
             raise Unavailable(f"the index cannot be read: {error}") from error
 
-    async def _admit(
-        self, connection: AsyncConnection, path: PathRecord, nar: NarRecord
-    ) -> tuple[PathRecord, NarRecord]:
-        bound = await self._bind(connection, nar)
-        info = path.info
+    async def _paths(self, hash_parts: list[str]) -> list[Admitted | Exception | None]:
+        rows = await self._read(_PATHS.where(schema.path.c.hash_part.in_(hash_parts)))
+        found = {row.hash_part: self._pair(row) for row in rows}
+        return [found.get(hash_part) for hash_part in hash_parts]
+
+    async def _admit_all(
+        self, connection: AsyncConnection, group: list[Admitted]
+    ) -> list[Admitted | Exception]:
+        """Bind and pin a group: four statements where everything is new, as it mostly is."""
+        outcomes: list[Admitted | Exception] = []
+        fresh = insert_or(schema.nar).on_conflict_do_nothing()
+        await connection.execute(fresh, [_nar_values(nar) for _, nar in group])
+        files = [nar.file for _, nar in group]
+        rows = await connection.execute(select(schema.nar).where(schema.nar.c.file.in_(files)))
+        named = {row.file: _nar(row) for row in rows}
+        for path, nar in group:
+            try:
+                bound = named[nar.file]
+                if bound != nar:
+                    bound = await self._bind(connection, nar)
+                outcomes.append((replace(path, nar_file=bound.file), bound))
+            except Refused as error:
+                outcomes.append(error)
+        admitted = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+        if admitted:
+            fresh = insert_or(schema.path).on_conflict_do_nothing()
+            await connection.execute(fresh, [_path_values(path) for path, _ in admitted])
+        hash_parts = [path.info.store_path.hash_part for path, _ in admitted]
+        query = _PATHS.where(schema.path.c.hash_part.in_(hash_parts))
+        pinned = {row.hash_part: self._pair(row) for row in await connection.execute(query)}
+        return [
+            outcome
+            if isinstance(outcome, Exception)
+            else await self._pin(connection, outcome, pinned)
+            for outcome in outcomes
+        ]
+
+    async def _pin(
+        self, connection: AsyncConnection, wanted: Admitted, pins: dict[str, Admitted]
+    ) -> Admitted | Exception:
+        """What is pinned, if it agrees; a withdrawn path is put in force again as `wanted`."""
+        info = wanted[0].info
         hash_part = info.store_path.hash_part
-        query = _PATHS.where(schema.path.c.hash_part == hash_part)
-        found = (await connection.execute(query)).first()
-        if found is None:
-            values = _path_values(replace(path, nar_file=bound.file))
-            await connection.execute(insert(schema.path).values(**values))
-            return replace(path, nar_file=bound.file), bound
-        pinned, pinned_nar = self._pair(found)
-        if pinned.info.fingerprint() != info.fingerprint():
-            raise Refused(
+        pinned = pins[hash_part]
+        if pinned[0].info.fingerprint() != info.fingerprint():
+            return Refused(
                 "conflict",
-                f"{info.store_path} is pinned to NarHash {pinned.info.nar_hash} and an upstream"
+                f"{info.store_path} is pinned to NarHash {pinned[0].info.nar_hash} and an upstream"
                 f" now says {info.nar_hash}; the pin holds",
             )
-        if not pinned.withdrawn:
-            return pinned, pinned_nar
-        values = _path_values(replace(path, nar_file=bound.file))
+        if not pinned[0].withdrawn:
+            return pinned
         await connection.execute(
-            update(schema.path).where(schema.path.c.hash_part == hash_part).values(**values)
+            update(schema.path)
+            .where(schema.path.c.hash_part == hash_part)
+            .values(**_path_values(wanted[0]))
         )
-        return replace(path, nar_file=bound.file), bound
+        return wanted
 
     async def _bind(self, connection: AsyncConnection, nar: NarRecord) -> NarRecord:
         """The row of the file name: the present one if it means the same NAR, else a new one."""
         by_nar_hash = file_name(nar.nar_hash, nar.compression)
         for file in dict.fromkeys((nar.file, by_nar_hash)):
+            candidate = replace(nar, file=file)
+            fresh = insert_or(schema.nar).values(**_nar_values(candidate)).on_conflict_do_nothing()
+            if (await connection.execute(fresh)).rowcount:
+                return candidate
             query = select(schema.nar).where(schema.nar.c.file == file)
-            row = (await connection.execute(query)).first()
-            if row is None:
-                fresh = replace(nar, file=file)
-                await connection.execute(insert(schema.nar).values(**_nar_values(fresh)))
-                return fresh
-            present = _nar(row)
+            present = _nar((await connection.execute(query)).one())
             if (present.nar_hash, present.compression) != (nar.nar_hash, nar.compression):
                 continue
             if present.published_as:
@@ -289,7 +325,7 @@ class Index:
         await connection.execute(update(schema.path).where(named).values(withdrawn=True))
         return hash_parts
 
-    def _pair(self, row: Row[Any]) -> tuple[PathRecord, NarRecord]:
+    def _pair(self, row: Row[Any]) -> Admitted:
         nar = _nar(row)
         info = NarInfo(
             store_dir=self._store_dir,
