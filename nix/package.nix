@@ -26,9 +26,10 @@ python3Packages.buildPythonApplication {
     pydantic
     pydantic-settings
     pynacl
-    rich
     sqlalchemy
+    urllib3
     uvloop
+    yarl
   ];
 
   # they want real Nix, root and Debian's packages: `make test` runs them

@@ -31,7 +31,7 @@ _STUB = """
         runCommand = name: env: script: make name (env // { args = [ "-c" script ]; });
         writeText = name: text: builtins.toFile name (builtins.unsafeDiscardStringContext text);
         mkShell = args: make "shell" { };
-        python3Packages = lib.genAttrs (lib.splitString " " "hatchling aiofiles aiohttp aiosqlite alembic backports-zstd brotli click jinja2 prometheus-client pydantic pydantic-settings pynacl rich sqlalchemy uvloop") (name: name)
+        python3Packages = lib.genAttrs (lib.splitString " " "hatchling aiofiles aiohttp aiosqlite alembic backports-zstd brotli click jinja2 prometheus-client pydantic pydantic-settings pynacl sqlalchemy urllib3 uvloop yarl") (name: name)
           // { buildPythonApplication = args: make "${args.pname}-${args.version}" { inherit (args) pname version; } // { meta = { }; }; };
       } // lib.genAttrs (lib.splitString " " "python3 uv cosign nginx wrk prometheus strace") (name: name);
     in pkgs;

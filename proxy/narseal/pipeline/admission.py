@@ -28,13 +28,11 @@ from narseal.pipeline.fetch import REFUSED_SECONDS, Fetcher
 from narseal.pipeline.flights import Flights
 from narseal.pipeline.memory import Negatives
 from narseal.pipeline.transfer import Origin
-from narseal.storage import Epoch, Index, NarRecord, PathRecord
+from narseal.storage import Admitted, Epoch, Index, NarRecord, PathRecord
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 
 _log = logging.getLogger(__name__)
-
-Admitted = tuple[PathRecord, NarRecord]
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +180,10 @@ class Admission:
     async def _take(self, upstream: Upstream, candidate: _Candidate) -> Admitted:
         """Hold a candidate to its bytes where they come first, countersign it, pin it."""
         info, evidence = candidate.info, candidate.evidence
-        recompress = self._config.storage.recompress and info.compression in ("xz", "bzip2")
+        recompress = self._config.storage.recompress and info.compression in (
+            "xz",
+            "bzip2",
+        )
         if evidence.content_first or recompress:
             self._crew.start(self._prefetch(info), f"references of {info.store_path}")
             nar = await self._fetcher.fetch_first(info, Origin(upstream, info.url))

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from time import perf_counter
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from narseal.errors import NarsealError
 from narseal.nix.base32 import CHARS
@@ -31,6 +32,43 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def application(answering: Answering, tally: Tally) -> web.Application:
     """Every route of the substituter; what matches none is 404."""
+
+    async def finish_head(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["Server"] = "narseal"
+        response.headers["X-Request-Id"] = request.get(_ID, "")
+
+    app = web.Application(middlewares=[accounting(tally)], client_max_size=1 << 20)
+    app.on_response_prepare.append(finish_head)
+    table: list[tuple[str, str, Handler]] = [
+        ("nix-cache-info", "/nix-cache-info", answering.cache_info),
+        ("narinfo", f"/{{hash:{_HASH}}}.narinfo", answering.narinfo),
+        ("nar", f"/nar/{{file:{CHARS}{{52}}\\.nar({_SUFFIX})?}}", answering.nar),
+        ("ls", f"/{{name:{_HASH}\\.ls}}", answering.side_file),
+        ("log", f"/{{name:log/{_PATH}}}", answering.side_file),
+        ("debuginfo", r"/{name:debuginfo/[0-9a-f]{40}(\.debug)?}", answering.side_file),
+        (
+            "realisations",
+            rf"/{{name:realisations/sha256:[0-9a-f]{{64}}!{_OUTPUT}\.doi}}",
+            answering.realisation,
+        ),
+        (
+            "build-trace-v2",
+            rf"/{{name:build-trace-v2/{_PATH}/{_OUTPUT}\.doi}}",
+            answering.realisation,
+        ),
+        ("healthz", "/healthz", answering.healthz),
+        ("readyz", "/readyz", answering.readyz),
+        ("pubkey", "/pubkey", answering.pubkey),
+        ("metrics", "/metrics", answering.metrics_for_loopback),
+        ("status", "/", answering.status),
+    ]
+    for name, pattern, handler in table:
+        app.router.add_get(pattern, handler, name=name)
+    return app
+
+
+def accounting(tally: Tally) -> Middleware:
+    """The middleware of every route."""
 
     @web.middleware
     async def account(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -63,38 +101,7 @@ def application(answering: Answering, tally: Tally) -> web.Application:
             request_id.reset(token)
             tally.answered(route, request.method, request.path, status, perf_counter() - start)
 
-    async def finish_head(request: web.Request, response: web.StreamResponse) -> None:
-        response.headers["Server"] = "narseal"
-        response.headers["X-Request-Id"] = request.get(_ID, "")
-
-    app = web.Application(middlewares=[account], client_max_size=1 << 20)
-    app.on_response_prepare.append(finish_head)
-    table: list[tuple[str, str, Handler]] = [
-        ("nix-cache-info", "/nix-cache-info", answering.cache_info),
-        ("narinfo", f"/{{hash:{_HASH}}}.narinfo", answering.narinfo),
-        ("nar", f"/nar/{{file:{CHARS}{{52}}\\.nar({_SUFFIX})?}}", answering.nar),
-        ("ls", f"/{{name:{_HASH}\\.ls}}", answering.side_file),
-        ("log", f"/{{name:log/{_PATH}}}", answering.side_file),
-        ("debuginfo", r"/{name:debuginfo/[0-9a-f]{40}(\.debug)?}", answering.side_file),
-        (
-            "realisations",
-            rf"/{{name:realisations/sha256:[0-9a-f]{{64}}!{_OUTPUT}\.doi}}",
-            answering.realisation,
-        ),
-        (
-            "build-trace-v2",
-            rf"/{{name:build-trace-v2/{_PATH}/{_OUTPUT}\.doi}}",
-            answering.realisation,
-        ),
-        ("healthz", "/healthz", answering.healthz),
-        ("readyz", "/readyz", answering.readyz),
-        ("pubkey", "/pubkey", answering.pubkey),
-        ("metrics", "/metrics", answering.metrics_for_loopback),
-        ("status", "/", answering.status),
-    ]
-    for name, pattern, handler in table:
-        app.router.add_get(pattern, handler, name=name)
-    return app
+    return account
 
 
 def metrics_application(answering: Answering) -> web.Application:

@@ -2,10 +2,12 @@
 
 from narseal.storage.engine import epoch_file, migrate
 from narseal.storage.epoch import Epoch
-from narseal.storage.index import Index, NarRecord, PathRecord, file_name
+from narseal.storage.index import Index
 from narseal.storage.local import LocalStorage, storage_errors
+from narseal.storage.records import Admitted, NarRecord, PathRecord, file_name
 
 __all__ = [
+    "Admitted",
     "Epoch",
     "Index",
     "LocalStorage",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Row, delete, insert, select, update
@@ -15,70 +14,22 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from narseal.errors import Refused, Unavailable
-from narseal.nix.compression import COMPRESSIONS
-from narseal.nix.content_address import ContentAddress
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature
-from narseal.nix.narinfo import NarInfo
-from narseal.nix.store_path import StorePath
 from narseal.storage import schema
 from narseal.storage.engine import Engines
-from narseal.storage.together import Together
-
-
-@dataclass(frozen=True, slots=True)
-class NarRecord:
-    """A file name below nar/ and what it stands for."""
-
-    file: str
-    nar_hash: Hash
-    nar_size: int
-    compression: str
-    #: Measured once `stored`; before that what the upstream says, or None.
-    file_hash: Hash | None
-    file_size: int | None
-    upstream: str
-    url: str
-    stored: bool = False
-    published_as: str | None = None
-
-    @classmethod
-    def of(cls, info: NarInfo, upstream: str) -> NarRecord:
-        """The record of an upstream's narinfo, named by file hash, or NAR hash if there is none."""
-        return cls(
-            file=file_name(info.file_hash or info.nar_hash, info.compression),
-            nar_hash=info.nar_hash,
-            nar_size=info.nar_size,
-            compression=info.compression,
-            file_hash=info.file_hash,
-            file_size=info.file_size,
-            upstream=upstream,
-            url=info.url,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class PathRecord:
-    """An admitted store path; `info.url` is the upstream's, never served."""
-
-    info: NarInfo
-    nar_file: str
-    evidence: str
-    withdrawn: bool = False
-
-
-#: A path and the NAR that its narinfo names.
-Admitted = tuple[PathRecord, NarRecord]
-
-#: Paths with the NAR that their narinfo names; both tables hold NarHash and NarSize, once is enough.
-_PATHS = select(schema.path, *(c for c in schema.nar.c if c.name not in schema.path.c)).join(
-    schema.nar, schema.path.c.nar_file == schema.nar.c.file
+from narseal.storage.records import (
+    PATHS,
+    Admitted,
+    NarRecord,
+    PathRecord,
+    admitted_of,
+    file_name,
+    nar_of,
+    nar_values,
+    path_values,
 )
-
-
-def file_name(file_hash: Hash, compression: str) -> str:
-    """`<nix32>.nar<suffix>`, as Nix names it."""
-    return f"{file_hash.nix32}.nar{COMPRESSIONS[compression]}"
+from narseal.storage.together import Together
 
 
 class Index:
@@ -107,18 +58,18 @@ class Index:
     async def nar(self, file: str) -> NarRecord | None:
         """What a file name stands for; None if no admitted narinfo ever mentioned it."""
         rows = await self._read(select(schema.nar).where(schema.nar.c.file == file))
-        return _nar(rows[0]) if rows else None
+        return nar_of(rows[0]) if rows else None
 
     async def nar_of_source(self, upstream: str, url: str) -> NarRecord | None:
         """The NAR that an upstream has at a URL, if a path with it was admitted."""
         query = select(schema.nar).where(schema.nar.c.upstream == upstream, schema.nar.c.url == url)
         rows = await self._read(query)
-        return _nar(rows[0]) if rows else None
+        return nar_of(rows[0]) if rows else None
 
     async def paths_of(self, file: str) -> list[Admitted]:
         """The admitted paths whose narinfo names a file."""
-        rows = await self._read(_PATHS.where(schema.path.c.nar_file == file).limit(1000))
-        return [self._pair(row) for row in rows]
+        rows = await self._read(PATHS.where(schema.path.c.nar_file == file).limit(1000))
+        return [admitted_of(row, self._store_dir) for row in rows]
 
     async def refusals(self) -> dict[tuple[str, str, bytes], tuple[str, float]]:
         """Which upstream's file is not taken for which NAR hash, why, and until what Unix time.
@@ -161,7 +112,13 @@ class Index:
         await self._engines.write(lambda c: self._unpublish(c, file))
 
     async def refuse(
-        self, upstream: str, url: str, nar_hash: Hash, reason: str, *, for_seconds: float
+        self,
+        upstream: str,
+        url: str,
+        nar_hash: Hash,
+        reason: str,
+        *,
+        for_seconds: float,
     ) -> None:
         """Do not take an upstream's file for a NAR again for a time."""
         key = {"upstream": upstream, "url": url, "nar_hash": nar_hash.digest}
@@ -198,8 +155,8 @@ class Index:
             raise Unavailable(f"the index cannot be read: {error}") from error
 
     async def _paths(self, hash_parts: list[str]) -> list[Admitted | Exception | None]:
-        rows = await self._read(_PATHS.where(schema.path.c.hash_part.in_(hash_parts)))
-        found = {row.hash_part: self._pair(row) for row in rows}
+        rows = await self._read(PATHS.where(schema.path.c.hash_part.in_(hash_parts)))
+        found = {row.hash_part: admitted_of(row, self._store_dir) for row in rows}
         return [found.get(hash_part) for hash_part in hash_parts]
 
     async def _admit_all(
@@ -208,10 +165,10 @@ class Index:
         """Bind and pin a group: four statements where everything is new, as it mostly is."""
         outcomes: list[Admitted | Exception] = []
         fresh = insert_or(schema.nar).on_conflict_do_nothing()
-        await connection.execute(fresh, [_nar_values(nar) for _, nar in group])
+        await connection.execute(fresh, [nar_values(nar) for _, nar in group])
         files = [nar.file for _, nar in group]
         rows = await connection.execute(select(schema.nar).where(schema.nar.c.file.in_(files)))
-        named = {row.file: _nar(row) for row in rows}
+        named = {row.file: nar_of(row) for row in rows}
         for path, nar in group:
             try:
                 bound = named[nar.file]
@@ -223,10 +180,13 @@ class Index:
         admitted = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
         if admitted:
             fresh = insert_or(schema.path).on_conflict_do_nothing()
-            await connection.execute(fresh, [_path_values(path) for path, _ in admitted])
+            await connection.execute(fresh, [path_values(path) for path, _ in admitted])
         hash_parts = [path.info.store_path.hash_part for path, _ in admitted]
-        query = _PATHS.where(schema.path.c.hash_part.in_(hash_parts))
-        pinned = {row.hash_part: self._pair(row) for row in await connection.execute(query)}
+        query = PATHS.where(schema.path.c.hash_part.in_(hash_parts))
+        pinned = {
+            row.hash_part: admitted_of(row, self._store_dir)
+            for row in await connection.execute(query)
+        }
         return [
             outcome
             if isinstance(outcome, Exception)
@@ -252,7 +212,7 @@ class Index:
         await connection.execute(
             update(schema.path)
             .where(schema.path.c.hash_part == hash_part)
-            .values(**_path_values(wanted[0]))
+            .values(**path_values(wanted[0]))
         )
         return wanted
 
@@ -261,17 +221,23 @@ class Index:
         by_nar_hash = file_name(nar.nar_hash, nar.compression)
         for file in dict.fromkeys((nar.file, by_nar_hash)):
             candidate = replace(nar, file=file)
-            fresh = insert_or(schema.nar).values(**_nar_values(candidate)).on_conflict_do_nothing()
+            fresh = insert_or(schema.nar).values(**nar_values(candidate)).on_conflict_do_nothing()
             if (await connection.execute(fresh)).rowcount:
                 return candidate
             query = select(schema.nar).where(schema.nar.c.file == file)
-            present = _nar((await connection.execute(query)).one())
-            if (present.nar_hash, present.compression) != (nar.nar_hash, nar.compression):
+            present = nar_of((await connection.execute(query)).one())
+            if (present.nar_hash, present.compression) != (
+                nar.nar_hash,
+                nar.compression,
+            ):
                 continue
             if present.published_as:
                 query = select(schema.nar).where(schema.nar.c.file == present.published_as)
-                present = _nar((await connection.execute(query)).one())
-            if not present.stored and (present.upstream, present.url) != (nar.upstream, nar.url):
+                present = nar_of((await connection.execute(query)).one())
+            if not present.stored and (present.upstream, present.url) != (
+                nar.upstream,
+                nar.url,
+            ):
                 present = replace(present, upstream=nar.upstream, url=nar.url)
                 await connection.execute(
                     update(schema.nar)
@@ -287,9 +253,9 @@ class Index:
         query = select(schema.nar).where(schema.nar.c.file == true.file)
         row = (await connection.execute(query)).first()
         if row is None:
-            await connection.execute(insert(schema.nar).values(**_nar_values(true)))
+            await connection.execute(insert(schema.nar).values(**nar_values(true)))
         elif not row.stored:
-            values = _nar_values(true)
+            values = nar_values(true)
             await connection.execute(
                 update(schema.nar).where(schema.nar.c.file == true.file).values(**values)
             )
@@ -325,76 +291,6 @@ class Index:
         await connection.execute(update(schema.path).where(named).values(withdrawn=True))
         return hash_parts
 
-    def _pair(self, row: Row[Any]) -> Admitted:
-        nar = _nar(row)
-        info = NarInfo(
-            store_dir=self._store_dir,
-            store_path=StorePath(row.hash_part, row.name),
-            url=nar.url,
-            compression=nar.compression,
-            nar_hash=Hash("sha256", row.nar_hash),
-            nar_size=row.nar_size,
-            file_hash=nar.file_hash,
-            file_size=nar.file_size,
-            references=tuple(map(StorePath.parse, row.refs.split())),
-            deriver=StorePath.parse(row.deriver) if row.deriver else None,
-            signatures=tuple(map(Signature.parse, row.signatures.split("\n")))
-            if row.signatures
-            else (),
-            ca=ContentAddress.parse(row.ca) if row.ca else None,
-            extra=tuple((name, value) for name, value in json.loads(row.extra)),
-        )
-        return PathRecord(info, row.nar_file, row.evidence, row.withdrawn), nar
-
 
 async def _add_bytes(connection: AsyncConnection, size: int) -> None:
     await connection.execute(update(schema.total).values(nar_bytes=schema.total.c.nar_bytes + size))
-
-
-def _nar(row: Row[Any]) -> NarRecord:
-    return NarRecord(
-        file=row.file,
-        nar_hash=Hash("sha256", row.nar_hash),
-        nar_size=row.nar_size,
-        compression=row.compression,
-        file_hash=Hash("sha256", row.file_hash) if row.file_hash else None,
-        file_size=row.file_size,
-        upstream=row.upstream,
-        url=row.url,
-        stored=row.stored,
-        published_as=row.published_as,
-    )
-
-
-def _nar_values(nar: NarRecord) -> dict[str, Any]:
-    return {
-        "file": nar.file,
-        "nar_hash": nar.nar_hash.digest,
-        "nar_size": nar.nar_size,
-        "compression": nar.compression,
-        "file_hash": nar.file_hash.digest if nar.file_hash else None,
-        "file_size": nar.file_size,
-        "upstream": nar.upstream,
-        "url": nar.url,
-        "stored": nar.stored,
-        "published_as": nar.published_as,
-    }
-
-
-def _path_values(record: PathRecord) -> dict[str, Any]:
-    info = record.info
-    return {
-        "hash_part": info.store_path.hash_part,
-        "name": info.store_path.name,
-        "nar_hash": info.nar_hash.digest,
-        "nar_size": info.nar_size,
-        "refs": " ".join(map(str, info.references)),
-        "deriver": str(info.deriver) if info.deriver else None,
-        "ca": str(info.ca) if info.ca else None,
-        "signatures": "\n".join(map(str, info.signatures)),
-        "extra": json.dumps(info.extra),
-        "nar_file": record.nar_file,
-        "evidence": record.evidence,
-        "admitted_at": time.time(),
-        "withdrawn": False,
-    }

@@ -1,0 +1,148 @@
+"""The index's rows as values."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Row, select
+
+from narseal.nix.compression import COMPRESSIONS
+from narseal.nix.content_address import ContentAddress
+from narseal.nix.hashes import Hash
+from narseal.nix.keys import Signature
+from narseal.nix.narinfo import NarInfo
+from narseal.nix.store_path import StorePath
+from narseal.storage import schema
+
+
+@dataclass(frozen=True, slots=True)
+class NarRecord:
+    """A file name below nar/ and what it stands for."""
+
+    file: str
+    nar_hash: Hash
+    nar_size: int
+    compression: str
+    #: Measured once `stored`; before that what the upstream says, or None.
+    file_hash: Hash | None
+    file_size: int | None
+    upstream: str
+    url: str
+    stored: bool = False
+    published_as: str | None = None
+
+    @classmethod
+    def of(cls, info: NarInfo, upstream: str) -> NarRecord:
+        """The record of an upstream's narinfo, named by file hash, or NAR hash if there is none."""
+        return cls(
+            file=file_name(info.file_hash or info.nar_hash, info.compression),
+            nar_hash=info.nar_hash,
+            nar_size=info.nar_size,
+            compression=info.compression,
+            file_hash=info.file_hash,
+            file_size=info.file_size,
+            upstream=upstream,
+            url=info.url,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PathRecord:
+    """An admitted store path; `info.url` is the upstream's, never served."""
+
+    info: NarInfo
+    nar_file: str
+    evidence: str
+    withdrawn: bool = False
+
+
+#: A path and the NAR that its narinfo names.
+Admitted = tuple[PathRecord, NarRecord]
+
+#: Paths with the NAR that their narinfo names; both tables hold NarHash and NarSize, once is enough.
+PATHS = select(schema.path, *(c for c in schema.nar.c if c.name not in schema.path.c)).join(
+    schema.nar, schema.path.c.nar_file == schema.nar.c.file
+)
+
+
+def file_name(file_hash: Hash, compression: str) -> str:
+    """`<nix32>.nar<suffix>`, as Nix names it."""
+    return f"{file_hash.nix32}.nar{COMPRESSIONS[compression]}"
+
+
+def admitted_of(row: Row[Any], store_dir: str) -> Admitted:
+    """A row of PATHS."""
+    nar = nar_of(row)
+    info = NarInfo(
+        store_dir=store_dir,
+        store_path=StorePath(row.hash_part, row.name),
+        url=nar.url,
+        compression=nar.compression,
+        nar_hash=Hash("sha256", row.nar_hash),
+        nar_size=row.nar_size,
+        file_hash=nar.file_hash,
+        file_size=nar.file_size,
+        references=tuple(map(StorePath.parse, row.refs.split())),
+        deriver=StorePath.parse(row.deriver) if row.deriver else None,
+        signatures=tuple(map(Signature.parse, row.signatures.split("\n")))
+        if row.signatures
+        else (),
+        ca=ContentAddress.parse(row.ca) if row.ca else None,
+        extra=tuple((name, value) for name, value in json.loads(row.extra)),
+    )
+    return PathRecord(info, row.nar_file, row.evidence, row.withdrawn), nar
+
+
+def nar_of(row: Row[Any]) -> NarRecord:
+    """A row with the columns of `nar`."""
+    return NarRecord(
+        file=row.file,
+        nar_hash=Hash("sha256", row.nar_hash),
+        nar_size=row.nar_size,
+        compression=row.compression,
+        file_hash=Hash("sha256", row.file_hash) if row.file_hash else None,
+        file_size=row.file_size,
+        upstream=row.upstream,
+        url=row.url,
+        stored=row.stored,
+        published_as=row.published_as,
+    )
+
+
+def nar_values(nar: NarRecord) -> dict[str, Any]:
+    """The columns of `nar`."""
+    return {
+        "file": nar.file,
+        "nar_hash": nar.nar_hash.digest,
+        "nar_size": nar.nar_size,
+        "compression": nar.compression,
+        "file_hash": nar.file_hash.digest if nar.file_hash else None,
+        "file_size": nar.file_size,
+        "upstream": nar.upstream,
+        "url": nar.url,
+        "stored": nar.stored,
+        "published_as": nar.published_as,
+    }
+
+
+def path_values(record: PathRecord) -> dict[str, Any]:
+    """The columns of `path`, as of now and not withdrawn."""
+    info = record.info
+    return {
+        "hash_part": info.store_path.hash_part,
+        "name": info.store_path.name,
+        "nar_hash": info.nar_hash.digest,
+        "nar_size": info.nar_size,
+        "refs": " ".join(map(str, info.references)),
+        "deriver": str(info.deriver) if info.deriver else None,
+        "ca": str(info.ca) if info.ca else None,
+        "signatures": "\n".join(map(str, info.signatures)),
+        "extra": json.dumps(info.extra),
+        "nar_file": record.nar_file,
+        "evidence": record.evidence,
+        "admitted_at": time.time(),
+        "withdrawn": False,
+    }
