@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 
 from tests.bench.servers import median, nginx
@@ -11,8 +12,8 @@ from tests.tools.nix import Nix, nix
 
 _PATHS = 600
 _EXPRESSION = f"""
-let sh = name: args: derivation {{ inherit name; system = "x86_64-linux"; builder = "/bin/sh"; args = ["-c" args]; }};
-in sh "all" ("echo " + toString (builtins.genList (n: sh "p${{toString n}}" "echo ${{toString n}} > $out") {_PATHS - 1}) + " > $out")
+let salt = "{secrets.token_hex(8)}"; sh = name: args: derivation {{ inherit name; system = "x86_64-linux"; builder = "/bin/sh"; args = ["-c" args]; }};
+in sh "all" ("echo " + toString (builtins.genList (n: sh "p${{toString n}}" "echo ${{toString n}} ${{salt}} > $out") {_PATHS - 1}) + " > $out")
 """
 
 

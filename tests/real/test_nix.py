@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,14 +19,16 @@ from tests.tools.nix import Nix, nix
 pytestmark = pytest.mark.real
 
 _PATHS = 320
+# the store of the Debian root stays: what is built has to be this run's own, signed by its key
 _EXPRESSION = f"""
 rec {{
-  sh = name: args: derivation ({{ inherit name; system = "x86_64-linux"; builder = "/bin/sh"; }} // args);
-  leaf = n: sh "leaf${{toString n}}" {{ args = ["-c" "echo leaf ${{toString n}} > $out"]; }};
+  salt = "{secrets.token_hex(8)}";
+  sh = name: args: derivation ({{ inherit name salt; system = "x86_64-linux"; builder = "/bin/sh"; }} // args);
+  leaf = n: sh "leaf${{toString n}}" {{ args = ["-c" "echo leaf ${{toString n}} ${{salt}} > $out"]; }};
   node = n: sh "node${{toString n}}" {{ args = ["-c" "echo ${{leaf n}} ${{leaf (n + 1)}} > $out"]; }};
   all = sh "all" {{ args = ["-c" "echo $deps > $out"]; deps = builtins.genList node {_PATHS // 2}; }};
-  noisy = sh "noisy" {{ args = ["-c" "echo a line of the log; echo x > $out"]; }};
-  ca = sh "ca" {{ args = ["-c" "echo ca > $out"]; __contentAddressed = true; outputHashMode = "recursive"; outputHashAlgo = "sha256"; }};
+  noisy = sh "noisy" {{ args = ["-c" "echo a line of the log; echo $salt > $out"]; }};
+  ca = sh "ca" {{ args = ["-c" "echo ca $salt > $out"]; __contentAddressed = true; outputHashMode = "recursive"; outputHashAlgo = "sha256"; }};
   ca2 = sh "ca2" {{ args = ["-c" "echo ${{ca}} $out > $out"]; __contentAddressed = true; outputHashMode = "recursive"; outputHashAlgo = "sha256"; }};
 }}
 """
