@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import narseal
 from tests.tools.narseal import OPERATOR
 from tests.tools.nix import Nix, nix
 
@@ -31,13 +34,20 @@ _STUB = """
         runCommand = name: env: script: make name (env // { args = [ "-c" script ]; });
         writeText = name: text: builtins.toFile name (builtins.unsafeDiscardStringContext text);
         mkShell = args: make "shell" { };
-        python3Packages = lib.genAttrs (lib.splitString " " "hatchling aiofiles aiohttp aiosqlite alembic backports-zstd brotli click jinja2 prometheus-client pydantic pydantic-settings pynacl sqlalchemy urllib3 uvloop yarl") (name: name)
+        python3Packages = lib.genAttrs (lib.splitString " " "@packages@") (name: name)
           // { buildPythonApplication = args: make "${args.pname}-${args.version}" { inherit (args) pname version; } // { meta = { }; }; };
       } // lib.genAttrs (lib.splitString " " "python3 uv cosign nginx wrk prometheus strace") (name: name);
     in pkgs;
   in { inherit lib; legacyPackages = lib.genAttrs [ "x86_64-linux" "aarch64-linux" ] packages; };
 }
 """
+
+
+def dependencies() -> set[str]:
+    """Those of pyproject.toml, as nixpkgs names them."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[>\[;]", line)[0].strip() for line in project["dependencies"]}
+    return {name.replace(".", "-") for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -66,28 +76,23 @@ def test_every_nix_file_parses(flake: Nix) -> None:
 def test_the_package_takes_the_version_and_the_dependencies_of_the_project(flake: Nix) -> None:
     stub = (
         "let p = import ./project/nix/package.nix { lib = { licenses.asl20 = 1; platforms.linux = 1;"
-        " fileset = { toSource = a: a; unions = a: a; }; }; python3Packages = rec {"
-        " buildPythonApplication = a: a; " + " ".join(f'{name} = "{name}";' for name in ["hatchling", "aiofiles", "aiohttp", "aiosqlite", "alembic", "backports-zstd", "brotli", "click", "jinja2", "prometheus-client", "pydantic", "pydantic-settings", "pynacl", "rich", "sqlalchemy", "uvloop"]) + " }; }; in { inherit (p) version dependencies; }"
-    )  # fmt: skip
+        " fileset = { toSource = a: a; unions = a: a; }; }; python3Packages = {"
+        " buildPythonApplication = a: a; "
+        + " ".join(f'{name} = "{name}";' for name in ["hatchling", *dependencies()])
+        + " }; }; in { inherit (p) version dependencies; }"
+    )
     text = flake.script(f"nix-instantiate --eval --strict --json -E '{stub}'")
-    import tomllib
-
-    import narseal
-
     found = json.loads(text)
     assert found["version"] == narseal.__version__
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    wanted = {line.split(">")[0].split("[")[0] for line in project["dependencies"]}
-    assert {
-        name.replace("backports-zstd", "backports.zstd") for name in found["dependencies"]
-    } == wanted
+    assert set(found["dependencies"]) == dependencies()
 
 
 @pytest.mark.nixpkgs
 def test_flake_check_and_the_modules_configuration(flake: Nix, tmp_path: Path) -> None:
     stub = flake.folder / "nixpkgs"
     shutil.copytree(Path(os.environ["NIXPKGS_LIB"]), stub / "lib")
-    (stub / "flake.nix").write_text(_STUB)
+    packages = " ".join(["hatchling", *sorted(dependencies())])
+    (stub / "flake.nix").write_text(_STUB.replace("@packages@", packages))
     flake.run(
         "nix", "flake", "check", "--no-build", "--all-systems", "--offline",
         "--no-write-lock-file", "--override-input", "nixpkgs", f"path:{flake.path('nixpkgs')}",
