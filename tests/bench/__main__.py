@@ -26,7 +26,9 @@ def main() -> None:
     rows = []
     for name in sys.argv[1:] or SUITES:
         print(f"measuring {name} …", file=sys.stderr, flush=True)
-        rows += SUITES[name]()
+        measured = SUITES[name]()
+        print(*measured, sep="\n", file=sys.stderr, flush=True)
+        rows += measured
     print(render(rows))
 
 

@@ -7,12 +7,14 @@ import hashlib
 import subprocess
 import tempfile
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
 
 from narseal.nix.hashes import Hash
+from narseal.nix.narinfo import NarInfo
 from tests.bench.servers import nginx
 from tests.bench.table import Row
 from tests.tools.cache import Entry, entry, store_path, write_cache
@@ -37,10 +39,10 @@ def measure() -> list[Row]:
             asyncio.run(_ask(proxy.url, hashes))
             rate = _NARINFOS / (time.monotonic() - start)
             after = _resident(proxy)
-            urlopen = ["curl", "-sf", "-o", "/dev/null"]
-            subprocess.run([*urlopen, f"{proxy.url}/{big.hash}.narinfo"], check=True)
+            curl = ["curl", "-sf", "-o", "/dev/null"]
+            text = urllib.request.urlopen(f"{proxy.url}/{big.hash}.narinfo").read()
             before = _resident(proxy)
-            reading = subprocess.Popen([*urlopen, f"{proxy.url}/{big.info.url}"])
+            reading = subprocess.Popen([*curl, f"{proxy.url}/{NarInfo.parse(text).url}"])
             highest = before
             while reading.poll() is None:
                 highest = max(highest, _resident(proxy))

@@ -196,6 +196,8 @@ class Transfer:
             try:
                 return await asyncio.shield(self._job)
             except UpstreamTrouble as error:
+                if self._written == self.size:
+                    return None  # all was there; only the end of the line was not clean
                 fruitless = 0 if self._written > before else fruitless + 1
                 if fruitless > 1:
                     raise
