@@ -101,8 +101,9 @@ class Fetcher:
             file_hash=measured.file_hash,
             file_size=measured.file_size,
         )
-        # the true name, too, may have been given to another NAR by a narinfo that lied
-        true = replace(found, file=(await self._index.bind(found)).file, stored=True)
+        if not known:  # the true name, too, may have been given to another NAR by a lie
+            found = replace(found, file=(await self._index.bind(found)).file)
+        true = replace(found, stored=True)
         if not known or record.file_size not in (None, measured.file_size):
             metrics.corrected.inc()
             _log.warning(
@@ -114,7 +115,6 @@ class Fetcher:
             self._storage.publish, transfer.descriptor, transfer.path, f"nar/{true.file}"
         )
         await self._index.publish(record, true)
-        metrics.storage_bytes.set(await self._index.stored_bytes())
         for path, nar in await self._index.paths_of(true.file):
             await self.write_narinfo(path, nar)
             self._hot.drop(f"/{path.info.store_path.hash_part}.narinfo".encode())

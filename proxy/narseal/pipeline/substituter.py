@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,7 +12,7 @@ from typing import Self
 
 from narseal.config import Config
 from narseal.custody import FileKey
-from narseal.errors import ConfigError, NotFound
+from narseal.errors import ConfigError, NotFound, Unavailable
 from narseal.nix.cache_info import CacheInfo
 from narseal.pipeline.admission import Admission
 from narseal.pipeline.blocking import Blocking
@@ -27,6 +28,8 @@ from narseal.telemetry import metrics
 from narseal.upstream import Upstream, connect
 
 _KNOWN = 20_000
+_WEIGH_EVERY = 10.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +111,26 @@ class Substituter:
         async with asyncio.TaskGroup() as group:
             # without the index nothing can be served: if this ends, the worker ends
             index = group.create_task(substituter._index.run(), name="index")
+            weighing = group.create_task(substituter._weigh_storage(), name="storage size")
             try:
-                metrics.storage_bytes.set(await substituter._index.stored_bytes())
                 yield substituter
             finally:
                 await substituter.crew.close(wait=config.limits.shutdown_timeout)
+                weighing.cancel()
                 index.cancel()
                 for upstream in upstreams:
                     await upstream.close()
                 await substituter._index.close()
                 substituter.blocking.close()
+
+    async def _weigh_storage(self) -> None:
+        """Keep the metric of storage's size."""
+        while True:
+            try:
+                metrics.storage_bytes.set(await self._index.stored_bytes())
+            except Unavailable as error:
+                _log.warning("%s", error)
+            await asyncio.sleep(_WEIGH_EVERY)
 
     async def narinfo(self, hash_part: str) -> bytes:
         """The countersigned narinfo of a hash; NotFound, Refused, Malformed or Trouble."""

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from narseal.pipeline.blocking import Blocking
 
-_PORTION = 1 << 20
+_PORTION = 1 << 22
 _CHUNK = 1 << 18
 
 #: Waits until more than so many bytes of the file may be sent; returns how many may be.

@@ -80,7 +80,8 @@ class Engines:
         self.reading: AsyncEngine = create_async_engine(
             address,
             pool_size=4,
-            max_overflow=4,
+            max_overflow=0,
+            pool_timeout=60,
             isolation_level="AUTOCOMMIT",
             pool_reset_on_return=None,
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy import Row, delete, select, update
 from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -38,14 +38,17 @@ class Index:
     def __init__(self, url: str, store_dir: str) -> None:
         self._engines = Engines(url)
         self._store_dir = store_dir
-        self._lookups: Together[str, Admitted | None] = Together(self._paths)
+        self._by_hash: Together[str, Admitted | None] = Together(self._paths)
+        self._by_file: Together[str, list[Admitted]] = Together(self._paths_of)
+        self._nars: Together[str, NarRecord | None] = Together(self._nars_named)
         self._admissions: Together[Admitted, Admitted] = Together(
             lambda group: self._engines.write(lambda c: self._admit_all(c, group))
         )
 
     async def run(self) -> None:
         """Answer and commit until cancelled."""
-        await asyncio.gather(self._engines.run(), self._lookups.run(), self._admissions.run())
+        together = (self._engines, self._by_hash, self._by_file, self._nars, self._admissions)
+        await asyncio.gather(*(part.run() for part in together))
 
     async def close(self) -> None:
         """Close the database."""
@@ -53,12 +56,11 @@ class Index:
 
     async def path(self, hash_part: str) -> Admitted | None:
         """The admitted path of a hash, and the NAR file that its narinfo names."""
-        return await self._lookups.ask(hash_part)
+        return await self._by_hash.ask(hash_part)
 
     async def nar(self, file: str) -> NarRecord | None:
         """What a file name stands for; None if no admitted narinfo ever mentioned it."""
-        rows = await self._read(select(schema.nar).where(schema.nar.c.file == file))
-        return nar_of(rows[0]) if rows else None
+        return await self._nars.ask(file)
 
     async def nar_of_source(self, upstream: str, url: str) -> NarRecord | None:
         """The NAR that an upstream has at a URL, if a path with it was admitted."""
@@ -68,8 +70,7 @@ class Index:
 
     async def paths_of(self, file: str) -> list[Admitted]:
         """The admitted paths whose narinfo names a file."""
-        rows = await self._read(PATHS.where(schema.path.c.nar_file == file).limit(1000))
-        return [admitted_of(row, self._store_dir) for row in rows]
+        return await self._by_file.ask(file)
 
     async def refusals(self) -> dict[tuple[str, str, bytes], tuple[str, float]]:
         """Which upstream's file is not taken for which NAR hash, why, and until what Unix time.
@@ -100,7 +101,7 @@ class Index:
         await self._engines.write(lambda c: c.execute(change))
 
     async def publish(self, claimed: NarRecord, true: NarRecord) -> None:
-        """Record that a NAR's bytes are in storage, under `true.file`.
+        """Record that a NAR's bytes are in storage, under `true.file`, a bound name.
 
         Where that is not the claimed name, every path that names the claimed one now names
         the true one, and the claimed name goes on as another name of the same bytes.
@@ -158,6 +159,17 @@ class Index:
         rows = await self._read(PATHS.where(schema.path.c.hash_part.in_(hash_parts)))
         found = {row.hash_part: admitted_of(row, self._store_dir) for row in rows}
         return [found.get(hash_part) for hash_part in hash_parts]
+
+    async def _paths_of(self, files: list[str]) -> list[list[Admitted] | Exception]:
+        found: dict[str, list[Admitted]] = {file: [] for file in files}
+        for row in await self._read(PATHS.where(schema.path.c.nar_file.in_(files))):
+            found[row.nar_file].append(admitted_of(row, self._store_dir))
+        return [found[file] for file in files]
+
+    async def _nars_named(self, files: list[str]) -> list[NarRecord | Exception | None]:
+        rows = await self._read(select(schema.nar).where(schema.nar.c.file.in_(files)))
+        found = {row.file: nar_of(row) for row in rows}
+        return [found.get(file) for file in files]
 
     async def _admit_all(
         self, connection: AsyncConnection, group: list[Admitted]
@@ -250,22 +262,14 @@ class Index:
     async def _publish(
         self, connection: AsyncConnection, claimed: NarRecord, true: NarRecord
     ) -> None:
-        query = select(schema.nar).where(schema.nar.c.file == true.file)
-        row = (await connection.execute(query)).first()
-        if row is None:
-            await connection.execute(insert(schema.nar).values(**nar_values(true)))
-        elif not row.stored:
-            values = nar_values(true)
-            await connection.execute(
-                update(schema.nar).where(schema.nar.c.file == true.file).values(**values)
-            )
-        if row is None or not row.stored:
+        named = schema.nar.c.file == true.file
+        change = update(schema.nar).where(named, ~schema.nar.c.stored).values(**nar_values(true))
+        if (await connection.execute(change)).rowcount:
             await _add_bytes(connection, true.file_size or 0)
         if true.file != claimed.file:
+            claims = schema.nar.c.file == claimed.file
             await connection.execute(
-                update(schema.nar)
-                .where(schema.nar.c.file == claimed.file)
-                .values(published_as=true.file)
+                update(schema.nar).where(claims).values(published_as=true.file)
             )
             await connection.execute(
                 update(schema.path)
