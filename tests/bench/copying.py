@@ -36,6 +36,8 @@ def measure() -> list[Row]:
                     folder = builder.folder / f"narseal{round_}"
                     with narseal_process(folder, {"url": static, "public_keys": [key]}) as proxy:
                         ours["cold"].append(_copy(proxy.url, proxy.public_key, path))
+                        while len(list((folder / "storage").glob("*.narinfo"))) < _PATHS:
+                            time.sleep(0.05)  # warm is what is published
                         ours["warm"].append(_copy(proxy.url, proxy.public_key, path))
                         ours["warm"].append(_copy(proxy.url, proxy.public_key, path))
                     theirs["cold"].append(_copy(relay, key, path))

@@ -117,7 +117,8 @@ class Fetcher:
         await self._index.publish(record, true)
         for path, nar in await self._index.paths_of(true.file):
             await self.write_narinfo(path, nar)
-            self._hot.drop(f"/{path.info.store_path.hash_part}.narinfo".encode())
+            if true != replace(record, stored=True):  # else the narinfo says just what it said
+                self._hot.drop(f"/{path.info.store_path.hash_part}.narinfo".encode())
         if not known:
             self._epoch.advance()
 
