@@ -6,7 +6,6 @@ is worth a third of a relay's time against chunks that are handed from the loop 
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from yarl import URL
 from narseal import __version__
 from narseal.config import UpstreamConfig
 from narseal.errors import NotFound, UpstreamTimeout, UpstreamTrouble
-from narseal.upstream.redirects import ABSENT, HOPS, REDIRECTS, Reach, next_hop
+from narseal.upstream.redirects import ABSENT, HOPS, REDIRECTS, Reach, check_public, next_hop
 from narseal.upstream.source import Body
 
 _CONNECTIONS = 64
@@ -107,12 +106,11 @@ class _Public(HTTPConnection):
 
     def _new_conn(self) -> socket.socket:
         sock = super()._new_conn()
-        address = str(sock.getpeername()[0]).partition("%")[0]
-        if not ipaddress.ip_address(address).is_global:
+        try:
+            check_public(str(sock.getpeername()[0]))
+        except OSError as error:
             sock.close()
-            raise urllib3.exceptions.NewConnectionError(
-                self, f"a redirect to {address}, which is not public; see redirect_origins"
-            )
+            raise urllib3.exceptions.NewConnectionError(self, str(error)) from error
         return sock
 
 

@@ -8,7 +8,6 @@ that is connected to.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -25,7 +24,7 @@ from narseal.errors import Refused, UpstreamTimeout, UpstreamTrouble
 from narseal.nix.compression import CONTENT_ENCODINGS, decompressor
 from narseal.upstream.breaker import Breaker
 from narseal.upstream.bulk import Bulk
-from narseal.upstream.redirects import ABSENT, HOPS, REDIRECTS, Reach, next_hop
+from narseal.upstream.redirects import ABSENT, HOPS, REDIRECTS, Reach, check_public, next_hop
 from narseal.upstream.source import Body
 
 _CONNECTIONS = 64
@@ -117,8 +116,7 @@ def _session(config: UpstreamConfig, connector: aiohttp.TCPConnector) -> aiohttp
 def _public_socket(address: Any) -> socket.socket:
     """A socket for a public address; OSError for one that a redirect must not reach."""
     family, kind, protocol, _, where = address
-    if not ipaddress.ip_address(where[0].partition("%")[0]).is_global:
-        raise OSError(f"a redirect to {where[0]}, which is not public; see redirect_origins")
+    check_public(where[0])
     return socket.socket(family, kind, protocol)
 
 
