@@ -110,14 +110,13 @@ class Substituter:
             metrics.key_not_after.labels(key.public.name).set(not_after)
         async with asyncio.TaskGroup() as group:
             # without the index nothing can be served: if this ends, the worker ends
-            index = group.create_task(substituter._index.run(), name="index")
+            group.create_task(substituter._index.run(), name="index")
             weighing = group.create_task(substituter._weigh_storage(), name="storage size")
             try:
                 yield substituter
             finally:
                 await substituter.crew.close(wait=config.limits.shutdown_timeout)
                 weighing.cancel()
-                index.cancel()
                 for upstream in upstreams:
                     await upstream.close()
                 await substituter._index.close()

@@ -102,8 +102,14 @@ class Engines:
             raise Unavailable(f"the index cannot be written: {error}") from error
 
     async def run(self) -> None:
-        """The one writer; runs until cancelled."""
+        """The one writer; runs until closed, then lets go of every connection."""
         await self._writes.run()
+        await self.reading.dispose()
+        await self._writing.dispose()
+
+    async def close(self) -> None:
+        """Let `run` end once it wrote what was asked before."""
+        await self._writes.close()
 
     async def _commit(self, works: list[Write]) -> list[Any]:
         outcomes: list[Any] = []
@@ -114,8 +120,3 @@ class Engines:
                 except NarsealError as error:
                     outcomes.append(error)
         return outcomes
-
-    async def dispose(self) -> None:
-        """Close every connection."""
-        await self.reading.dispose()
-        await self._writing.dispose()

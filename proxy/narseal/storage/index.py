@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Row, delete, select, update
+from sqlalchemy import Row, Select, delete, select, update
 from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -41,18 +41,29 @@ class Index:
         self._by_hash: Together[str, Admitted | None] = Together(self._paths)
         self._by_file: Together[str, list[Admitted]] = Together(self._paths_of)
         self._nars: Together[str, NarRecord | None] = Together(self._nars_named)
+        self._queries: Together[Select[Any], list[Row[Any]]] = Together(self._query_each)
         self._admissions: Together[Admitted, Admitted] = Together(
             lambda group: self._engines.write(lambda c: self._admit_all(c, group))
         )
+        self._asked = (
+            self._by_hash,
+            self._by_file,
+            self._nars,
+            self._queries,
+            self._admissions,
+        )
 
     async def run(self) -> None:
-        """Answer and commit until cancelled."""
-        together = (self._engines, self._by_hash, self._by_file, self._nars, self._admissions)
-        await asyncio.gather(*(part.run() for part in together))
+        """Answer and commit until closed."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._engines.run())
+            await asyncio.gather(*(part.run() for part in self._asked))
+            await self._engines.close()
 
     async def close(self) -> None:
-        """Close the database."""
-        await self._engines.dispose()
+        """Let `run` end once it answered what was asked before."""
+        for part in self._asked:
+            await part.close()
 
     async def path(self, hash_part: str) -> Admitted | None:
         """The admitted path of a hash, and the NAR file that its narinfo names."""
@@ -65,7 +76,7 @@ class Index:
     async def nar_of_source(self, upstream: str, url: str) -> NarRecord | None:
         """The NAR that an upstream has at a URL, if a path with it was admitted."""
         query = select(schema.nar).where(schema.nar.c.upstream == upstream, schema.nar.c.url == url)
-        rows = await self._read(query)
+        rows = await self._queries.ask(query)
         return nar_of(rows[0]) if rows else None
 
     async def paths_of(self, file: str) -> list[Admitted]:
@@ -77,7 +88,9 @@ class Index:
 
         By upstream, URL and digest.
         """
-        rows = await self._read(select(schema.refusal).where(schema.refusal.c.until > time.time()))
+        rows = await self._queries.ask(
+            select(schema.refusal).where(schema.refusal.c.until > time.time())
+        )
         return {(row.upstream, row.url, row.nar_hash): (row.reason, row.until) for row in rows}
 
     async def admit(self, path: PathRecord, nar: NarRecord) -> Admitted:
@@ -135,7 +148,7 @@ class Index:
     async def realisation(self, key: str) -> bytes | None:
         """The rendered realisation of an address."""
         query = select(schema.realisation.c.body).where(schema.realisation.c.key == key)
-        rows = await self._read(query)
+        rows = await self._queries.ask(query)
         return bytes(rows[0].body) if rows else None
 
     async def put_realisation(self, key: str, body: bytes, evidence: str) -> None:
@@ -146,9 +159,12 @@ class Index:
 
     async def stored_bytes(self) -> int:
         """The sum of the sizes of the NARs in storage."""
-        return int((await self._read(select(schema.total.c.nar_bytes)))[0].nar_bytes)
+        return int((await self._queries.ask(select(schema.total.c.nar_bytes)))[0].nar_bytes)
 
-    async def _read(self, query: Any) -> list[Row[Any]]:
+    async def _query_each(self, queries: list[Select[Any]]) -> list[list[Row[Any]] | Exception]:
+        return [await self._query(query) for query in queries]
+
+    async def _query(self, query: Select[Any]) -> list[Row[Any]]:
         try:
             async with self._engines.reading.connect() as connection:
                 return list((await connection.execute(query)).all())
@@ -156,18 +172,18 @@ class Index:
             raise Unavailable(f"the index cannot be read: {error}") from error
 
     async def _paths(self, hash_parts: list[str]) -> list[Admitted | Exception | None]:
-        rows = await self._read(PATHS.where(schema.path.c.hash_part.in_(hash_parts)))
+        rows = await self._query(PATHS.where(schema.path.c.hash_part.in_(hash_parts)))
         found = {row.hash_part: admitted_of(row, self._store_dir) for row in rows}
         return [found.get(hash_part) for hash_part in hash_parts]
 
     async def _paths_of(self, files: list[str]) -> list[list[Admitted] | Exception]:
         found: dict[str, list[Admitted]] = {file: [] for file in files}
-        for row in await self._read(PATHS.where(schema.path.c.nar_file.in_(files))):
+        for row in await self._query(PATHS.where(schema.path.c.nar_file.in_(files))):
             found[row.nar_file].append(admitted_of(row, self._store_dir))
         return [found[file] for file in files]
 
     async def _nars_named(self, files: list[str]) -> list[NarRecord | Exception | None]:
-        rows = await self._read(select(schema.nar).where(schema.nar.c.file.in_(files)))
+        rows = await self._query(select(schema.nar).where(schema.nar.c.file.in_(files)))
         found = {row.file: nar_of(row) for row in rows}
         return [found.get(file) for file in files]
 

@@ -21,7 +21,7 @@ class Together(Generic[Q, A]):
 
     def __init__(self, answer: Callable[[list[Q]], Awaitable[list[A | Exception]]]) -> None:
         self._answer = answer
-        self._queue: asyncio.Queue[tuple[Q, asyncio.Future[A]]] = asyncio.Queue(4096)
+        self._queue: asyncio.Queue[tuple[Q, asyncio.Future[A]] | None] = asyncio.Queue(4096)
 
     async def ask(self, question: Q) -> A:
         """The answer to one question."""
@@ -29,12 +29,24 @@ class Together(Generic[Q, A]):
         await self._queue.put((question, future))
         return await future
 
+    async def close(self) -> None:
+        """Let `run` end once it answered what was asked before."""
+        await self._queue.put(None)
+
     async def run(self) -> None:
-        """Answer until cancelled."""
-        while True:
-            group = [await self._queue.get()]
-            while len(group) < _GROUP and not self._queue.empty():
-                group.append(self._queue.get_nowait())
+        """Answer until closed.
+
+        What works for the answer is never cancelled: a caller that is gone leaves its question.
+        """
+        item = await self._queue.get()
+        while item is not None:
+            group = [item]
+            while (
+                len(group) < _GROUP
+                and not self._queue.empty()
+                and (item := self._queue.get_nowait())
+            ):
+                group.append(item)
             outcomes: list[A | Exception]
             try:
                 outcomes = await self._answer([question for question, _ in group])
@@ -47,3 +59,5 @@ class Together(Generic[Q, A]):
                     future.set_exception(outcome)
                 else:
                     future.set_result(outcome)
+            if item is not None:
+                item = await self._queue.get()
