@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import bz2
 import lzma
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from tests.tools.cache import COMPRESS, Entry, entry, key, store_path
 from tests.tools.narseal import OPERATOR, UPSTREAM, metric, narseal
-from tests.tools.upstream import FakeCache
+from tests.tools.upstream import FakeCache, status
 
 GOOD = entry("good").signed(UPSTREAM)
 STRANGER = key("stranger-1")
@@ -224,8 +225,8 @@ async def test_wrong_bytes_are_never_served_whole_nor_published(
         {"url": second.url, "priority": 50},
     ) as client:
         info = await client.narinfo(GOOD.hash)
-        status, body, _ = await client.get(info.url)
-        assert (status, body) == (200, GOOD.file)
+        code, body, _ = await client.get(info.url)
+        assert (code, body) == (200, GOOD.file)
 
 
 async def test_a_large_wrong_nar_breaks_off_and_then_the_next_upstream_serves(
@@ -371,11 +372,36 @@ async def test_every_compression_that_can_be_verified_is_served(
         assert (await client.get(info.url))[1] == item.file
 
 
+async def test_redirect_of_a_nar_to_a_private_address_is_not_followed(
+    tmp_path: Path, upstream: FakeCache, second: FakeCache
+) -> None:
+    upstream.add(GOOD)
+    second.add(GOOD)
+    place = f"{second.url}/{GOOD.info.url}"
+    upstream.fault(GOOD.info.url, status(302, Location=place), times=20)
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        info = await client.narinfo(GOOD.hash)
+        code, body, _ = await client.get(info.url)
+        assert (code, b"stalls" in body) == (502, False), body
+    assert not second.asked[GOOD.info.url]
+
+
+async def test_refused_connection_for_a_nar_is_no_timeout(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    upstream.add(GOOD)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nowhere = "http://{}:{}".format(*closed.getsockname())
+    upstream.fault(GOOD.info.url, status(302, Location=f"{nowhere}/x"), times=20)
+    async with narseal(tmp_path, {"url": upstream.url, "redirect_origins": [nowhere]}) as client:
+        info = await client.narinfo(GOOD.hash)
+        code, body, _ = await client.get(info.url)
+        assert (code, b"refused" in body) == (502, True), body
+
+
 async def test_redirect_to_a_private_address_is_not_followed(
     tmp_path: Path, upstream: FakeCache, second: FakeCache
 ) -> None:
-    from tests.tools.upstream import status
-
     second.add(GOOD)
     target = f"{second.url}/{GOOD.hash}.narinfo"
     upstream.fault(f"{GOOD.hash}.narinfo", status(302, Location=target), times=2)

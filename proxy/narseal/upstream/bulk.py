@@ -95,6 +95,8 @@ def _translated(url: str) -> Iterator[None]:
     """urllib3's errors as ours."""
     try:
         yield
+    except urllib3.exceptions.NewConnectionError as error:  # a ConnectTimeoutError to urllib3
+        raise UpstreamTrouble(f"{url}: {error}") from error
     except (urllib3.exceptions.ReadTimeoutError, urllib3.exceptions.ConnectTimeoutError) as error:
         raise UpstreamTimeout(f"{url}: the upstream stalls") from error
     except urllib3.exceptions.HTTPError as error:
