@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Row, Select, delete, select, update
+from sqlalchemy import Column, ColumnElement, Row, Select, bindparam, delete, select, update
 from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -30,6 +30,24 @@ from narseal.storage.records import (
     path_values,
 )
 from narseal.storage.together import Together
+
+
+def _among(column: Column[Any]) -> ColumnElement[bool]:
+    return column.in_(bindparam("among", expanding=True))
+
+
+# built once: what SQLAlchemy makes of a statement costs more than SQLite's answer
+_PATHS_BY_HASH = PATHS.where(_among(schema.path.c.hash_part))
+_PATHS_BY_FILE = PATHS.where(_among(schema.path.c.nar_file))
+_NARS_BY_FILE = select(schema.nar).where(_among(schema.nar.c.file))
+_NEW_NAR = insert_or(schema.nar).on_conflict_do_nothing()
+_NEW_PATH = insert_or(schema.path).on_conflict_do_nothing()
+_STORED = (
+    update(schema.nar)
+    .where(schema.nar.c.file == bindparam("named"), ~schema.nar.c.stored)
+    .values({name: bindparam(name) for name in schema.nar.c.keys()})  # noqa: SIM118 (a collection, no dict)
+)
+_ADD_BYTES = update(schema.total).values(nar_bytes=schema.total.c.nar_bytes + bindparam("more"))
 
 
 class Index:
@@ -164,26 +182,28 @@ class Index:
     async def _query_each(self, queries: list[Select[Any]]) -> list[list[Row[Any]] | Exception]:
         return [await self._query(query) for query in queries]
 
-    async def _query(self, query: Select[Any]) -> list[Row[Any]]:
+    async def _query(self, query: Select[Any], among: list[str] | None = None) -> list[Row[Any]]:
         try:
             async with self._engines.reading.connect() as connection:
-                return list((await connection.execute(query)).all())
+                return list(
+                    (await connection.execute(query, {"among": among} if among else None)).all()
+                )
         except (TimeoutError, DBAPIError, OSError) as error:
             raise Unavailable(f"the index cannot be read: {error}") from error
 
     async def _paths(self, hash_parts: list[str]) -> list[Admitted | Exception | None]:
-        rows = await self._query(PATHS.where(schema.path.c.hash_part.in_(hash_parts)))
+        rows = await self._query(_PATHS_BY_HASH, hash_parts)
         found = {row.hash_part: admitted_of(row, self._store_dir) for row in rows}
         return [found.get(hash_part) for hash_part in hash_parts]
 
     async def _paths_of(self, files: list[str]) -> list[list[Admitted] | Exception]:
         found: dict[str, list[Admitted]] = {file: [] for file in files}
-        for row in await self._query(PATHS.where(schema.path.c.nar_file.in_(files))):
+        for row in await self._query(_PATHS_BY_FILE, files):
             found[row.nar_file].append(admitted_of(row, self._store_dir))
         return [found[file] for file in files]
 
     async def _nars_named(self, files: list[str]) -> list[NarRecord | Exception | None]:
-        rows = await self._query(select(schema.nar).where(schema.nar.c.file.in_(files)))
+        rows = await self._query(_NARS_BY_FILE, files)
         found = {row.file: nar_of(row) for row in rows}
         return [found.get(file) for file in files]
 
@@ -192,10 +212,9 @@ class Index:
     ) -> list[Admitted | Exception]:
         """Bind and pin a group: four statements where everything is new, as it mostly is."""
         outcomes: list[Admitted | Exception] = []
-        fresh = insert_or(schema.nar).on_conflict_do_nothing()
-        await connection.execute(fresh, [nar_values(nar) for _, nar in group])
+        await connection.execute(_NEW_NAR, [nar_values(nar) for _, nar in group])
         files = [nar.file for _, nar in group]
-        rows = await connection.execute(select(schema.nar).where(schema.nar.c.file.in_(files)))
+        rows = await connection.execute(_NARS_BY_FILE, {"among": files})
         named = {row.file: nar_of(row) for row in rows}
         for path, nar in group:
             try:
@@ -207,13 +226,11 @@ class Index:
                 outcomes.append(error)
         admitted = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
         if admitted:
-            fresh = insert_or(schema.path).on_conflict_do_nothing()
-            await connection.execute(fresh, [path_values(path) for path, _ in admitted])
+            await connection.execute(_NEW_PATH, [path_values(path) for path, _ in admitted])
         hash_parts = [path.info.store_path.hash_part for path, _ in admitted]
-        query = PATHS.where(schema.path.c.hash_part.in_(hash_parts))
         pinned = {
             row.hash_part: admitted_of(row, self._store_dir)
-            for row in await connection.execute(query)
+            for row in await connection.execute(_PATHS_BY_HASH, {"among": hash_parts})
         }
         return [
             outcome
@@ -249,8 +266,7 @@ class Index:
         by_nar_hash = file_name(nar.nar_hash, nar.compression)
         for file in dict.fromkeys((nar.file, by_nar_hash)):
             candidate = replace(nar, file=file)
-            fresh = insert_or(schema.nar).values(**nar_values(candidate)).on_conflict_do_nothing()
-            if (await connection.execute(fresh)).rowcount:
+            if (await connection.execute(_NEW_NAR, nar_values(candidate))).rowcount:
                 return candidate
             query = select(schema.nar).where(schema.nar.c.file == file)
             present = nar_of((await connection.execute(query)).one())
@@ -278,9 +294,8 @@ class Index:
     async def _publish(
         self, connection: AsyncConnection, claimed: NarRecord, true: NarRecord
     ) -> None:
-        named = schema.nar.c.file == true.file
-        change = update(schema.nar).where(named, ~schema.nar.c.stored).values(**nar_values(true))
-        if (await connection.execute(change)).rowcount:
+        change = nar_values(true) | {"named": true.file}
+        if (await connection.execute(_STORED, change)).rowcount:
             await _add_bytes(connection, true.file_size or 0)
         if true.file != claimed.file:
             claims = schema.nar.c.file == claimed.file
@@ -313,4 +328,4 @@ class Index:
 
 
 async def _add_bytes(connection: AsyncConnection, size: int) -> None:
-    await connection.execute(update(schema.total).values(nar_bytes=schema.total.c.nar_bytes + size))
+    await connection.execute(_ADD_BYTES, {"more": size})
