@@ -7,6 +7,7 @@ NarsealError
 │   ├── MalformedNarInfo        (line, field)
 │   ├── MalformedNar            (offset)
 │   ├── MalformedRealisation
+│   ├── MalformedAttestation    (bundles, statements)
 │   └── MalformedCacheInfo
 ├── Refused                     understood, and not to be served
 │   └── ContentMismatch         the bytes are not what the narinfo says
@@ -69,6 +70,10 @@ class MalformedCacheInfo(Malformed):
 
 class MalformedRealisation(Malformed):
     """A realisation (`.doi`) in neither of the two spellings."""
+
+
+class MalformedAttestation(Malformed):
+    """A Sigstore bundle or in-toto statement that cannot be read."""
 
 
 class MalformedNarInfo(Malformed):

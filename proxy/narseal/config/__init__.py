@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -28,73 +27,12 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from narseal.errors import ConfigError, MalformedKey
-from narseal.nix.keys import PublicKey
+from narseal.config.location import sentences
+from narseal.config.values import Duration, Key, Listen, Size, with_scheme
+from narseal.errors import ConfigError
 from narseal.nix.store_path import check_store_dir
 
 ENV_PREFIX = "NARSEAL_"
-
-_SIZE = re.compile(r"([0-9]{1,12})([KMGT]?)", re.ASCII)
-_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)", re.ASCII)
-_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def _size(value: object) -> object:
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if isinstance(value, str) and not match:
-        raise ValueError('not a size like "500G" (K, M, G, T are powers of 1024)')
-    return int(match[1]) << (10 * " KMGT".index(match[2] or " ")) if match else value
-
-
-def _duration(value: object) -> object:
-    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    if isinstance(value, str) and not match:
-        raise ValueError('not a duration like "250ms", "30s", "15m", "1h", "7d"')
-    return float(match[1]) * _SECONDS[match[2]] if match else value
-
-
-def _listen(value: str) -> str:
-    if value == "systemd" or (value.startswith("unix:/") and len(value) > 6):
-        return value
-    host, colon, port = value.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError('not "host:port", "unix:/path" or "systemd"')
-    return value
-
-
-def _public_key(value: object) -> object:
-    try:
-        return PublicKey.parse(value) if isinstance(value, str) else value
-    except MalformedKey as error:
-        raise ValueError(
-            f"{error}; give it as `nix key convert-secret-to-public` prints it"
-        ) from error
-
-
-def _url(*schemes: str) -> AfterValidator:
-    def check(value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in schemes:
-            raise ValueError(
-                f"the URL must begin with one of: {', '.join(s + ':' for s in schemes)}"
-            )
-        if parts.query or parts.fragment or "@" in parts.netloc:
-            raise ValueError(
-                "no query, fragment or password in a URL; credentials go into netrc_file"
-            )
-        if parts.scheme in ("http", "https") and not parts.hostname:
-            raise ValueError("the URL has no host")
-        if parts.scheme in ("file", "sqlite") and (parts.netloc or not parts.path.startswith("/")):
-            raise ValueError(f"the URL needs an absolute path: {parts.scheme}:///var/lib/…")
-        return value.rstrip("/")
-
-    return AfterValidator(check)
-
-
-Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
-Duration = Annotated[float, BeforeValidator(_duration), Field(ge=0)]
-Listen = Annotated[str, AfterValidator(_listen)]
-Key = Annotated[PublicKey, BeforeValidator(_public_key)]
 
 
 class _Section(BaseModel):
@@ -104,11 +42,11 @@ class _Section(BaseModel):
 class UpstreamConfig(_Section):
     """`[[upstream]]`: a binary cache that narseal stands in front of."""
 
-    url: Annotated[str, _url("http", "https", "file")]
+    url: Annotated[str, with_scheme("http", "https", "file")]
     #: In metrics; the host or the folder's name if it is not given.
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{0,64}$")] = ""
     public_keys: tuple[Key, ...] = ()
-    verify: Literal["signature", "content"] = "signature"
+    verify: Literal["signature", "content", "bundle"] = "signature"
     sign_when: Literal["evidence", "content"] = "evidence"
     #: Lower is asked first.
     priority: int = 40
@@ -120,9 +58,18 @@ class UpstreamConfig(_Section):
     #: A NAR that brings no byte for so long is taken up elsewhere.
     stall_timeout: Duration = 30.0
     #: Origins besides its own that it may redirect to even at private addresses.
-    redirect_origins: tuple[Annotated[str, _url("http", "https")], ...] = ()
+    redirect_origins: tuple[Annotated[str, with_scheme("http", "https")], ...] = ()
     netrc_file: str | None = None
     headers_file: str | None = None
+    #: With `verify = "bundle"`: who must have signed each NAR, by certificate …
+    identity: str | None = None
+    #: … or any whose whole name matches,
+    identity_regex: str | None = None
+    issuer: str | None = None
+    #: … or by key: a cosign.pub.
+    cosign_key: str | None = None
+    #: A trusted root or trust config; without it, the public Sigstore instance's by TUF.
+    trust_config: str | None = None
 
     @property
     def label(self) -> str:
@@ -137,6 +84,15 @@ class UpstreamConfig(_Section):
                 'public_keys is empty: name the upstream\'s key, or set verify = "content"'
                 " for an unsigned upstream that you trust"
             )
+        named = self.identity or self.identity_regex
+        if self.verify == "bundle" and bool(named and self.issuer) == bool(self.cosign_key):
+            raise ValueError(
+                'verify = "bundle" needs to know who signs: identity and issuer, or cosign_key'
+            )
+        if self.identity and self.identity_regex:
+            raise ValueError("identity and identity_regex exclude each other")
+        if self.identity_regex:
+            re.compile(self.identity_regex)
         names = [key.name for key in self.public_keys]
         if len(set(names)) < len(names):
             raise ValueError("two public_keys have the same name")
@@ -146,8 +102,8 @@ class UpstreamConfig(_Section):
 class StorageConfig(_Section):
     """`[storage]`: where verified files and the index are."""
 
-    url: Annotated[str, _url("file")] = "file:///var/lib/narseal/cache"
-    index: Annotated[str, _url("sqlite")] = "sqlite:////var/lib/narseal/index.sqlite"
+    url: Annotated[str, with_scheme("file")] = "file:///var/lib/narseal/cache"
+    index: Annotated[str, with_scheme("sqlite")] = "sqlite:////var/lib/narseal/index.sqlite"
     #: Keep and serve NARs that come as xz or bzip2 as zstd.
     recompress: bool = False
     recompress_level: Annotated[int, Field(ge=1, le=19)] = 3
@@ -164,6 +120,52 @@ class SigningConfig(_Section):
     """`[signing]`."""
 
     key: tuple[SigningKeyConfig, ...] = ()
+
+
+class CosignConfig(_Section):
+    """`[cosign]`: Sigstore signatures on what was verified by content."""
+
+    mode: Literal["off", "key", "keyless"] = "off"
+    #: With mode "key": an encrypted cosign.key.
+    key: Annotated[str, Field(pattern=r"^file:.+")] | None = None
+    password_file: str | None = None
+    #: A private Sigstore instance; without it, the public one by TUF.
+    trust_config: str | None = None
+    #: With mode "key": enter signatures into the instance's log, and have them timestamped.
+    log: bool = False
+    #: With mode "keyless", one source of identity tokens; none: the CI system that this runs in.
+    identity_token_file: str | None = None
+    identity_token_env: str | None = None
+    oidc_issuer: Annotated[str, with_scheme("http", "https")] | None = None
+    oidc_client_id: str | None = None
+    oidc_client_secret_file: str | None = None
+    #: Digests in one statement; stock cosign verifies up to 1,024.
+    batch_max_subjects: Annotated[int, Field(ge=2, le=1024)] = 1024
+    #: How long a path waits for others to fill its batch.
+    batch_max_age: Duration = 30.0
+    #: Sign each file on its own too; auto: where that needs no service.
+    per_file: Literal["auto", "yes", "no"] = "auto"
+    #: For one answer of one service.
+    timeout: Annotated[Duration, Field(ge=0.1)] = 30.0
+    #: Longest pause before a failed batch is tried again.
+    retry_max: Annotated[Duration, Field(ge=0.1)] = 300.0
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.mode == "key" and self.key is None:
+            raise ValueError(
+                'mode = "key" needs key = "file:/path/cosign.key"; `narseal key generate --cosign`'
+                " makes one"
+            )
+        sources = (self.identity_token_file, self.identity_token_env, self.oidc_issuer)
+        if sum(source is not None for source in sources) > 1:
+            raise ValueError(
+                "more than one source of identity tokens: keep one of identity_token_file,"
+                " identity_token_env and oidc_issuer"
+            )
+        if self.oidc_issuer and not (self.oidc_client_id and self.oidc_client_secret_file):
+            raise ValueError("oidc_issuer needs oidc_client_id and oidc_client_secret_file")
+        return self
 
 
 class LimitsConfig(_Section):
@@ -234,6 +236,7 @@ class Config(BaseSettings):
     upstream: tuple[UpstreamConfig, ...] = ()
     storage: StorageConfig = StorageConfig()
     signing: SigningConfig = SigningConfig()
+    cosign: CosignConfig = CosignConfig()
     limits: LimitsConfig = LimitsConfig()
     tls: TlsConfig | None = None
     log: LogConfig = LogConfig()
@@ -277,47 +280,6 @@ class Config(BaseSettings):
         try:
             return cls(**tree)
         except ValidationError as error:
-            raise ConfigError("\n".join(_sentences(error, text, source))) from error
+            raise ConfigError("\n".join(sentences(error, text, source))) from error
         except (ValueError, TypeError) as error:  # pydantic-settings: JSON in the environment
             raise ConfigError(f"environment: {error}") from error
-
-
-def _sentences(error: ValidationError, text: str, source: str) -> list[str]:
-    sentences = []
-    for item in error.errors(include_url=False):
-        loc = list(item["loc"])
-        line = find_line(text, loc)
-        where = f"{source}, line {line}" if line else source
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "there is no such setting"
-        sentences.append(f"{where}: {_dotted(loc)}: {message}" if loc else f"{where}: {message}")
-    return sentences
-
-
-def _dotted(loc: list[str | int]) -> str:
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
-
-
-def find_line(text: str, loc: list[str | int]) -> int | None:
-    """The line (from 1) of a TOML text where the key at `loc` stands, or the table that misses it."""
-    tables = [p for p in loc if isinstance(p, str)]
-    index = next((p for p in loc if isinstance(p, int)), 0)
-    current: list[str] = []
-    seen: dict[str, int] = {}
-    best: int | None = None
-    for number, line in enumerate(text.split("\n"), 1):
-        header = re.match(r"\s*\[\[?\s*([\w.\s\"-]+?)\s*\]\]?", line)
-        key = re.match(r"\s*([\w-]+)\s*=", line)
-        if header:
-            name = header[1]
-            current = name.split(".")
-            seen[name] = seen.get(name, -1) + 1
-        if current == tables[: len(current)] and seen.get(".".join(current), 0) == (
-            index if current else 0
-        ):
-            if header:
-                best = number
-            elif key and [*current, key[1]] == tables[: len(current) + 1]:
-                return number
-    return best

@@ -1,0 +1,1 @@
+"""The Sigstore room: keys, envelopes, statements, bundles; making and verifying signatures."""

@@ -1,0 +1,160 @@
+"""In-toto statements: what a batch says, and what a stranger's statement may look like.
+
+Formats: in-toto Statement v1, DSSE v1 (PAE), and narseal's predicate `urn:narseal:nix-store-path:v1`,
+whose JSON Schema is docs/predicate.schema.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from narseal.errors import MalformedAttestation
+from narseal.nix.hashes import Hash
+from narseal.nix.narinfo import NarInfo
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+PREDICATE_TYPE = "urn:narseal:nix-store-path:v1"
+#: Stock cosign verifies no statement with more subjects.
+MAX_SUBJECTS = 1024
+#: Bytes of one statement.
+MAX_BYTES = 16 << 20
+_TYPE = "https://in-toto.io/Statement/v1"
+_HEX = re.compile("[0-9a-f]{64}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A name and a SHA-256 digest."""
+
+    name: str
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A parsed in-toto statement."""
+
+    subjects: tuple[Subject, ...]
+    predicate_type: str
+    predicate: dict[str, Any]
+
+    @classmethod
+    def parse(cls, data: bytes) -> Statement:
+        """MalformedAttestation if the bytes are no statement of the form v1, or out of bounds.
+
+        Subjects without a SHA-256 digest are no subjects to us.
+        """
+        if len(data) > MAX_BYTES:
+            raise MalformedAttestation(f"the statement has more than {MAX_BYTES} bytes")
+        try:
+            tree = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise MalformedAttestation(f"the statement is not JSON: {error}") from error
+        subjects = tree.get("subject") if isinstance(tree, dict) else None
+        if not isinstance(subjects, list) or tree.get("_type") != _TYPE:
+            raise MalformedAttestation(f"not an in-toto statement of type {_TYPE}")
+        predicate, kind = tree.get("predicate", {}), tree.get("predicateType")
+        if not isinstance(predicate, dict) or not isinstance(kind, str):
+            raise MalformedAttestation("the statement has no predicate, or none with a type")
+        if not 1 <= len(subjects) <= MAX_SUBJECTS:
+            raise MalformedAttestation(
+                f"{len(subjects)} subjects; from 1 to {MAX_SUBJECTS} are verified"
+            )
+        found = [_subject(item) for item in subjects]
+        return cls(tuple(s for s in found if s), kind, predicate)
+
+    def covers(self, digest: bytes) -> bool:
+        """Whether a SHA-256 digest is among the subjects."""
+        return any(subject.digest == digest for subject in self.subjects)
+
+
+def _subject(item: object) -> Subject | None:
+    if not isinstance(item, dict) or not isinstance(item.get("digest"), dict):
+        raise MalformedAttestation("a subject has no digest")
+    text, name = item["digest"].get("sha256"), item.get("name", "")
+    if text is None:
+        return None
+    if not isinstance(text, str) or not _HEX.fullmatch(text) or not isinstance(name, str):
+        raise MalformedAttestation("a subject's sha256 is not 64 hex digits, or its name no text")
+    return Subject(name, bytes.fromhex(text))
+
+
+@dataclass(frozen=True, slots=True)
+class AttestedPath:
+    """A store path and the file whose content was held to it."""
+
+    info: NarInfo
+    file: str
+    file_hash: Hash
+
+    def digests(self) -> frozenset[bytes]:
+        """The subjects that it gives: one for an uncompressed file, else two."""
+        return frozenset((self.file_hash.digest, self.info.nar_hash.digest))
+
+    def facts(self) -> dict[str, Any]:
+        """What the predicate says of it: what the substituter's signature covers, and the deriver."""
+        info = self.info
+        return {
+            "storePath": f"{info.store_dir}/{info.store_path}",
+            "narHash": f"sha256:{info.nar_hash.nix32}",
+            "narSize": info.nar_size,
+            "references": sorted(f"{info.store_dir}/{path}" for path in info.references),
+            "deriver": f"{info.store_dir}/{info.deriver}" if info.deriver else None,
+            "file": {"name": self.file, "sha256": self.file_hash.digest.hex()},
+        }
+
+
+def render(paths: Iterable[AttestedPath]) -> bytes:
+    """The statement of a batch; its subjects are each path's file digest and NAR digest."""
+    subjects: dict[bytes, str] = {}
+    facts = []
+    for path in paths:
+        subjects.setdefault(path.file_hash.digest, f"nar/{path.file}")
+        subjects.setdefault(path.info.nar_hash.digest, str(path.info.store_path))
+        facts.append(path.facts())
+    tree = {
+        "_type": _TYPE,
+        "subject": [
+            {"name": name, "digest": {"sha256": digest.hex()}} for digest, name in subjects.items()
+        ],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {"paths": facts},
+    }
+    return json.dumps(tree, separators=(",", ":")).encode()
+
+
+def contradictions(statement: Statement, info: NarInfo) -> list[str]:
+    """What a statement of ours says otherwise than a narinfo, field by field; [] if it agrees.
+
+    A statement that does not name the path says nothing of it, which is one contradiction.
+    """
+    if statement.predicate_type != PREDICATE_TYPE:
+        return [f"the predicate is {statement.predicate_type[:100]}, not {PREDICATE_TYPE}"]
+    paths = statement.predicate.get("paths")
+    path = f"{info.store_dir}/{info.store_path}"
+    named = [
+        item
+        for item in (paths if isinstance(paths, list) else [])
+        if isinstance(item, dict) and item.get("storePath") == path
+    ]
+    if not named:
+        return [f"the attestation does not name {path}"]
+    wanted = AttestedPath(info, "", info.nar_hash).facts()
+    fields = ("narHash", "narSize", "references", "deriver")
+    return [
+        f"{field} is {str(item.get(field))[:200]} in the attestation and"
+        f" {str(wanted[field])[:200]} in the narinfo"
+        for item in named
+        for field in fields
+        if item.get(field) != wanted[field]
+    ]
+
+
+def pae(payload_type: str, payload: bytes) -> bytes:
+    """DSSE's pre-authentication encoding: the bytes that an envelope's signature is over."""
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
