@@ -12,6 +12,7 @@ NarsealError
 ├── Refused                     understood, and not to be served
 │   └── ContentMismatch         the bytes are not what the narinfo says
 ├── NotFound                    confirmed absence
+│   └── NotYet                  it will be there
 └── Trouble                     not known: the outside world failed
     ├── UpstreamTrouble, UpstreamTimeout
     └── Unavailable             narseal itself cannot now
@@ -115,6 +116,17 @@ class NotFound(NarsealError):
 
     status = 404
     reason = "absent"
+
+
+class NotYet(NotFound):
+    """It is not there now, and will be."""
+
+    reason = "waiting"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        #: Seconds.
+        self.retry_after = retry_after
 
 
 class Trouble(NarsealError):

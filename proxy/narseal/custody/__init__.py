@@ -1,5 +1,5 @@
 """Where private keys live."""
 
-from narseal.custody.file import FileKey, write_private
+from narseal.custody.file import FileKey, expand, read_private, write_private
 
-__all__ = ["FileKey", "write_private"]
+__all__ = ["FileKey", "expand", "read_private", "write_private"]

@@ -26,7 +26,9 @@ from narseal.pipeline.crew import Crew
 from narseal.pipeline.evidence import Evidence, weigh
 from narseal.pipeline.fetch import REFUSED_SECONDS, Fetcher
 from narseal.pipeline.flights import Flights
+from narseal.pipeline.inspection import Measured
 from narseal.pipeline.memory import Negatives
+from narseal.pipeline.sidecars import Sidecars
 from narseal.pipeline.transfer import Origin
 from narseal.storage import Admitted, Epoch, Index, NarRecord, PathRecord
 from narseal.telemetry import metrics
@@ -54,8 +56,10 @@ class Admission:
         countersigner: Countersigner,
         crew: Crew,
         epoch: Epoch,
+        sidecars: Sidecars,
     ) -> None:
         self._config = config
+        self._sidecars = sidecars
         self._upstreams = sorted(upstreams, key=lambda upstream: upstream.config.priority)
         self._index = index
         self._fetcher = fetcher
@@ -186,7 +190,12 @@ class Admission:
         )
         if evidence.content_first or recompress:
             self._crew.start(self._prefetch(info), f"references of {info.store_path}")
-            nar = await self._fetcher.fetch_first(info, Origin(upstream, info.url))
+
+            async def check(measured: Measured) -> None:
+                if upstream.config.verify == "bundle":
+                    await self._sidecars.check(upstream, info, evidence, measured.file_hash)
+
+            nar = await self._fetcher.fetch_first(info, Origin(upstream, info.url), check)
         else:
             nar = NarRecord.of(info, upstream.config.url)
         signed = await self._sign(info)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from time import perf_counter
 
 from narseal.custody import FileKey
 from narseal.nix.keys import PublicKey, Signature
@@ -40,11 +39,5 @@ class Countersigner:
 
 
 async def _sign(key: FileKey, message: bytes) -> Signature:
-    start = perf_counter()
-    result = "bad"
-    try:
-        signature = await key.sign(message)
-        result = "good"
-    finally:
-        metrics.sign_seconds.labels("nix", result).observe(perf_counter() - start)
-    return signature
+    with metrics.signing("nix"):
+        return await key.sign(message)

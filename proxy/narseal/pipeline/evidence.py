@@ -28,7 +28,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 class Evidence:
     """What speaks for a narinfo's fingerprint."""
 
-    #: `signature NAME`, `content-address` or `content`; kept in the index.
+    #: `signature NAME`, `content-address`, `content` or `bundle`; kept in the index.
     text: str
     #: The bytes have to be fetched and hashed before anything is signed.
     content_first: bool
@@ -66,13 +66,13 @@ def weigh(
         s for s in info.signatures if s.key_name not in pinned and s.key_name not in own_keys
     ]
     kept = info.with_signatures(tuple(sorted({*good, *ours, *foreign})))
-    content_first = upstream.sign_when == "content" or upstream.verify == "content"
+    content_first = upstream.sign_when == "content" or upstream.verify != "signature"
     if good:
         return kept, Evidence(f"signature {good[0].key_name}", content_first)
     if info.ca is not None and info.ca.method is not Method.GIT:  # git's hash is not recomputed
         return kept, Evidence("content-address", content_first or not by_address)
-    if upstream.verify == "content":
-        return kept, Evidence("content", content_first=True)
+    if upstream.verify != "signature" and not pinned:
+        return kept, Evidence(upstream.verify, content_first=True)
     raise Refused("unsigned", f"{path}: {_why_unsigned(info, pinned)}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
 from narseal.config import Config
@@ -122,9 +122,12 @@ class Fetcher:
         if not known:
             self._epoch.advance()
 
-    async def fetch_first(self, info: NarInfo, origin: Origin) -> NarRecord:
+    async def fetch_first(
+        self, info: NarInfo, origin: Origin, check: Callable[[Measured], Awaitable[None]]
+    ) -> NarRecord:
         """Fetch, verify and publish a NAR before its path is admitted.
 
+        `check` has the last word on it; what it raises, the NAR is not published with.
         With recompression on, xz and bzip2 become zstd here, before anybody saw the narinfo.
         """
         incoming = await self._blocking.run(self._storage.incoming)
@@ -138,6 +141,7 @@ class Fetcher:
         try:
             async with self._slots:
                 measured = await transfer.run(_once(origin), on_wrong=_leave_to_caller)
+            await check(measured)
             nar = NarRecord.of(info, origin.upstream.config.url)
             descriptor, path = incoming
             if recompression:

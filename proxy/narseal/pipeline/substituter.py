@@ -15,15 +15,19 @@ from narseal.custody import FileKey
 from narseal.errors import ConfigError, NotFound, Unavailable
 from narseal.nix.cache_info import CacheInfo
 from narseal.pipeline.admission import Admission
+from narseal.pipeline.attest import Attester
 from narseal.pipeline.blocking import Blocking
+from narseal.pipeline.cosigning import Cosigning, UpstreamSigners
 from narseal.pipeline.countersign import Countersigner
 from narseal.pipeline.crew import Crew
 from narseal.pipeline.fetch import Fetcher, served
 from narseal.pipeline.memory import HotMap
 from narseal.pipeline.realisations import Realisations
+from narseal.pipeline.sidecars import Sidecars
 from narseal.pipeline.sidefiles import SideFiles
+from narseal.pipeline.signatures import Signatures
 from narseal.pipeline.transfer import Reader
-from narseal.storage import Epoch, Index, LocalStorage, NarRecord
+from narseal.storage import Epoch, Index, Leadership, LocalStorage, NarRecord, index_file
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream, connect
 
@@ -48,9 +52,17 @@ class Substituter:
     """What narseal serves. Made by `opened`, inside the loop that serves."""
 
     def __init__(
-        self, config: Config, *, keys: list[FileKey], upstreams: list[Upstream], epoch: Epoch
+        self,
+        config: Config,
+        *,
+        keys: list[FileKey],
+        upstreams: list[Upstream],
+        epoch: Epoch,
+        cosigning: Cosigning,
+        signers: UpstreamSigners,
     ) -> None:
         self.config = config
+        self._cosigning = cosigning
         self._epoch = epoch
         self.crew = Crew()
         self.blocking = Blocking(transfers=config.limits.transfers)
@@ -63,7 +75,9 @@ class Substituter:
         #: Stored files, so that one that is asked for again costs no question to the index.
         self._known: dict[str, NarRecord] = {}
         self._storage = LocalStorage(config.storage.url)
-        self._index = Index(config.storage.index, config.store_dir)
+        self._index = Index(
+            config.storage.index, config.store_dir, attest=config.cosign.mode != "off"
+        )
         self._fetcher = Fetcher(
             config,
             storage=self._storage,
@@ -81,6 +95,14 @@ class Substituter:
             countersigner=self.countersigner,
             crew=self.crew,
             epoch=epoch,
+            sidecars=Sidecars(signers, self.blocking),
+        )
+        self.signatures = Signatures(
+            cosigning,
+            self.countersigner,
+            index=self._index,
+            storage=self._storage,
+            blocking=self.blocking,
         )
         self.realisations = Realisations(
             config.limits,
@@ -104,7 +126,14 @@ class Substituter:
         """A running substituter; on leaving, running transfers get their time to end."""
         keys = load_keys(config)
         upstreams = [connect(upstream) for upstream in config.upstream]
-        substituter = cls(config, keys=keys, upstreams=upstreams, epoch=epoch)
+        substituter = cls(
+            config,
+            keys=keys,
+            upstreams=upstreams,
+            epoch=epoch,
+            cosigning=Cosigning(config.cosign),
+            signers=UpstreamSigners(config),
+        )
         for key in keys:
             not_after = key.not_after.timestamp() if key.not_after else 0
             metrics.key_not_after.labels(key.public.name).set(not_after)
@@ -112,15 +141,31 @@ class Substituter:
             # without the index nothing can be served: if this ends, the worker ends
             group.create_task(substituter._index.run(), name="index")
             weighing = group.create_task(substituter._weigh_storage(), name="storage size")
+            attester = substituter._attester()
+            attesting = group.create_task(attester.run(), name="attest") if attester else None
             try:
                 yield substituter
             finally:
+                if attester and attesting:
+                    attesting.cancel()
+                    attester.close()
                 await substituter.crew.close(wait=config.limits.shutdown_timeout)
                 weighing.cancel()
                 for upstream in upstreams:
                     await upstream.close()
                 await substituter._index.close()
                 substituter.blocking.close()
+
+    def _attester(self) -> Attester | None:
+        if self.config.cosign.mode == "off":
+            return None
+        lock = index_file(self.config.storage.index).with_suffix(".attest.lock")
+        return Attester(
+            self._cosigning,
+            index=self._index,
+            storage=self._storage,
+            leadership=Leadership(lock),
+        )
 
     async def _weigh_storage(self) -> None:
         """Keep the metric of storage's size."""

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from narseal import __version__
 from narseal.errors import NarsealError, UpstreamTimeout
+from narseal.nix.hashes import Hash
 from narseal.pipeline.memory import Hot
 from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.transfer import Reader
@@ -25,6 +26,8 @@ _SHORT = "public, max-age=300"
 _SMALL = 64 << 10
 _NARINFO = "text/x-nix-narinfo"
 _NAR = "application/x-nix-nar"
+_BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+_LISTED = 1000
 # a client gives up after 300 s without a byte (Nix's stalled-download-timeout)
 _FIRST_BYTE = 280.0
 
@@ -91,6 +94,49 @@ class Answering:
         """A countersigned realisation."""
         body = await self._substituter.realisations.get(request.match_info["name"])
         return _whole(request, body, "application/json", _SHORT, _etag(body))
+
+    async def bundle(self, request: web.Request) -> web.StreamResponse:
+        """The Sigstore bundle of a NAR file."""
+        body = await self._substituter.signatures.bundle_of(request.match_info["file"])
+        return _whole(request, body, _BUNDLE, _SHORT, _etag(body))
+
+    async def signature(self, request: web.Request) -> web.StreamResponse:
+        """A NAR file's own signature, for older cosign."""
+        body = await self._substituter.signatures.signature_of(request.match_info["file"])
+        return _whole(request, body, "text/plain", _SHORT, _etag(body))
+
+    async def certificate(self, request: web.Request) -> web.StreamResponse:
+        """The certificate of that signature, for older cosign."""
+        body = await self._substituter.signatures.certificate_of(request.match_info["file"])
+        return _whole(request, body, "application/x-pem-file", _SHORT, _etag(body))
+
+    async def attestations(self, request: web.Request) -> web.StreamResponse:
+        """Every bundle whose statement covers a digest, a line each."""
+        digest = Hash.parse(request.match_info["digest"])
+        body = await self._substituter.signatures.attestations_of(digest)
+        return _whole(request, body, "application/jsonl", _SHORT, _etag(body))
+
+    async def keys(self, _: web.Request) -> web.Response:
+        """All public keys, as JSON."""
+        return web.json_response(self._substituter.signatures.keys(), headers=_cache(_SHORT))
+
+    async def cosign_key(self, _: web.Request) -> web.Response:
+        """The cosign.pub with which files and statements verify."""
+        return web.Response(text=self._substituter.signatures.public_key(), headers=_cache(_SHORT))
+
+    async def trusted_root(self, request: web.Request) -> web.StreamResponse:
+        """The trusted root of a private Sigstore instance."""
+        body = self._substituter.signatures.trusted_root()
+        return _whole(request, body, "application/json", _SHORT, _etag(body))
+
+    async def paths(self, request: web.Request) -> web.Response:
+        """Hash parts of what is served, a line each, beyond `after`; for loopback callers."""
+        if not _is_loopback(request.remote):
+            raise web.HTTPNotFound(text="the list of paths is for loopback callers\n")
+        after = request.query.get("after", "")[:32]
+        found = await self._substituter.signatures.paths(after=after, limit=_LISTED)
+        text = "".join(f"{hash_part}\n" for hash_part in found)
+        return web.Response(text=text, headers=_cache("no-store"))
 
     async def healthz(self, _: web.Request) -> web.Response:
         """200 as long as the process answers."""

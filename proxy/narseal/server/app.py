@@ -11,7 +11,7 @@ from time import perf_counter
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from narseal.errors import NarsealError
+from narseal.errors import NarsealError, NotYet
 from narseal.nix.base32 import CHARS
 from narseal.nix.compression import COMPRESSIONS
 from narseal.server.answers import Answering, Broken
@@ -24,6 +24,7 @@ _HASH = f"{CHARS}{{32}}"
 _PATH = rf"{CHARS}{{32}}-[0-9a-zA-Z+\-._?=]{{1,211}}"
 _OUTPUT = r"[0-9a-zA-Z+\-._?=]{1,211}"
 _SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(set(COMPRESSIONS.values())) if suffix)
+_FILE = rf"{{file:{CHARS}{{52}}\.nar({_SUFFIX})?}}"
 _ID = web.RequestKey("id", str)
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._-]{1,64}", re.ASCII)
 
@@ -42,7 +43,15 @@ def application(answering: Answering, tally: Tally) -> web.Application:
     table: list[tuple[str, str, Handler]] = [
         ("nix-cache-info", "/nix-cache-info", answering.cache_info),
         ("narinfo", f"/{{hash:{_HASH}}}.narinfo", answering.narinfo),
-        ("nar", f"/nar/{{file:{CHARS}{{52}}\\.nar({_SUFFIX})?}}", answering.nar),
+        ("nar", f"/nar/{_FILE}", answering.nar),
+        ("signature", f"/nar/{_FILE}.sigstore.json", answering.bundle),
+        ("signature-sig", f"/nar/{_FILE}.sig", answering.signature),
+        ("signature-pem", f"/nar/{_FILE}.pem", answering.certificate),
+        ("attestations", "/attestations/{digest:sha256:[0-9a-z]{52,64}}", answering.attestations),
+        ("keys", "/keys", answering.keys),
+        ("cosign-pub", "/cosign.pub", answering.cosign_key),
+        ("trusted-root", "/trusted_root.json", answering.trusted_root),
+        ("paths", "/paths", answering.paths),
         ("ls", f"/{{name:{_HASH}\\.ls}}", answering.side_file),
         ("log", f"/{{name:log/{_PATH}}}", answering.side_file),
         ("debuginfo", r"/{name:debuginfo/[0-9a-f]{40}(\.debug)?}", answering.side_file),
@@ -114,7 +123,9 @@ def metrics_application(answering: Answering) -> web.Application:
 def failure(error: NarsealError) -> web.Response:
     """An error as Nix shows it: status, one sentence, the reason in a header."""
     headers = {"Cache-Control": "no-store", "X-Narseal-Reason": error.reason}
-    if error.status in (502, 503, 504, 507):
+    if isinstance(error, NotYet):
+        headers["Retry-After"] = str(error.retry_after)
+    elif error.status in (502, 503, 504, 507):
         headers["Retry-After"] = "5"
     sentence = " ".join(str(error).split())[:900]
     return web.Response(status=error.status, text=sentence + "\n", headers=headers)

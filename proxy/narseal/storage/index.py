@@ -17,6 +17,7 @@ from narseal.errors import Refused, Unavailable
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature
 from narseal.storage import schema
+from narseal.storage.attestations import Attestations, enqueue, leave
 from narseal.storage.engine import Engines
 from narseal.storage.records import (
     PATHS,
@@ -53,9 +54,10 @@ _ADD_BYTES = update(schema.total).values(nar_bytes=schema.total.c.nar_bytes + bi
 class Index:
     """Reads by any number of callers, writes in groups. Unavailable when the database fails."""
 
-    def __init__(self, url: str, store_dir: str) -> None:
+    def __init__(self, url: str, store_dir: str, *, attest: bool = False) -> None:
         self._engines = Engines(url)
         self._store_dir = store_dir
+        self._attest = attest
         self._by_hash: Together[str, Admitted | None] = Together(self._paths)
         self._by_file: Together[str, list[Admitted]] = Together(self._paths_of)
         self._nars: Together[str, NarRecord | None] = Together(self._nars_named)
@@ -63,6 +65,7 @@ class Index:
         self._admissions: Together[Admitted, Admitted] = Together(
             lambda group: self._engines.write(lambda c: self._admit_all(c, group))
         )
+        self.attestations = Attestations(self._engines, self._queries.ask, store_dir)
         self._asked = (
             self._by_hash,
             self._by_file,
@@ -232,12 +235,16 @@ class Index:
             row.hash_part: admitted_of(row, self._store_dir)
             for row in await connection.execute(_PATHS_BY_HASH, {"among": hash_parts})
         }
-        return [
+        pins = [
             outcome
             if isinstance(outcome, Exception)
             else await self._pin(connection, outcome, pinned)
             for outcome in outcomes
         ]
+        stored = {pin[1].file for pin in pins if not isinstance(pin, Exception) and pin[1].stored}
+        if stored and self._attest:
+            await enqueue(connection, sorted(stored))
+        return pins
 
     async def _pin(
         self, connection: AsyncConnection, wanted: Admitted, pins: dict[str, Admitted]
@@ -307,6 +314,8 @@ class Index:
                 .where(schema.path.c.nar_file == claimed.file)
                 .values(nar_file=true.file)
             )
+        if self._attest:
+            await enqueue(connection, [true.file])
 
     async def _unpublish(self, connection: AsyncConnection, file: str) -> None:
         query = select(schema.nar).where(schema.nar.c.file == file, schema.nar.c.stored)
@@ -316,6 +325,7 @@ class Index:
             await connection.execute(
                 update(schema.nar).where(schema.nar.c.file == file).values(stored=False)
             )
+            await leave(connection, file)
 
     async def _withdraw(self, connection: AsyncConnection, file: str) -> list[str]:
         old = schema.refusal.c.until < time.time()
@@ -324,6 +334,7 @@ class Index:
         rows = await connection.execute(select(schema.path.c.hash_part).where(named))
         hash_parts = [str(row.hash_part) for row in rows]
         await connection.execute(update(schema.path).where(named).values(withdrawn=True))
+        await leave(connection, file)
         return hash_parts
 
 

@@ -85,3 +85,46 @@ total = Table(
     Column("id", Integer, primary_key=True),
     Column("nar_bytes", BigInteger, nullable=False),
 )
+
+#: Store paths whose verified content waits for its Sigstore signature.
+waiting = Table(
+    "waiting",
+    metadata,
+    Column("hash_part", String(32), ForeignKey("path.hash_part"), primary_key=True),
+    Column("since", Float, nullable=False),
+    Index("waiting_since", "since"),
+)
+
+#: Bundles over statements; the bytes are in storage, as `attestations/<hex>.sigstore.json`.
+attestation = Table(
+    "attestation",
+    metadata,
+    Column("digest", LargeBinary(32), primary_key=True),
+    Column("predicate_type", String(250), nullable=False),
+    Column("made_at", Float, nullable=False),
+)
+
+#: Which file and NAR digests a statement covers.
+subject = Table(
+    "subject",
+    metadata,
+    Column("digest", LargeBinary(32), primary_key=True),
+    Column("attestation", LargeBinary(32), ForeignKey("attestation.digest"), primary_key=True),
+)
+
+#: Which path was attested as which file: none is signed twice.
+attested = Table(
+    "attested",
+    metadata,
+    Column("hash_part", String(32), ForeignKey("path.hash_part"), primary_key=True),
+    Column("file", String(80), ForeignKey("nar.file"), primary_key=True),
+    Column("attestation", LargeBinary(32), ForeignKey("attestation.digest"), nullable=False),
+)
+
+#: Bundles over single files.
+file_signature = Table(
+    "file_signature",
+    metadata,
+    Column("file", String(80), ForeignKey("nar.file"), primary_key=True),
+    Column("bundle", LargeBinary, nullable=False),
+)

@@ -30,6 +30,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: Values of `reason` of narseal_rejected_total.
 REASONS = (
     "absolute-url",
+    "bad-bundle",
     "ca-mismatch",
     "conflict",
     "content-mismatch",
@@ -55,11 +56,18 @@ ROUTES = (
     "debuginfo",
     "realisations",
     "build-trace-v2",
+    "signature",
+    "attestations",
+    "keys",
     "other",
 )
+#: Values of `kind` of the verification and of the signing histograms.
+VERIFICATIONS = ("nix", "content", "bundle", "rekor")
+SIGNATURES = ("nix", "batch", "file")
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SLOW = (*_FAST, 5, 10, 30, 60, 120, 300)
+_SIGNING = (*_FAST, 5, 10, 30)
 _MILLISECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000)
 
 requests = Counter("narseal_requests_total", "Requests answered.", ["route", "code"])
@@ -79,7 +87,10 @@ verify_ms = Histogram(
     buckets=_MILLISECONDS,
 )
 sign_seconds = Histogram(
-    "narseal_sign_seconds", "Making of one signature.", ["kind", "result"], buckets=_FAST
+    "narseal_sign_seconds",
+    "Making of one signature: nix, batch (a statement), file.",
+    ["kind", "result"],
+    buckets=_SIGNING,
 )
 upstream_seconds = Histogram(
     "narseal_upstream_seconds",
@@ -93,6 +104,24 @@ flights_joined = Counter("narseal_flights_joined_total", "Requests that joined a
 rejected = Counter("narseal_rejected_total", "Objects refused.", ["reason"])
 corrected = Counter(
     "narseal_corrected_total", "Upstream narinfos whose unsigned fields were wrong and corrected."
+)
+attest_queue = Gauge(
+    "narseal_attest_queue",
+    "Store paths that wait for their Sigstore signature.",
+    multiprocess_mode="mostrecent",
+)
+attest_oldest = Gauge(
+    "narseal_attest_oldest_seconds",
+    "How long the first of them waits; 0: none does.",
+    multiprocess_mode="mostrecent",
+)
+attest_batch_subjects = Histogram(
+    "narseal_attest_batch_subjects",
+    "Digests in one signed statement.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+)
+attest_failures = Counter(
+    "narseal_attest_failures_total", "Batches that could not be signed and are tried again."
 )
 worker_restarts = Counter("narseal_worker_restarts_total", "Workers that died and were restarted.")
 key_not_after = Gauge(
@@ -116,12 +145,13 @@ def prepare(upstreams: Sequence[str]) -> None:
         request_seconds.labels(route)
     for reason in REASONS:
         rejected.labels(reason)
-    for kind in ("nix", "content"):
+    for kind in VERIFICATIONS:
         verify_ms.labels(kind)
         for result in ("good", "bad"):
             verify_seconds.labels(kind, result)
-    for result in ("good", "bad"):
-        sign_seconds.labels("nix", result)
+    for kind in SIGNATURES:
+        for result in ("good", "bad"):
+            sign_seconds.labels(kind, result)
     for source in ("storage", "memory", "upstream"):
         nar_bytes.labels(source)
     for upstream in upstreams:
@@ -140,6 +170,18 @@ def verifying(kind: str) -> Iterator[None]:
         result = "good"
     finally:
         observe_verification(kind, result, perf_counter() - start)
+
+
+@contextmanager
+def signing(kind: str) -> Iterator[None]:
+    """Measure the making of a signature; an exception is a bad result."""
+    start = perf_counter()
+    result = "bad"
+    try:
+        yield
+        result = "good"
+    finally:
+        sign_seconds.labels(kind, result).observe(perf_counter() - start)
 
 
 def observe_verification(kind: str, result: str, seconds: float) -> None:

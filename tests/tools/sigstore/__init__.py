@@ -262,7 +262,9 @@ def _write_key(file: Path, key: _Private, *, password: bytes = b"", sec1: bool =
         else serialization.NoEncryption()
     )
     form = (
-        serialization.PrivateFormat.TraditionalOpenSSL if sec1 else serialization.PrivateFormat.PKCS8
+        serialization.PrivateFormat.TraditionalOpenSSL
+        if sec1
+        else serialization.PrivateFormat.PKCS8
     )
     file.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, encryption))
 

@@ -33,7 +33,9 @@ def install() -> None:
         if target.exists():
             continue
         if not shutil.which("go"):
-            raise RuntimeError("Go is missing: the Sigstore services of the tests are built with it")
+            raise RuntimeError(
+                "Go is missing: the Sigstore services of the tests are built with it"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(".part")
         # go.sum says what each module must be, so nobody else has to be asked

@@ -1,0 +1,116 @@
+"""Handing out Sigstore signatures: of a file, of a digest, and the keys to verify them with."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import load_der_x509_certificate
+
+from narseal.cosign.bundle import Bundle
+from narseal.errors import NotFound, NotYet
+from narseal.nix.hashes import Hash
+from narseal.pipeline.attest import bundle_name
+from narseal.pipeline.blocking import Blocking
+from narseal.pipeline.cosigning import Cosigning
+from narseal.pipeline.countersign import Countersigner
+from narseal.storage import Index, LocalStorage
+
+
+class Signatures:
+    """What is known of files and digests. NotFound, or NotYet while a path waits."""
+
+    def __init__(
+        self,
+        cosigning: Cosigning,
+        countersigner: Countersigner,
+        *,
+        index: Index,
+        storage: LocalStorage,
+        blocking: Blocking,
+    ) -> None:
+        self._cosigning = cosigning
+        self._countersigner = countersigner
+        self._attestations = index.attestations
+        self._storage = storage
+        self._blocking = blocking
+
+    async def bundle_of(self, file: str) -> bytes:
+        """A file's own signature if it has one, else the batch that covers it."""
+        single, batch = await self._attestations.of_file(file)
+        if single is not None:
+            return single
+        if batch is not None and (data := await self._read(batch)) is not None:
+            return data
+        raise await self._absence(file, f"nar/{file}")
+
+    async def signature_of(self, file: str) -> bytes:
+        """A file's own signature in base64, as older cosign takes it."""
+        bundle = await self._single(file)
+        return base64.b64encode(bundle.content.signature) + b"\n"
+
+    async def certificate_of(self, file: str) -> bytes:
+        """The PEM certificate of a file's own keyless signature."""
+        bundle = await self._single(file)
+        if bundle.certificate is None:
+            raise NotFound(f"nar/{file} is signed with a key: verify with /cosign.pub")
+        return load_der_x509_certificate(bundle.certificate).public_bytes(Encoding.PEM)
+
+    async def attestations_of(self, digest: Hash) -> bytes:
+        """Every bundle whose statement covers a file's or a NAR's SHA-256, a line of JSON each."""
+        bundles = [
+            data
+            for name in await self._attestations.covering(digest.digest)
+            if (data := await self._read(name)) is not None
+        ]
+        if not bundles:
+            raise await self._absence(f"{digest.nix32}.nar", f"sha256:{digest.digest.hex()}")
+        return b"".join(data.rstrip(b"\n") + b"\n" for data in bundles)
+
+    def public_key(self) -> str:
+        """The cosign.pub; NotFound if signatures are not by key."""
+        if self._cosigning.key is None:
+            raise NotFound("files are not signed with a cosign key here")
+        return self._cosigning.key.public.render()
+
+    def trusted_root(self) -> bytes:
+        """The trusted root of a private Sigstore instance."""
+        if (root := self._cosigning.trusted_root) is None:
+            raise NotFound("no private Sigstore instance is used here; cosign knows the public one")
+        return root
+
+    def keys(self) -> dict[str, Any]:
+        """Every public key, for people and programs."""
+        key = self._cosigning.key
+        return {
+            "substituter": [str(key) for key in self._countersigner.public_keys.values()],
+            "cosign": {
+                "mode": self._cosigning.config.mode,
+                "publicKey": key.public.render() if key else None,
+                "hint": key.public.hint if key else None,
+                "trustedRoot": json.loads(self._cosigning.trusted_root or b"null"),
+            },
+        }
+
+    async def paths(self, *, after: str, limit: int) -> list[str]:
+        """Hash parts of the paths that are served, in order."""
+        return await self._attestations.paths(after=after, limit=limit)
+
+    async def _single(self, file: str) -> Bundle:
+        single, batch = await self._attestations.of_file(file)
+        if single is not None:
+            return Bundle.parse(single)
+        if batch is not None:
+            raise NotFound(f"nar/{file} has no signature of its own, but one of its batch")
+        raise await self._absence(file, f"nar/{file}")
+
+    async def _read(self, digest: bytes) -> bytes | None:
+        return await self._blocking.run(self._storage.read, bundle_name(digest))
+
+    async def _absence(self, name: str, thing: str) -> NotFound:
+        if await self._attestations.is_waiting(name):
+            seconds = max(1, round(self._cosigning.config.batch_max_age))
+            return NotYet(f"{thing} waits for its signature", retry_after=seconds)
+        return NotFound(f"there is no signature of {thing}")

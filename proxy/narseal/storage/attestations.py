@@ -1,0 +1,173 @@
+"""The index's part of Sigstore: the durable queue, and which bundle covers what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import (
+    Insert,
+    Row,
+    Select,
+    bindparam,
+    delete,
+    exists,
+    func,
+    select,
+)
+from sqlalchemy.dialects.sqlite import insert as insert_or
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from narseal.storage import schema
+from narseal.storage.engine import Engines
+from narseal.storage.records import PATHS, Admitted, admitted_of
+
+_Ask = Callable[[Select[Any]], Awaitable[list[Row[Any]]]]
+
+
+def _enqueue(*conditions: Any) -> Insert:
+    """Paths with a stored NAR, not attested as that file: they wait from now on."""
+    done = exists().where(
+        schema.attested.c.hash_part == schema.path.c.hash_part,
+        schema.attested.c.file == schema.path.c.nar_file,
+    )
+    rows = (
+        select(schema.path.c.hash_part, bindparam("now", type_=schema.waiting.c.since.type))
+        .join(schema.nar, schema.path.c.nar_file == schema.nar.c.file)
+        .where(schema.nar.c.stored, ~schema.path.c.withdrawn, ~done, *conditions)
+    )
+    fresh = insert_or(schema.waiting).from_select(["hash_part", "since"], rows)
+    return fresh.on_conflict_do_nothing()
+
+
+_OF_FILES = schema.path.c.nar_file.in_(bindparam("among", expanding=True))
+_ENQUEUE = _enqueue(_OF_FILES)
+# SQLite wants a WHERE before ON CONFLICT in an INSERT from a SELECT, and there is one
+_ENQUEUE_ALL = _enqueue()
+_LEAVE = delete(schema.waiting).where(
+    schema.waiting.c.hash_part.in_(select(schema.path.c.hash_part).where(_OF_FILES))
+)
+
+
+async def enqueue(connection: AsyncConnection, files: Sequence[str]) -> None:
+    """Within a transaction that publishes or admits: the paths of these files wait."""
+    await connection.execute(_ENQUEUE, {"among": files, "now": time.time()})
+
+
+async def leave(connection: AsyncConnection, file: str) -> None:
+    """Within a transaction that takes a file away: its paths do not wait any more."""
+    await connection.execute(_LEAVE, {"among": [file]})
+
+
+class Attestations:
+    """What waits, and what was signed."""
+
+    def __init__(self, engines: Engines, ask: _Ask, store_dir: str) -> None:
+        self._engines = engines
+        self._ask = ask
+        self._store_dir = store_dir
+
+    async def enqueue_all(self) -> None:
+        """Let everything wait that is stored and was never attested."""
+        await self._engines.write(lambda c: c.execute(_ENQUEUE_ALL, {"now": time.time()}))
+
+    async def queue(self) -> tuple[int, float | None]:
+        """How many paths wait, and since what Unix time the first does."""
+        query: Any = select(
+            func.count().label("waiting"), func.min(schema.waiting.c.since).label("since")
+        ).select_from(schema.waiting)
+        row = (await self._ask(query))[0]
+        return int(row.waiting), row.since
+
+    async def oldest(self, limit: int) -> list[Admitted]:
+        """The paths that wait longest, with their stored NARs."""
+        query = (
+            PATHS.join(schema.waiting, schema.waiting.c.hash_part == schema.path.c.hash_part)
+            .where(schema.nar.c.stored, ~schema.path.c.withdrawn)
+            .order_by(schema.waiting.c.since, schema.path.c.hash_part)
+            .limit(limit)
+        )
+        return [admitted_of(row, self._store_dir) for row in await self._ask(query)]
+
+    async def commit(
+        self,
+        digest: bytes,
+        predicate_type: str,
+        paths: Sequence[Admitted],
+        subjects: frozenset[bytes],
+        file_bundles: Mapping[str, bytes],
+    ) -> None:
+        """Record a bundle over a batch: all of it in one transaction.
+
+        What does not wait any more (it was withdrawn meanwhile) is not recorded as attested.
+        """
+
+        async def work(connection: AsyncConnection) -> None:
+            hash_parts = [path.info.store_path.hash_part for path, _ in paths]
+            gone = delete(schema.waiting).where(schema.waiting.c.hash_part.in_(hash_parts))
+            rows = await connection.execute(gone.returning(schema.waiting.c.hash_part))
+            waited = {row.hash_part for row in rows}
+            values = {"digest": digest, "predicate_type": predicate_type, "made_at": time.time()}
+            await connection.execute(insert_or(schema.attestation), [values])
+            covered = [{"digest": subject, "attestation": digest} for subject in subjects]
+            await connection.execute(insert_or(schema.subject), covered)
+            done = [
+                {"hash_part": hash_part, "file": nar.file, "attestation": digest}
+                for hash_part, (_, nar) in zip(hash_parts, paths, strict=True)
+                if hash_part in waited
+            ]
+            if done:
+                await connection.execute(insert_or(schema.attested).on_conflict_do_nothing(), done)
+            if file_bundles:
+                bundles = [{"file": file, "bundle": data} for file, data in file_bundles.items()]
+                await connection.execute(
+                    insert_or(schema.file_signature).on_conflict_do_nothing(), bundles
+                )
+
+        await self._engines.write(work)
+
+    async def covering(self, digest: bytes) -> list[bytes]:
+        """The digests of the bundles whose statements cover a file or NAR digest, oldest first."""
+        query = (
+            select(schema.attestation.c.digest)
+            .join(schema.subject, schema.subject.c.attestation == schema.attestation.c.digest)
+            .where(schema.subject.c.digest == digest)
+            .order_by(schema.attestation.c.made_at)
+        )
+        return [bytes(row.digest) for row in await self._ask(query)]
+
+    async def of_file(self, file: str) -> tuple[bytes | None, bytes | None]:
+        """The single signature of a file, and the digest of the newest batch that covers it."""
+        query = select(schema.file_signature.c.bundle).where(schema.file_signature.c.file == file)
+        rows = await self._ask(query)
+        single = bytes(rows[0].bundle) if rows else None
+        newest = (
+            select(schema.attested.c.attestation)
+            .join(schema.attestation, schema.attested.c.attestation == schema.attestation.c.digest)
+            .where(schema.attested.c.file == file)
+            .order_by(schema.attestation.c.made_at.desc())
+            .limit(1)
+        )
+        rows = await self._ask(newest)
+        return single, bytes(rows[0].attestation) if rows else None
+
+    async def is_waiting(self, name: str) -> bool:
+        """Whether a path still waits whose file's name is, or begins with, `name`."""
+        query: Select[Any] = (
+            select(schema.waiting.c.hash_part)
+            .join(schema.path, schema.path.c.hash_part == schema.waiting.c.hash_part)
+            .where(schema.path.c.nar_file >= name, schema.path.c.nar_file < f"{name}\x7f")
+            .limit(1)
+        )
+        return bool(await self._ask(query))
+
+    async def paths(self, *, after: str, limit: int) -> list[str]:
+        """Hash parts of admitted paths, in order, beyond one."""
+        query = (
+            select(schema.path.c.hash_part)
+            .where(schema.path.c.hash_part > after, ~schema.path.c.withdrawn)
+            .order_by(schema.path.c.hash_part)
+            .limit(limit)
+        )
+        return [row.hash_part for row in await self._ask(query)]
