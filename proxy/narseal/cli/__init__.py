@@ -10,6 +10,8 @@ from narseal import __version__
 from narseal.cli.check import check_config
 from narseal.cli.key import key
 from narseal.cli.serve import serve
+from narseal.cli.sign import sign
+from narseal.cli.verify import verify
 from narseal.errors import NarsealError
 
 
@@ -26,6 +28,8 @@ def narseal() -> None:
 narseal.add_command(serve)
 narseal.add_command(check_config)
 narseal.add_command(key)
+narseal.add_command(sign)
+narseal.add_command(verify)
 
 
 def main() -> None:

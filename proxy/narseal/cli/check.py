@@ -13,15 +13,22 @@ from narseal.cli.load import config_option, load
 @config_option
 def check_config(config_file: Path) -> None:
     """Check the configuration file and the key files that it names, without serving."""
+    from narseal.pipeline.cosigning import Cosigning, UpstreamSigners, token_source
     from narseal.pipeline.substituter import load_keys
     from narseal.server.worker import tls_context
 
     config = load(config_file)
     keys = load_keys(config)
     tls_context(config)
+    UpstreamSigners(config)
+    cosigning = Cosigning(config.cosign)
     click.echo(f"{config_file}: good")
     for key in keys:
         click.echo(f"  signs with   {key.public}")
+    if cosigning.key:
+        click.echo(f"  cosigns with {config.cosign.key} (hint {cosigning.key.public.hint})")
+    elif config.cosign.mode == "keyless":
+        click.echo(f"  cosigns      keyless, with a token from {token_source(config.cosign)[1]}")
     for upstream in config.upstream:
         names = ", ".join(public.name for public in upstream.public_keys) or "its content"
         click.echo(f"  trusts       {upstream.url} by {names}")

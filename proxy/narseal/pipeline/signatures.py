@@ -33,6 +33,7 @@ class Signatures:
     ) -> None:
         self._cosigning = cosigning
         self._countersigner = countersigner
+        self._index = index
         self._attestations = index.attestations
         self._storage = storage
         self._blocking = blocking
@@ -49,14 +50,14 @@ class Signatures:
     async def signature_of(self, file: str) -> bytes:
         """A file's own signature in base64, as older cosign takes it."""
         bundle = await self._single(file)
-        return base64.b64encode(bundle.content.signature) + b"\n"
+        return signature_text(bundle)
 
     async def certificate_of(self, file: str) -> bytes:
         """The PEM certificate of a file's own keyless signature."""
         bundle = await self._single(file)
         if bundle.certificate is None:
             raise NotFound(f"nar/{file} is signed with a key: verify with /cosign.pub")
-        return load_der_x509_certificate(bundle.certificate).public_bytes(Encoding.PEM)
+        return certificate_pem(bundle.certificate)
 
     async def attestations_of(self, digest: Hash) -> bytes:
         """Every bundle whose statement covers a file's or a NAR's SHA-256, a line of JSON each."""
@@ -113,4 +114,17 @@ class Signatures:
         if await self._attestations.is_waiting(name):
             seconds = max(1, round(self._cosigning.config.batch_max_age))
             return NotYet(f"{thing} waits for its signature", retry_after=seconds)
+        nar = await self._index.nar(name)
+        if nar is not None and not nar.stored:
+            return NotFound(f"{thing} was not fetched and verified yet: ask for it first")
         return NotFound(f"there is no signature of {thing}")
+
+
+def signature_text(bundle: Bundle) -> bytes:
+    """A signature in base64, as `cosign verify-blob --signature` takes it."""
+    return base64.b64encode(bundle.content.signature) + b"\n"
+
+
+def certificate_pem(certificate: bytes) -> bytes:
+    """A DER certificate as PEM, as `cosign verify-blob --certificate` takes it."""
+    return load_der_x509_certificate(certificate).public_bytes(Encoding.PEM)

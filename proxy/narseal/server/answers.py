@@ -133,7 +133,7 @@ class Answering:
         """Hash parts of what is served, a line each, beyond `after`; for loopback callers."""
         if not _is_loopback(request.remote):
             raise web.HTTPNotFound(text="the list of paths is for loopback callers\n")
-        after = request.query.get("after", "")[:32]
+        after = request.match_info.get("after", "")
         found = await self._substituter.signatures.paths(after=after, limit=_LISTED)
         text = "".join(f"{hash_part}\n" for hash_part in found)
         return web.Response(text=text, headers=_cache("no-store"))

@@ -52,6 +52,7 @@ def application(answering: Answering, tally: Tally) -> web.Application:
         ("cosign-pub", "/cosign.pub", answering.cosign_key),
         ("trusted-root", "/trusted_root.json", answering.trusted_root),
         ("paths", "/paths", answering.paths),
+        ("paths-after", f"/paths/{{after:{_HASH}}}", answering.paths),
         ("ls", f"/{{name:{_HASH}\\.ls}}", answering.side_file),
         ("log", f"/{{name:log/{_PATH}}}", answering.side_file),
         ("debuginfo", r"/{name:debuginfo/[0-9a-f]{40}(\.debug)?}", answering.side_file),
