@@ -42,6 +42,8 @@ def install() -> None:
             _install(missing)
         if not has_nix_on_path() and not ROOT.exists():
             _make_root()
+        if not has_nix_on_path():  # else cosign asks a name server for localhost
+            (ROOT / "etc" / "hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
 
 
 def _install(packages: list[str]) -> None:

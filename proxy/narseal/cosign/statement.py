@@ -23,6 +23,8 @@ MAX_SUBJECTS = 1024
 #: Bytes of one statement.
 MAX_BYTES = 16 << 20
 _TYPE = "https://in-toto.io/Statement/v1"
+#: What is verified: cosign attest-blob still makes the older one, of the same shape.
+_TYPES = (_TYPE, "https://in-toto.io/Statement/v0.1")
 _HEX = re.compile("[0-9a-f]{64}", re.ASCII)
 
 
@@ -44,7 +46,7 @@ class Statement:
 
     @classmethod
     def parse(cls, data: bytes) -> Statement:
-        """MalformedAttestation if the bytes are no statement of the form v1, or out of bounds.
+        """MalformedAttestation if the bytes are no statement of v1 or v0.1, or out of bounds.
 
         Subjects without a SHA-256 digest are no subjects to us.
         """
@@ -55,7 +57,7 @@ class Statement:
         except (ValueError, RecursionError) as error:
             raise MalformedAttestation(f"the statement is not JSON: {error}") from error
         subjects = tree.get("subject") if isinstance(tree, dict) else None
-        if not isinstance(subjects, list) or tree.get("_type") != _TYPE:
+        if not isinstance(subjects, list) or tree.get("_type") not in _TYPES:
             raise MalformedAttestation(f"not an in-toto statement of type {_TYPE}")
         predicate, kind = tree.get("predicate", {}), tree.get("predicateType")
         if not isinstance(predicate, dict) or not isinstance(kind, str):
