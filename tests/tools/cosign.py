@@ -18,7 +18,9 @@ class Cosign:
         """A file below the scratch folder as cosign sees it."""
         return debian.inside(file)
 
-    def try_run(self, *argv: str | Path, password: str = "", **more: Path) -> subprocess.CompletedProcess[str]:
+    def try_run(
+        self, *argv: str | Path, password: str = "", **more: Path
+    ) -> subprocess.CompletedProcess[str]:
         """A command, whatever becomes of it; paths are given as this side sees them."""
         (self.folder / "home").mkdir(exist_ok=True)
         words = [self.path(word) if isinstance(word, Path) else word for word in argv]

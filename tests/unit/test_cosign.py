@@ -1,0 +1,271 @@
+"""Cosign keys, statements and bundles: what is read, and what is not."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from narseal.config import Config
+from narseal.cosign import bundle, statement
+from narseal.cosign.bundle import Bundle, MessageSignature
+from narseal.cosign.keys import CosignKey, CosignPublicKey
+from narseal.cosign.sign import KeySigner
+from narseal.cosign.statement import AttestedPath, Statement, contradictions
+from narseal.cosign.verify import ByKey, Verifier
+from narseal.errors import (
+    ConfigError,
+    ContentMismatch,
+    MalformedAttestation,
+    MalformedKey,
+    Refused,
+)
+from narseal.nix.hashes import Hash
+from narseal.pipeline import release
+from tests.tools.cache import Entry, entry
+from tests.tools.command import narseal_command
+
+KEY = CosignKey.generate()
+PEM = KEY.render(b"pw")
+DIGEST = hashlib.sha256(b"file").digest()
+
+
+def changed(change: Callable[[dict[str, Any]], None], pem: str = PEM) -> str:
+    lines = pem.splitlines()
+    tree = json.loads(base64.b64decode("".join(lines[1:-1])))
+    change(tree)
+    return f"{lines[0]}\n{base64.b64encode(json.dumps(tree).encode()).decode()}\n{lines[-1]}\n"
+
+
+def params(**values: object) -> Callable[[dict[str, Any]], None]:
+    return lambda tree: tree["kdf"]["params"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("pem", "sentence"),
+    [
+        (PEM, "the password is wrong"),
+        (changed(lambda tree: tree["kdf"].update(name="argon2id")), "'argon2id' is not scrypt"),
+        (changed(lambda tree: tree["cipher"].update(name="aes")), "'aes' is not nacl/secretbox"),
+        (changed(params(N=1 << 30)), "out of bounds; cosign itself writes N=65536, r=8, p=1"),
+        (changed(params(N=2)), "out of bounds"),
+        (changed(params(N=65537)), "out of bounds"),
+        (changed(params(r=1 << 20)), "out of bounds"),
+        (changed(params(p=1000)), "out of bounds"),
+        (changed(params(N="65536")), "scrypt's parameter N"),
+        (changed(params(r=-1)), "scrypt's parameter r"),
+        (changed(params(p=True)), "scrypt's parameter p"),
+        (changed(lambda tree: tree["kdf"].pop("params")), "scrypt's parameter N"),
+        (changed(lambda tree: tree["kdf"].update(salt="*")), "damaged"),
+        (changed(lambda tree: tree["cipher"].update(nonce="AAAA")), "damaged"),
+        (changed(lambda tree: tree.pop("kdf")), "kdf, cipher and ciphertext"),
+        (changed(lambda tree: tree.update(ciphertext="AAAA")), "damaged"),
+        (PEM.replace("-----END", "----"), "cut off"),
+        (PEM.replace("SIGSTORE", "RSA"), "must begin with"),
+        ("", "must begin with"),
+        (PEM[:200], "cut off"),
+    ],
+)
+def test_key_file_that_cannot_be_used_says_why(pem: str, sentence: str) -> None:
+    with pytest.raises(MalformedKey) as caught:
+        CosignKey.parse(pem, b"wrong")
+    assert sentence in str(caught.value)
+
+
+def test_public_key_of_another_kind_is_refused() -> None:
+    for key in (ed25519.Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP384R1())):
+        pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        with pytest.raises(MalformedKey, match="P-256"):
+            CosignPublicKey.parse(pem.decode())
+
+
+def test_password_never_comes_from_the_command_line(tmp_path: Path) -> None:
+    result = narseal_command("key", "generate", "--cosign", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--password-file" in result.stderr
+    help_text = narseal_command("sign", "--help").stdout
+    assert "--password " not in help_text and "--password-file" in help_text
+
+
+def test_password_from_a_systemd_credential(tmp_path: Path) -> None:
+    (tmp_path / "cosign-password").write_text("secret\n")
+    (tmp_path / "cosign-password").chmod(0o400)
+    made = narseal_command(
+        "key", "generate", "--cosign", "--password-file", "$CREDENTIALS_DIRECTORY/cosign-password",
+        cwd=tmp_path, CREDENTIALS_DIRECTORY=str(tmp_path),
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    CosignKey.parse((tmp_path / "cosign.key").read_text(), b"secret")
+
+
+def test_check_config_says_that_the_password_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "cosign.key").write_text(PEM)
+    (tmp_path / "cosign.key").chmod(0o600)
+    narseal_command("key", "generate", "o-1", cwd=tmp_path)
+    (tmp_path / "c.toml").write_text(
+        f'[[signing.key]]\nurl = "file:{tmp_path}/o-1.secret"\n'
+        f'[cosign]\nmode = "key"\nkey = "file:{tmp_path}/cosign.key"\n'
+    )
+    result = narseal_command("check-config", "--config", tmp_path / "c.toml")
+    assert result.returncode == 2
+    assert f"{tmp_path}/cosign.key: the password is wrong" in result.stderr
+    assert "no password_file is set" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('mode = "key"', "narseal key generate --cosign"),
+        ('mode = "keyless"\nidentity_token_file = "/a"\nidentity_token_env = "B"', "more than one"),
+        ('mode = "keyless"\noidc_issuer = "https://a"', "oidc_client_id"),
+        ("batch_max_subjects = 1025", "1024"),
+        ('mode = "kms"', "line 2"),
+    ],
+)
+def test_cosign_settings_that_contradict_are_errors(text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        Config.parse(f"[cosign]\n{text}\n", environ={})
+
+
+def attested(item: Entry, name: str = "x.nar") -> AttestedPath:
+    return AttestedPath(item.info, name, Hash("sha256", hashlib.sha256(item.file).digest()))
+
+
+def test_statement_says_what_the_narinfo_says() -> None:
+    items = [entry(f"p{n}", b"%d" % n) for n in range(3)]
+    parsed = Statement.parse(statement.render(map(attested, items)))
+    assert len(parsed.subjects) == 6
+    for item in items:
+        assert parsed.covers(hashlib.sha256(item.file).digest())
+        assert parsed.covers(item.info.nar_hash.digest)
+        assert contradictions(parsed, item.info) == []
+    assert "does not name" in contradictions(parsed, entry("p9").info)[0]
+
+
+@pytest.mark.parametrize("field", ["narHash", "narSize", "references", "deriver"])
+def test_statement_that_contradicts_the_narinfo_is_seen(field: str) -> None:
+    item = entry("p")
+    tree = json.loads(statement.render([attested(item)]))
+    tree["predicate"]["paths"][0][field] = "another"
+    found = contradictions(Statement.parse(json.dumps(tree).encode()), item.info)
+    assert len(found) == 1 and found[0].startswith(f"{field} is another in the attestation")
+
+
+def test_predicate_follows_its_schema() -> None:
+    schema = json.loads(Path("docs/predicate.schema.json").read_text())
+    tree = json.loads(statement.render([attested(entry("p"))]))
+    facts = tree["predicate"]["paths"][0]
+    described = schema["properties"]["paths"]["items"]
+    assert schema["$id"] == tree["predicateType"] == statement.PREDICATE_TYPE
+    assert set(described["properties"]) == set(facts) == set(described["required"])
+
+
+def test_key_smuggled_as_certificate_is_refused() -> None:
+    signer = KeySigner(KEY, None, timeout=1)
+    tree = json.loads(signer.sign_digest(DIGEST))
+    verifier = Verifier(ByKey((KEY.public,)), None)
+    verifier.verify(Bundle.parse(json.dumps(tree).encode()), DIGEST)
+    material = tree["verificationMaterial"]
+    material["certificate"] = {"rawBytes": base64.b64encode(KEY.public.der).decode()}
+    with pytest.raises(Refused, match="certificate"):
+        verifier.verify(Bundle.parse(json.dumps(tree).encode()), DIGEST)
+
+
+def test_log_entry_of_another_signature_is_refused_even_without_a_trusted_root() -> None:
+    other = base64.b64encode(KEY.sign(DIGEST)).decode()
+    body = {
+        "kind": "hashedrekord",
+        "apiVersion": "0.0.2",
+        "spec": {
+            "hashedRekordV002": {
+                "data": {"digest": base64.b64encode(DIGEST).decode()},
+                "signature": {
+                    "content": other,
+                    "verifier": {
+                        "publicKey": {"rawBytes": base64.b64encode(KEY.public.der).decode()}
+                    },
+                },
+            }
+        },
+    }
+    canonical = base64.b64encode(json.dumps(body).encode()).decode()
+    content = MessageSignature(DIGEST, KEY.sign(DIGEST))
+    data = bundle.render(content, hint=KEY.public.hint, log_entry={"canonicalizedBody": canonical})
+    with pytest.raises(Refused, match="another signature"):
+        Verifier(ByKey((KEY.public,)), None).verify(Bundle.parse(data), DIGEST)
+
+
+def test_too_many_subjects_are_refused() -> None:
+    tree = json.loads(statement.render([attested(entry("p"))]))
+    tree["subject"] = tree["subject"][:1] * 1025
+    with pytest.raises(MalformedAttestation, match="1025 subjects"):
+        Statement.parse(json.dumps(tree).encode())
+
+
+def layout(folder: Path) -> Path:
+    blobs = folder / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+
+    def put(data: bytes, kind: str) -> dict[str, Any]:
+        name = hashlib.sha256(data).hexdigest()
+        (blobs / name).write_bytes(data)
+        return {"mediaType": kind, "digest": f"sha256:{name}", "size": len(data)}
+
+    image = "application/vnd.oci.image"
+    manifest = {
+        "config": put(b"{}", f"{image}.config.v1+json"),
+        "layers": [put(b"layer", f"{image}.layer.v1.tar")],
+    }
+    index = {"manifests": [put(json.dumps(manifest).encode(), f"{image}.manifest.v1+json")]}
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    return folder
+
+
+def test_container_layout_is_signed_as_its_index_after_its_blobs_were_checked(
+    tmp_path: Path,
+) -> None:
+    folder = layout(tmp_path / "image")
+    (tmp_path / "cosign.key").write_text(PEM)
+    (tmp_path / "cosign.key").chmod(0o600)
+    (tmp_path / "pw").write_text("pw")
+    (tmp_path / "pw").chmod(0o600)
+    (tmp_path / "cosign.pub").write_text(KEY.public.render())
+    words = ["sign", folder, "--key", tmp_path / "cosign.key", "--password-file", tmp_path / "pw"]
+    assert release.check_layout(folder) == 3
+    assert narseal_command(*words).returncode == 0
+    check = ["verify", folder, "--key", tmp_path / "cosign.pub"]
+    assert narseal_command(*check).returncode == 0
+    blob = next(b for b in (folder / "blobs/sha256").iterdir() if b.read_bytes() == b"layer")
+    blob.write_bytes(b"other")
+    assert narseal_command(*check).returncode == 1
+    result = narseal_command(*words, "--force")
+    assert result.returncode == 1
+    assert "not what it is named" in result.stderr
+    with pytest.raises(ContentMismatch):
+        release.check_layout(folder)
+
+
+def test_a_large_file_is_read_once_in_constant_memory(tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    with file.open("wb") as opened:
+        opened.truncate(3 << 30)
+    reads: list[int] = []
+    assert release.digest(file, reads.append) == _zeros(3 << 30)
+    assert sum(reads) == 3 << 30
+    assert max(reads) <= 1 << 20
+
+
+def _zeros(size: int) -> bytes:
+    hasher = hashlib.sha256()
+    block = bytes(1 << 24)
+    for _ in range(size // len(block)):
+        hasher.update(block)
+    return hasher.digest()
