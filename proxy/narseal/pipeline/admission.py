@@ -36,6 +36,9 @@ from narseal.upstream import Upstream
 
 _log = logging.getLogger(__name__)
 
+#: What is refused for reasons that another narinfo of the same file need not share.
+_NOT_BYTES = ("conflict", "bad-bundle")
+
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
@@ -138,7 +141,7 @@ class Admission:
                 try:
                     return await self._take(upstream, candidate)
                 except NarsealError as error:
-                    if isinstance(error, Refused | Malformed) and error.reason != "conflict":
+                    if isinstance(error, Refused | Malformed) and error.reason not in _NOT_BYTES:
                         await self._index.refuse(
                             upstream.config.url,
                             candidate.info.url,

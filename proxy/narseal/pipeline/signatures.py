@@ -40,12 +40,13 @@ class Signatures:
 
     async def bundle_of(self, file: str) -> bytes:
         """A file's own signature if it has one, else the batch that covers it."""
+        absence = await self._absence(file, f"nar/{file}")
         single, batch = await self._attestations.of_file(file)
         if single is not None:
             return single
         if batch is not None and (data := await self._read(batch)) is not None:
             return data
-        raise await self._absence(file, f"nar/{file}")
+        raise absence
 
     async def signature_of(self, file: str) -> bytes:
         """A file's own signature in base64, as older cosign takes it."""
@@ -61,13 +62,14 @@ class Signatures:
 
     async def attestations_of(self, digest: Hash) -> bytes:
         """Every bundle whose statement covers a file's or a NAR's SHA-256, a line of JSON each."""
+        absence = await self._absence(f"{digest.nix32}.nar", f"sha256:{digest.digest.hex()}")
         bundles = [
             data
             for name in await self._attestations.covering(digest.digest)
             if (data := await self._read(name)) is not None
         ]
         if not bundles:
-            raise await self._absence(f"{digest.nix32}.nar", f"sha256:{digest.digest.hex()}")
+            raise absence
         return b"".join(data.rstrip(b"\n") + b"\n" for data in bundles)
 
     def public_key(self) -> str:
@@ -100,23 +102,28 @@ class Signatures:
         return await self._attestations.paths(after=after, limit=limit)
 
     async def _single(self, file: str) -> Bundle:
+        absence = await self._absence(file, f"nar/{file}")
         single, batch = await self._attestations.of_file(file)
         if single is not None:
             return Bundle.parse(single)
         if batch is not None:
             raise NotFound(f"nar/{file} has no signature of its own, but one of its batch")
-        raise await self._absence(file, f"nar/{file}")
+        raise absence
 
     async def _read(self, digest: bytes) -> bytes | None:
         return await self._blocking.run(self._storage.read, bundle_name(digest))
 
     async def _absence(self, name: str, thing: str) -> NotFound:
+        """What to say if nothing is found; made before one looks, for it may be signed meanwhile."""
+        config = self._cosigning.config
+        seconds = max(1, round(config.batch_max_age))
         if await self._attestations.is_waiting(name):
-            seconds = max(1, round(self._cosigning.config.batch_max_age))
             return NotYet(f"{thing} waits for its signature", retry_after=seconds)
         nar = await self._index.nar(name)
-        if nar is not None and not nar.stored:
-            return NotFound(f"{thing} was not fetched and verified yet: ask for it first")
+        if nar is not None and not nar.stored and config.mode != "off":
+            return NotYet(
+                f"{thing} was not fetched and verified yet: ask for it first", retry_after=seconds
+            )
         return NotFound(f"there is no signature of {thing}")
 
 
