@@ -39,8 +39,9 @@ bench: $(READY) tools ## ratios against nginx, all from one run on this machine
 docs: $(READY) ## check that the documentation names every setting, command, metric and threat
 	$(BIN)/pytest tests/unit/test_docs.py
 
-tools: $(READY) ## install what the tests need: Debian's packages, a root with real Nix and cosign
+tools: $(READY) ## install what the tests need: Debian's packages, real Nix and cosign, Sigstore
 	$(BIN)/python -m tests.tools.debian
+	$(BIN)/python -m tests.tools.sigstore.build
 
 vectors: tools ## make tests/vectors anew with real Nix
 	$(BIN)/python -m tests.tools.vectors

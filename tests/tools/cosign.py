@@ -21,7 +21,10 @@ class Cosign:
     def try_run(
         self, *argv: str | Path, password: str = "", **more: Path
     ) -> subprocess.CompletedProcess[str]:
-        """A command, whatever becomes of it; paths are given as this side sees them."""
+        """A command, whatever becomes of it; paths are given as this side sees them.
+
+        `more` are variables of its environment that name files.
+        """
         (self.folder / "home").mkdir(exist_ok=True)
         words = [self.path(word) if isinstance(word, Path) else word for word in argv]
         environment = [
@@ -40,8 +43,8 @@ class Cosign:
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
 
-    def run(self, *argv: str | Path, password: str = "") -> str:
+    def run(self, *argv: str | Path, password: str = "", **more: Path) -> str:
         """A command that must work."""
-        result = self.try_run(*argv, password=password)
+        result = self.try_run(*argv, password=password, **more)
         assert result.returncode == 0, f"{argv}: {result.stdout}\n{result.stderr}"
         return result.stdout

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from time import perf_counter
 from typing import Any, Protocol
 
 import requests
@@ -43,6 +44,10 @@ from narseal.errors import ConfigError, NarsealError, UpstreamTrouble
 _SPARE = timedelta(seconds=60)
 
 
+#: Told of the seconds that a bundle's verification took, and of those for its log entry.
+Observe = Callable[[float, float], None]
+
+
 class Signer(Protocol):
     """Bundles over file digests and statements."""
 
@@ -60,8 +65,16 @@ class Signer(Protocol):
 class KeySigner:
     """With a cosign key; with `trust`, into its log and with its timestamp."""
 
-    def __init__(self, key: CosignKey, trust: Trust | None, *, timeout: float) -> None:
+    def __init__(
+        self,
+        key: CosignKey,
+        trust: Trust | None,
+        *,
+        timeout: float,
+        observe: Observe = lambda *_: None,
+    ) -> None:
         self._key = key
+        self._observe = observe
         self._verifier = Verifier(ByKey((key.public,)), trust)
         self._log = _Log(trust, timeout) if trust else None
 
@@ -91,15 +104,22 @@ class KeySigner:
                 entry = self._log.enter(signed, content.signature, self._key.public.der)
                 stamp = self._log.timestamp(content.signature)
         done = bundle.render(content, hint=hint, log_entry=entry, timestamp=stamp)
-        return _verified(done, subject, self._verifier)
+        return _verified(done, subject, self._verifier, self._observe)
 
 
 class KeylessSigner:
     """With a short-lived certificate for an OIDC identity, used again while it lives."""
 
     def __init__(
-        self, token: TokenSource, trust: Trust, *, timeout: float, source: str = "its source"
+        self,
+        token: TokenSource,
+        trust: Trust,
+        *,
+        timeout: float,
+        source: str = "its source",
+        observe: Observe = lambda *_: None,
     ) -> None:
+        self._observe = observe
         services = _services(trust)
         self._context = SigningContext(
             fulcio=services.get_fulcio(),
@@ -139,7 +159,7 @@ class KeylessSigner:
                 self._current = None
                 signer, verifier = self._ready()
                 done = make(signer).encode()
-            return _verified(done, subject, verifier)
+            return _verified(done, subject, verifier, self._observe)
 
     def _ready(self) -> tuple[SigstoreSigner, Verifier]:
         """A signer whose certificate lives on, and the verifier of just its identity."""
@@ -248,12 +268,14 @@ def _subject(statement: bytes) -> bytes:
     return Statement.parse(statement).subjects[0].digest
 
 
-def _verified(done: bytes, subject: bytes, verifier: Verifier) -> bytes:
+def _verified(done: bytes, subject: bytes, verifier: Verifier, observe: Observe) -> bytes:
     """What the services made is held to the same measure as what a stranger brings."""
+    start = perf_counter()
     try:
-        verifier.verify(Bundle.parse(done), subject)
+        verified = verifier.verify(Bundle.parse(done), subject)
     except NarsealError as error:
         raise UpstreamTrouble(f"what the Sigstore services answered is no good: {error}") from error
+    observe(perf_counter() - start, verified.log_seconds)
     return done
 
 

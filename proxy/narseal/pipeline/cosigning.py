@@ -13,6 +13,7 @@ from narseal.cosign.trust import Trust
 from narseal.cosign.verify import ByIdentity, ByKey, Verifier
 from narseal.custody import expand, read_private
 from narseal.errors import ConfigError, MalformedKey
+from narseal.telemetry import metrics
 
 _MAX_PUBLIC = 16 << 10
 
@@ -49,16 +50,24 @@ class Cosigning:
         config = self.config
         if self.key:
             with_log = self._instance() if config.log else None
-            return KeySigner(self.key, with_log, timeout=config.timeout)
+            return KeySigner(self.key, with_log, timeout=config.timeout, observe=_observe)
         if config.mode == "off":
             raise ConfigError('cosign.mode is "off": there is nothing to sign with')
         source, name = token_source(config)
-        return KeylessSigner(source, self._instance(), timeout=config.timeout, source=name)
+        return KeylessSigner(
+            source, self._instance(), timeout=config.timeout, source=name, observe=_observe
+        )
 
     def _instance(self) -> Trust:
         if self._trust is None:
             self._trust = trust.public_instance()
         return self._trust
+
+
+def _observe(seconds: float, log_seconds: float) -> None:
+    metrics.observe_verification("bundle", "good", seconds)
+    if log_seconds:
+        metrics.observe_verification("rekor", "good", log_seconds)
 
 
 def load_key(config: CosignConfig) -> CosignKey:
