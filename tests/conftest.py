@@ -9,7 +9,12 @@ import pytest
 
 from tests.tools.upstream import FakeCache, fake_cache
 
-_LEFT_OUT = pytest.StashKey[int]()
+#: Markers of tests that need something which no registry has: the variable that names its folder.
+_OPTIONAL = {
+    "nixpkgs": ("NIXPKGS_LIB", "nixpkgs' lib folder"),
+    "conformance": ("SIGSTORE_CONFORMANCE", "a clone of sigstore/sigstore-conformance"),
+}
+_LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 @pytest.fixture
@@ -27,22 +32,24 @@ async def second() -> AsyncIterator[FakeCache]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the marker `nixpkgs` out where its library is not there, and say so."""
-    if "NIXPKGS_LIB" in os.environ:
-        return
-    left_out = [item for item in items if item.get_closest_marker("nixpkgs")]
-    if left_out:
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
-        config.stash[_LEFT_OUT] = len(left_out)
+    """Leave out what needs something that is not there, and say so."""
+    config.stash[_LEFT_OUT] = {}
+    for marker, (variable, _) in _OPTIONAL.items():
+        if variable in os.environ:
+            continue
+        left_out = [item for item in items if item.get_closest_marker(marker)]
+        if left_out:
+            items[:] = [item for item in items if item not in left_out]
+            config.hook.pytest_deselected(items=left_out)
+            config.stash[_LEFT_OUT][marker] = len(left_out)
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Say aloud what was left out."""
-    if _LEFT_OUT in config.stash:
-        count = config.stash[_LEFT_OUT]
+    for marker, count in config.stash.get(_LEFT_OUT, {}).items():
+        variable, what = _OPTIONAL[marker]
         terminalreporter.write_line(
-            f"left out: {count} test(s) marked nixpkgs; set NIXPKGS_LIB to nixpkgs' lib folder"
+            f"left out: {count} test(s) marked {marker}; set {variable} to {what}"
         )
