@@ -21,11 +21,16 @@ python3Packages.buildPythonApplication {
     backports-zstd
     brotli
     click
+    cryptography
     jinja2
     prometheus-client
     pydantic
     pydantic-settings
     pynacl
+    requests
+    rfc3161-client
+    rich
+    sigstore
     sqlalchemy
     urllib3
     uvloop

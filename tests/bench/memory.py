@@ -38,14 +38,14 @@ def measure() -> list[Row]:
             start = time.monotonic()
             asyncio.run(_ask(proxy.url, hashes))
             rate = _NARINFOS / (time.monotonic() - start)
-            after = _resident(proxy)
+            after = resident(proxy)
             curl = ["curl", "-sf", "-o", "/dev/null"]
             text = urllib.request.urlopen(f"{proxy.url}/{big.hash}.narinfo").read()
-            before = _resident(proxy)
+            before = resident(proxy)
             reading = subprocess.Popen([*curl, f"{proxy.url}/{NarInfo.parse(text).url}"])
             highest = before
             while reading.poll() is None:
-                highest = max(highest, _resident(proxy))
+                highest = max(highest, resident(proxy))
                 time.sleep(0.05)
             assert reading.returncode == 0
     return [
@@ -114,7 +114,7 @@ async def _ask(url: str, hashes: list[str]) -> None:
             group.create_task(worker(session))
 
 
-def _resident(proxy: Process) -> float:
+def resident(proxy: Process) -> float:
     """Of the one worker, in megabytes."""
     status = Path(f"/proc/{proxy.workers()[0]}/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
