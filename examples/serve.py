@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+from narseal.cosign.keys import CosignKey
 from narseal.custody import FileKey, write_private
 from narseal.nix import nar
 from narseal.nix.content_address import ContentAddress, Method
@@ -35,6 +36,7 @@ def main() -> None:
     given = arguments.parse_args()
     HERE.mkdir(exist_ok=True)
     operator = operator_key(HERE / "operator.secret")
+    cosign_key(HERE / "cosign.key")
     if given.upstream:
         url = given.upstream.rstrip("/")
         public_key = given.public_key or KNOWN_KEYS.get(url)
@@ -45,6 +47,7 @@ def main() -> None:
         url, public_key, path = sample_cache(HERE / "sample")
         folder = HERE / "default"
         print_sample(given.listen, path, operator)
+        print_cosign(given.listen, HERE / "sample", path)
     folder.mkdir(exist_ok=True)
     config = folder / "narseal.toml"
     config.write_text(
@@ -52,7 +55,8 @@ def main() -> None:
         f'[[upstream]]\nurl = "{url}"\npublic_keys = ["{public_key}"]\n\n'
         f'[storage]\nurl = "file://{folder}/cache"\n'
         f'index = "sqlite:///{folder}/index.sqlite"\n\n'
-        f'[[signing.key]]\nurl = "file:{HERE}/operator.secret"\n'
+        f'[[signing.key]]\nurl = "file:{HERE}/operator.secret"\n\n'
+        f'[cosign]\nmode = "key"\nkey = "file:{HERE}/cosign.key"\nbatch_max_age = "3s"\n'
     )
     program = str(Path(sys.executable).parent / "narseal")
     os.execv(program, [program, "serve", "--config", str(config)])
@@ -63,6 +67,14 @@ def operator_key(file: Path) -> FileKey:
     if not file.exists():
         write_private(file, SecretKey.from_seed("narseal-demo-1", os.urandom(32)).render())
     return FileKey.load(f"file:{file}")
+
+
+def cosign_key(file: Path) -> None:
+    """The key pair for Sigstore signatures, made at the first start, with an empty password."""
+    if not file.exists():
+        key = CosignKey.generate()
+        write_private(file, key.render(b""))
+        file.with_suffix(".pub").write_text(key.public.render())
 
 
 def sample_cache(folder: Path) -> tuple[str, str, StorePath]:
@@ -113,6 +125,19 @@ def print_sample(listen: str, path: StorePath, operator: FileKey) -> None:
         f"    nix --extra-experimental-features nix-command copy --from http://{listen} \\\n"
         f"      --to 'local?root=/tmp/narseal-try' --option trusted-public-keys \\\n"
         f"      '{operator.public}' {full}\n",
+        flush=True,
+    )
+
+
+def print_cosign(listen: str, cache: Path, path: StorePath) -> None:
+    """Three lines that need no Nix; the signature is there some seconds after the NAR was."""
+    info = NarInfo.parse((cache / f"{path.hash_part}.narinfo").read_bytes())
+    file = info.url.removeprefix("nar/")
+    print(
+        f"    curl -sO http://{listen}/{path.hash_part}.narinfo -O http://{listen}/nar/{file}\n"
+        f"    sleep 5; curl -fsSO http://{listen}/nar/{file}.sigstore.json\n"
+        f"    cosign verify-blob --key {HERE}/cosign.pub --insecure-ignore-tlog \\\n"
+        f"      --bundle {file}.sigstore.json {file}\n",
         flush=True,
     )
 

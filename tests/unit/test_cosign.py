@@ -134,6 +134,35 @@ def test_cosign_settings_that_contradict_are_errors(text: str, sentence: str) ->
         Config.parse(f"[cosign]\n{text}\n", environ={})
 
 
+@pytest.mark.parametrize("command", ["verify", "config"])
+def test_regular_expression_that_is_none_is_an_error(tmp_path: Path, command: str) -> None:
+    if command == "verify":
+        file = tmp_path / "x"
+        file.write_text("")
+        words = ["verify", file, "--identity-regex", "(", "--issuer", "x"]
+    else:
+        file = tmp_path / "c.toml"
+        file.write_text(
+            '[[upstream]]\nurl = "https://x"\nverify = "bundle"\nidentity_regex = "("\nissuer = "x"\n'
+        )
+        words = ["check-config", "--config", file]
+    result = narseal_command(*words)
+    assert result.returncode == 2
+    assert "regular expression" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_public_instance_out_of_reach_is_exit_code_3(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_text("")
+    nowhere = "http://127.0.0.1:9"
+    words = ["verify", file, "--identity", "a", "--issuer", "b"]
+    result = narseal_command(*words, HTTPS_PROXY=nowhere, https_proxy=nowhere, HOME=str(tmp_path))
+    assert result.returncode == 3, result.stderr
+    assert "with no network, give a file" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def attested(item: Entry, name: str = "x.nar") -> AttestedPath:
     return AttestedPath(item.info, name, Hash("sha256", hashlib.sha256(item.file).digest()))
 

@@ -30,5 +30,9 @@ def check_config(config_file: Path) -> None:
     elif config.cosign.mode == "keyless":
         click.echo(f"  cosigns      keyless, with a token from {token_source(config.cosign)[1]}")
     for upstream in config.upstream:
-        names = ", ".join(public.name for public in upstream.public_keys) or "its content"
+        names = ", ".join(public.name for public in upstream.public_keys)
+        if upstream.verify == "bundle":
+            signer = upstream.identity or upstream.identity_regex or upstream.cosign_key
+            names = f"{names} and bundles of {signer}" if names else f"bundles of {signer}"
+        names = names or "its content"
         click.echo(f"  trusts       {upstream.url} by {names}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +64,11 @@ def verifier(
         raise click.UsageError("either --identity or --identity-regex")
     if bool(name) != bool(issuer):
         raise click.UsageError("--identity and --issuer belong together")
+    if identity_regex:
+        try:
+            re.compile(identity_regex)
+        except re.error as error:
+            raise click.UsageError(f"--identity-regex is no regular expression: {error}") from error
     known = trust.load(trusted_root) if trusted_root else None
     if key:
         return Verifier(ByKey((read_public_key(key),)), known)

@@ -92,7 +92,10 @@ class UpstreamConfig(_Section):
         if self.identity and self.identity_regex:
             raise ValueError("identity and identity_regex exclude each other")
         if self.identity_regex:
-            re.compile(self.identity_regex)
+            try:
+                re.compile(self.identity_regex)
+            except re.error as error:
+                raise ValueError(f"identity_regex is no regular expression: {error}") from error
         names = [key.name for key in self.public_keys]
         if len(set(names)) < len(names):
             raise ValueError("two public_keys have the same name")

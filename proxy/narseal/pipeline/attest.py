@@ -12,19 +12,19 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from time import perf_counter
+from typing import TypeVar
 
 from narseal.cosign import statement
-from narseal.cosign.sign import Signer
 from narseal.cosign.statement import AttestedPath
 from narseal.errors import NarsealError, Unavailable
 from narseal.pipeline.cosigning import Cosigning
 from narseal.storage import Admitted, Index, Leadership, LocalStorage
 from narseal.telemetry import metrics
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _LOOK = 1.0  # seconds between two looks at the queue
 _FIRST_PAUSE = 1.0
@@ -70,11 +70,14 @@ class Attester:
                     listed = True
                 full = await self._step()
                 failures = 0
-            except NarsealError as error:
+            except Exception as error:  # a service can make a library fail in any way
                 failures += 1
                 metrics.attest_failures.inc()
                 pause = self._pause(failures)
-                _log.warning("%s; the queue is kept, tried again in %.0f s", error, pause)
+                unknown = None if isinstance(error, NarsealError) else error
+                _log.warning(
+                    "%s; the queue is kept, tried again in %.0f s", error, pause, exc_info=unknown
+                )
                 await self._sleep(pause)
                 continue
             if not full:
@@ -94,11 +97,22 @@ class Attester:
         """Wait, while the metrics go on to say how much waits and for how long."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            try:
-                await self._look()
-            except Unavailable as error:
-                _log.warning("%s", error)
+            await self._watch()
             await asyncio.sleep(min(left, _LOOK))
+
+    async def _run(self, work: Callable[..., T], *args: object) -> T:
+        """Blocking work in the thread, while the metrics go on."""
+        running = asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        while not running.done():
+            await asyncio.wait([running], timeout=_LOOK)
+            await self._watch()
+        return running.result()
+
+    async def _watch(self) -> None:
+        try:
+            await self._look()
+        except Unavailable as error:
+            _log.warning("%s", error)
 
     async def _look(self) -> tuple[int, float]:
         """How many paths wait, and how many seconds the first does."""
@@ -111,11 +125,10 @@ class Attester:
     async def _step(self) -> bool:
         """Sign a batch if one is due; whether another may follow at once."""
         count, age = await self._look()
-        if not count or (count * 2 < self._config.batch_max_subjects
-                         and age < self._config.batch_max_age):  # fmt: skip
+        most = self._cosigning.batch_subjects
+        if not count or (count * 2 < most and age < self._config.batch_max_age):
             return False
-        waiting = await self._attestations.oldest(self._config.batch_max_subjects)
-        batch, is_full = _batch(waiting, self._config.batch_max_subjects)
+        batch, is_full = _batch(await self._attestations.oldest(most), most)
         if not batch or not (is_full or age >= self._config.batch_max_age):
             return False
         await self._attest(batch)
@@ -123,12 +136,9 @@ class Attester:
 
     async def _attest(self, batch: list[Admitted]) -> None:
         paths = [attested_path(admitted) for admitted in batch]
-        loop = asyncio.get_running_loop()
-        signed = await loop.run_in_executor(self._thread, self._sign, paths)
+        signed = await self._run(self._sign, paths)
         digest = hashlib.sha256(signed.bundle).digest()
-        await loop.run_in_executor(
-            self._thread, self._storage.write, bundle_name(digest), signed.bundle
-        )
+        await self._run(self._storage.write, bundle_name(digest), signed.bundle)
         subjects = frozenset().union(*(path.digests() for path in paths))
         await self._attestations.commit(
             digest, statement.PREDICATE_TYPE, batch, subjects, signed.singles
@@ -141,19 +151,12 @@ class Attester:
         signer = self._cosigning.signer()
         with metrics.signing("batch"):
             bundle = signer.sign_statement(statement.render(paths))
-        singles = self._sign_files(signer, paths) if self._cosigning.per_file else {}
-        return _Signed(bundle, singles)
-
-    def _sign_files(self, signer: Signer, paths: Iterable[AttestedPath]) -> dict[str, bytes]:
-        found: dict[str, bytes] = {}
-        for path in paths:
-            start = perf_counter()
-            if path.file not in found:
+        singles: dict[str, bytes] = {}
+        for path in paths if self._cosigning.per_file else ():
+            if path.file not in singles:
                 with metrics.signing("file"):
-                    found[path.file] = signer.sign_digest(path.file_hash.digest)
-            if perf_counter() - start < 0.001:  # pure arithmetic: let the loop have its turn
-                time.sleep(0)
-        return found
+                    singles[path.file] = signer.sign_digest(path.file_hash.digest)
+        return _Signed(bundle, singles)
 
 
 def attested_path(admitted: Admitted) -> AttestedPath:

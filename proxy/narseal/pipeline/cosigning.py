@@ -16,6 +16,7 @@ from narseal.errors import ConfigError, MalformedKey
 from narseal.telemetry import metrics
 
 _MAX_PUBLIC = 16 << 10
+_FEW = 32
 
 
 class Cosigning:
@@ -34,6 +35,13 @@ class Cosigning:
         if self.config.per_file == "auto":
             return self.config.mode == "key" and not self.config.log
         return self.config.per_file == "yes"
+
+    @property
+    def batch_subjects(self) -> int:
+        """Digests in one batch: few where each file costs a log entry too, so little is done twice."""
+        most = self.config.batch_max_subjects
+        costly = self.config.mode == "keyless" or self.config.log
+        return min(most, _FEW) if self.per_file and costly else most
 
     @property
     def trusted_root(self) -> bytes | None:
