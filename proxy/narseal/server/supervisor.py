@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import logging
 import os
 import resource
@@ -196,4 +197,6 @@ class Supervisor:
         )
 
     def _tell_ready(self) -> None:
+        gc.collect()
+        gc.freeze()  # what is there now stays: no later collection looks through it again
         os.write(self._ready_write, b"r")
