@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
 
 from prometheus_client import (
@@ -160,28 +160,25 @@ def prepare(upstreams: Sequence[str]) -> None:
     build_info.labels(__version__).set(1)
 
 
-@contextmanager
-def verifying(kind: str) -> Iterator[None]:
+def verifying(kind: str) -> AbstractContextManager[None]:
     """Measure a verification; an exception is a bad result."""
-    start = perf_counter()
-    result = "bad"
-    try:
-        yield
-        result = "good"
-    finally:
-        observe_verification(kind, result, perf_counter() - start)
+    return _measuring(lambda result, seconds: observe_verification(kind, result, seconds))
+
+
+def signing(kind: str) -> AbstractContextManager[None]:
+    """Measure the making of a signature; an exception is a bad result."""
+    return _measuring(lambda result, seconds: sign_seconds.labels(kind, result).observe(seconds))
 
 
 @contextmanager
-def signing(kind: str) -> Iterator[None]:
-    """Measure the making of a signature; an exception is a bad result."""
+def _measuring(observe: Callable[[str, float], None]) -> Iterator[None]:
     start = perf_counter()
     result = "bad"
     try:
         yield
         result = "good"
     finally:
-        sign_seconds.labels(kind, result).observe(perf_counter() - start)
+        observe(result, perf_counter() - start)
 
 
 def observe_verification(kind: str, result: str, seconds: float) -> None:
