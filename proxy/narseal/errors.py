@@ -13,6 +13,9 @@ NarsealError
 │   └── ContentMismatch         the bytes are not what the narinfo says
 ├── NotFound                    confirmed absence
 │   └── NotYet                  it will be there
+├── BadUpload                   an upload that is not taken
+│   └── UploadTooLarge, UploadConflict, Forbidden
+├── Unauthorised                no good token
 └── Trouble                     not known: the outside world failed
     ├── UpstreamTrouble, UpstreamTimeout
     └── Unavailable             narseal itself cannot now
@@ -127,6 +130,38 @@ class NotYet(NotFound):
         super().__init__(message)
         #: Seconds.
         self.retry_after = retry_after
+
+
+class BadUpload(NarsealError):
+    """An upload that is not what it says, or comes too early; nothing of it is served."""
+
+    status = 422
+    reason = "bad-upload"
+
+
+class UploadTooLarge(BadUpload):
+    """A body beyond its bound."""
+
+    status = 413
+
+
+class UploadConflict(BadUpload):
+    """Something else is there under the same name, and nothing is overwritten."""
+
+    status = 409
+
+
+class Forbidden(BadUpload):
+    """A good token that does not cover it."""
+
+    status = 403
+
+
+class Unauthorised(NarsealError):
+    """No good token."""
+
+    status = 401
+    reason = "unauthorised"
 
 
 class Trouble(NarsealError):

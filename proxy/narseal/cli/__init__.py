@@ -11,6 +11,7 @@ from narseal.cli.check import check_config
 from narseal.cli.key import key
 from narseal.cli.serve import serve
 from narseal.cli.sign import sign
+from narseal.cli.token import token
 from narseal.cli.verify import verify
 from narseal.errors import NarsealError
 
@@ -30,6 +31,7 @@ narseal.add_command(check_config)
 narseal.add_command(key)
 narseal.add_command(sign)
 narseal.add_command(verify)
+narseal.add_command(token)
 
 
 def main() -> None:

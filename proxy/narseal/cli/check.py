@@ -13,6 +13,8 @@ from narseal.cli.load import config_option, load
 @config_option
 def check_config(config_file: Path) -> None:
     """Check the configuration file and the key files that it names, without serving."""
+    from narseal.custody import expand
+    from narseal.custody.tokens import Tokens
     from narseal.pipeline.cosigning import Cosigning, UpstreamSigners, token_source
     from narseal.pipeline.substituter import load_keys
     from narseal.server.worker import tls_context
@@ -21,6 +23,8 @@ def check_config(config_file: Path) -> None:
     keys = load_keys(config)
     tls_context(config)
     UpstreamSigners(config)
+    if config.upload.tokens_file:
+        Tokens(Path(expand(config.upload.tokens_file)))
     cosigning = Cosigning(config.cosign)
     click.echo(f"{config_file}: good")
     for key in keys:

@@ -171,6 +171,31 @@ class CosignConfig(_Section):
         return self
 
 
+class UploadConfig(_Section):
+    """`[upload]`: what `nix copy --to` may bring."""
+
+    enabled: bool = False
+    #: Made by `narseal token add`.
+    tokens_file: str | None = None
+    #: A path that one of these signed is taken from any token.
+    trusted_keys: tuple[Key, ...] = ()
+    #: Largest NAR file, as it is uploaded.
+    nar_size: Size = 16 << 30
+    #: Uploaded NARs that wait for their narinfos: bytes of all, and how long.
+    quarantine_size: Size = 64 << 30
+    quarantine_age: Duration = 86400.0
+    #: What becomes of a path whose NAR does not contain what it refers to.
+    references: Literal["warn", "refuse"] = "warn"
+    #: Reading needs a token too.
+    private: bool = False
+
+    @model_validator(mode="after")
+    def _has_tokens(self) -> Self:
+        if (self.enabled or self.private) and not self.tokens_file:
+            raise ValueError("tokens_file is not set; `narseal token add` makes tokens in it")
+        return self
+
+
 class LimitsConfig(_Section):
     """`[limits]`: bounds on what comes from outside."""
 
@@ -240,6 +265,7 @@ class Config(BaseSettings):
     storage: StorageConfig = StorageConfig()
     signing: SigningConfig = SigningConfig()
     cosign: CosignConfig = CosignConfig()
+    upload: UploadConfig = UploadConfig()
     limits: LimitsConfig = LimitsConfig()
     tls: TlsConfig | None = None
     log: LogConfig = LogConfig()

@@ -76,6 +76,7 @@ class Admission:
             ttl=config.limits.negative_ttl,
             entries=config.limits.negative_entries,
             clock=monotonic,
+            epoch=epoch,
         )
 
     async def path(self, hash_part: str) -> Admitted:
@@ -101,7 +102,7 @@ class Admission:
 
     async def _renewed(self, path: PathRecord, nar: NarRecord) -> Admitted:
         """An admitted path, with the signatures of keys that came after its admission."""
-        signed = await self._sign(path.info)
+        signed = await self.sign(path.info)
         if signed is path.info:
             return path, nar
         path = replace(path, info=signed)
@@ -201,13 +202,13 @@ class Admission:
             nar = await self._fetcher.fetch_first(info, Origin(upstream, info.url), check)
         else:
             nar = NarRecord.of(info, upstream.config.url)
-        signed = await self._sign(info)
+        signed = await self.sign(info)
         path, nar = await self._index.admit(PathRecord(signed, nar.file, evidence.text), nar)
         if nar.stored:
             await self._fetcher.write_narinfo(path, nar)
         return path, nar
 
-    async def _sign(self, info: NarInfo) -> NarInfo:
+    async def sign(self, info: NarInfo) -> NarInfo:
         """Add the signatures of our active keys that are missing; the same value if none is."""
         signatures = await self._countersigner.countersign(info.fingerprint(), info.signatures)
         return info if signatures is info.signatures else info.with_signatures(signatures)

@@ -57,7 +57,7 @@ def weigh(
             "too-large", f"{path}: {info.nar_size} bytes; limits.nar_size is {max_nar_size}"
         )
     decompressor(info.compression)
-    by_address = _check_content_address(info)
+    by_address = check_content_address(info)
     message = info.fingerprint()
     pinned = {key.name: key for key in upstream.public_keys}
     good = _verified(info.signatures, pinned, message)
@@ -91,7 +91,7 @@ def check_url(url: str) -> None:
         raise Refused("escapes-upstream", f"the narinfo's URL leaves its upstream: {url[:200]!r}")
 
 
-def _check_content_address(info: NarInfo) -> bool:
+def check_content_address(info: NarInfo) -> bool:
     """Whether the CA speaks for NarHash too, not only for the path's name."""
     if info.ca is None:
         return False

@@ -75,16 +75,23 @@ class HotMap:
 
 
 class Negatives:
-    """Absences and refusals, for a time; the oldest go first."""
+    """Absences and refusals, for a time; the oldest go first, all when something arrives."""
 
-    def __init__(self, *, ttl: float, entries: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, *, ttl: float, entries: int, clock: Callable[[], float], epoch: Epoch
+    ) -> None:
         self._ttl = ttl
+        self._epoch = epoch
+        self._seen = epoch.arrivals()
         self._entries = entries
         self._clock = clock
         self._known: OrderedDict[str, tuple[float, NarsealError]] = OrderedDict()
 
     def get(self, key: str) -> NarsealError | None:
         """Why the thing is not to be had, if that was found out lately."""
+        if self._epoch.arrivals() != self._seen:
+            self._known.clear()
+            self._seen = self._epoch.arrivals()
         found = self._known.get(key)
         if found is None:
             return None

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from time import monotonic
 
 from narseal.config import LimitsConfig
-from narseal.errors import MalformedRealisation, NotFound, Refused
+from narseal.custody.tokens import Token
+from narseal.errors import (
+    BadUpload,
+    Forbidden,
+    Malformed,
+    MalformedRealisation,
+    NotFound,
+    Refused,
+    UploadConflict,
+)
 from narseal.nix import realisation
 from narseal.nix.realisation import BuildTraceEntry, Realisation
 from narseal.nix.store_path import StorePath
@@ -16,7 +25,7 @@ from narseal.pipeline.countersign import Countersigner
 from narseal.pipeline.crew import Crew
 from narseal.pipeline.flights import Flights
 from narseal.pipeline.memory import Negatives
-from narseal.storage import Index
+from narseal.storage import Epoch, Index
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 
@@ -37,13 +46,15 @@ class Realisations:
         index: Index,
         countersigner: Countersigner,
         crew: Crew,
+        epoch: Epoch,
     ) -> None:
         self._upstreams = sorted(upstreams, key=lambda upstream: upstream.config.priority)
         self._index = index
         self._countersigner = countersigner
+        self._epoch = epoch
         self._flights: Flights[str, bytes] = Flights(crew)
         self._negatives = Negatives(
-            ttl=limits.negative_ttl, entries=limits.negative_entries, clock=monotonic
+            ttl=limits.negative_ttl, entries=limits.negative_entries, clock=monotonic, epoch=epoch
         )
 
     async def get(self, name: str) -> bytes:
@@ -89,6 +100,37 @@ class Realisations:
                 raise Refused("unsigned", f"{name}: no signature by a key of {upstream.config.url}")
         foreign = [s for s in entry.signatures if s.key_name not in known]
         return entry.with_signatures(tuple(sorted([*good, *foreign]))), f"signature {evidence}"
+
+    async def put(self, name: str, data: bytes, token: Token) -> None:
+        """Take an uploaded realisation of a path that is here and that the token covers.
+
+        BadUpload, UploadConflict or Forbidden if it is not taken.
+        """
+        try:
+            entry = _parse(name, data)
+        except Malformed as error:
+            raise BadUpload(str(error)) from error
+        out = entry.out_path
+        if not token.may(out.name):
+            raise Forbidden(f"the token {token.name} does not cover {out.name}")
+        if await self._index.path(out.hash_part) is None:
+            raise BadUpload(f"{name}: {out} is not here: upload it first")
+        known = self._countersigner.public_keys
+        message = entry.fingerprint()
+        kept = {
+            s
+            for s in entry.signatures
+            if s.key_name not in known or known[s.key_name].verifies(message, s)
+        }
+        stored = await self._index.realisation(name)
+        if stored is not None:
+            present = _parse(name, stored)
+            if present.fingerprint() != message:
+                raise UploadConflict(f"{name} is here with {present.out_path}")
+            kept |= set(present.signatures)
+        merged = entry.with_signatures(tuple(sorted(kept)))
+        await self._countersigned(name, merged, stored, f"upload {token.id}")
+        self._epoch.arrive()
 
     async def _countersigned(
         self, name: str, entry: Entry, stored: bytes | None, evidence: str = "stored"

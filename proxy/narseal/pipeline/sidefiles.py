@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from narseal.config import LimitsConfig
-from narseal.errors import Malformed, NotFound, Refused, Unavailable
+from narseal.errors import (
+    BadUpload,
+    Malformed,
+    NotFound,
+    Refused,
+    Unavailable,
+    UploadConflict,
+)
 from narseal.nix.base32 import CHARS
 from narseal.pipeline.ask import Answers, in_order
 from narseal.pipeline.blocking import Blocking
@@ -64,6 +71,26 @@ class SideFiles:
             data = await self._flights.join(name, lambda: self._fetch(name))
         return SideFile(data, "text/plain; charset=utf-8" if is_log else "application/json")
 
+    async def put(self, name: str, data: bytes) -> None:
+        """Keep an uploaded listing, log or pointer; BadUpload if it is none.
+
+        UploadConflict if another is there: nobody's file is overwritten.
+        """
+        try:
+            if not name.startswith("log/"):
+                tree = await self._blocking.run(_json_object, data, name)
+                if name.startswith("debuginfo/"):
+                    _pointer(tree, name)
+                else:
+                    _check_listing(tree, name)
+        except Malformed as error:
+            raise BadUpload(str(error)) from error
+        present = await self._blocking.run(self._storage.read, name)
+        if present is None:
+            await self._blocking.run(self._storage.write, name, data)
+        elif present != data:
+            raise UploadConflict(f"{name} is here already, with other content")
+
     async def _fetch(self, name: str) -> bytes:
         answers = Answers()
         async with in_order(
@@ -86,22 +113,33 @@ class SideFiles:
         tree = await self._blocking.run(_json_object, data, name)
         if name.startswith("debuginfo/"):
             return await self._debuginfo(tree, upstream, name)
-        if tree.get("version") != 1 or not isinstance(tree.get("root"), dict):
-            raise Malformed(f"{name}: not a listing of version 1")
+        _check_listing(tree, name)
         return data
 
     async def _debuginfo(self, tree: dict[str, object], upstream: Upstream, name: str) -> bytes:
         """Point at our own name of the archive; only an admitted narinfo gives it one."""
-        archive, member = tree.get("archive"), tree.get("member")
-        if tree.keys() != {"archive", "member"} or not all(
-            isinstance(text, str) for text in (archive, member)
-        ):
-            raise Malformed(f"{name}: not {{archive, member}}")
-        url = str(archive).removeprefix("../")
+        archive, member = _pointer(tree, name)
+        url = archive.removeprefix("../")
         nar = await self._index.nar_of_source(upstream.config.url, url)
         if nar is None:
             raise Refused("unsigned", f"{name}: no narinfo with {url[:200]} was asked for yet")
         return json.dumps({"archive": f"../nar/{nar.file}", "member": member}).encode()
+
+
+def _check_listing(tree: dict[str, object], name: str) -> None:
+    if tree.get("version") != 1 or not isinstance(tree.get("root"), dict):
+        raise Malformed(f"{name}: not a listing of version 1")
+
+
+def _pointer(tree: dict[str, object], name: str) -> tuple[str, str]:
+    archive, member = tree.get("archive"), tree.get("member")
+    if (
+        tree.keys() != {"archive", "member"}
+        or not isinstance(archive, str)
+        or not isinstance(member, str)
+    ):
+        raise Malformed(f"{name}: not {{archive, member}}")
+    return archive, member
 
 
 def _json_object(data: bytes, name: str) -> dict[str, object]:

@@ -27,6 +27,7 @@ from narseal.pipeline.sidecars import Sidecars
 from narseal.pipeline.sidefiles import SideFiles
 from narseal.pipeline.signatures import Signatures
 from narseal.pipeline.transfer import Reader
+from narseal.pipeline.uploads import Uploads
 from narseal.storage import Epoch, Index, Leadership, LocalStorage, NarRecord, index_file
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream, connect
@@ -67,7 +68,11 @@ class Substituter:
         self.crew = Crew()
         self.blocking = Blocking(transfers=config.limits.transfers)
         self.upstreams = upstreams
-        self.hot = HotMap(max_bytes=config.limits.hot_map, epoch=epoch)
+        self.hot = HotMap(
+            # who may read is asked each time: nothing is answered from memory then
+            max_bytes=0 if config.upload.private else config.limits.hot_map,
+            epoch=epoch,
+        )
         self.cache_info = CacheInfo(
             config.store_dir, want_mass_query=True, priority=config.priority
         )
@@ -110,6 +115,17 @@ class Substituter:
             index=self._index,
             countersigner=self.countersigner,
             crew=self.crew,
+            epoch=epoch,
+        )
+        self.uploads = Uploads(
+            config,
+            storage=self._storage,
+            index=self._index,
+            admission=self._admission,
+            fetcher=self._fetcher,
+            countersigner=self.countersigner,
+            blocking=self.blocking,
+            epoch=epoch,
         )
         self.side_files = SideFiles(
             config.limits,

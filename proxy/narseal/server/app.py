@@ -11,10 +11,13 @@ from time import perf_counter
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from narseal.errors import NarsealError, NotYet
+from narseal.errors import NarsealError
 from narseal.nix.base32 import CHARS
 from narseal.nix.compression import COMPRESSIONS
 from narseal.server.answers import Answering, Broken
+from narseal.server.auth import Gate
+from narseal.server.failure import failure
+from narseal.server.putting import Putting
 from narseal.server.tally import Tally
 from narseal.telemetry.logs import request_id
 
@@ -31,14 +34,17 @@ _REQUEST_ID = re.compile(r"[0-9A-Za-z._-]{1,64}", re.ASCII)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def application(answering: Answering, tally: Tally) -> web.Application:
+def application(
+    answering: Answering, tally: Tally, putting: Putting | None, gate: Gate | None
+) -> web.Application:
     """Every route of the substituter; what matches none is 404."""
 
     async def finish_head(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Server"] = "narseal"
         response.headers["X-Request-Id"] = request.get(_ID, "")
 
-    app = web.Application(middlewares=[accounting(tally)], client_max_size=1 << 20)
+    middlewares = [accounting(tally), *([reading(gate)] if gate else [])]
+    app = web.Application(middlewares=middlewares, client_max_size=1 << 20)
     app.on_response_prepare.append(finish_head)
     table: list[tuple[str, str, Handler]] = [
         ("nix-cache-info", "/nix-cache-info", answering.cache_info),
@@ -74,7 +80,39 @@ def application(answering: Answering, tally: Tally) -> web.Application:
     ]
     for name, pattern, handler in table:
         app.router.add_get(pattern, handler, name=name)
+    if putting:
+        puts: dict[str, Handler] = {
+            "nix-cache-info": putting.cache_info,
+            "narinfo": putting.narinfo,
+            "nar": putting.nar,
+            "ls": putting.side_file,
+            "log": putting.side_file,
+            "debuginfo": putting.side_file,
+            "realisations": putting.realisation,
+            "build-trace-v2": putting.realisation,
+        }
+        for name, pattern, _ in table:
+            if name in puts:
+                app.router.add_put(
+                    pattern, puts[name], name=f"put-{name}", expect_handler=putting.expect
+                )
     return app
+
+
+#: What is for everybody though reading needs a token.
+_OPEN = frozenset({"healthz", "readyz", "metrics"})
+
+
+def reading(gate: Gate) -> Middleware:
+    """The middleware that asks for a token before anything is looked up."""
+
+    @web.middleware
+    async def ask(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.match_info.route.name not in _OPEN:
+            await gate.identify(request)
+        return await handler(request)
+
+    return ask
 
 
 def accounting(tally: Tally) -> Middleware:
@@ -119,14 +157,3 @@ def metrics_application(answering: Answering) -> web.Application:
     app = web.Application()
     app.router.add_get("/metrics", answering.metrics)
     return app
-
-
-def failure(error: NarsealError) -> web.Response:
-    """An error as Nix shows it: status, one sentence, the reason in a header."""
-    headers = {"Cache-Control": "no-store", "X-Narseal-Reason": error.reason}
-    if isinstance(error, NotYet):
-        headers["Retry-After"] = str(error.retry_after)
-    elif error.status in (502, 503, 504, 507):
-        headers["Retry-After"] = "5"
-    sentence = " ".join(str(error).split())[:900]
-    return web.Response(status=error.status, text=sentence + "\n", headers=headers)

@@ -6,18 +6,23 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import aiohttp.http_parser
 from aiohttp import web
 
 from narseal.config import Config, LimitsConfig
+from narseal.custody import expand
+from narseal.custody.tokens import Tokens
 from narseal.errors import ConfigError
 from narseal.pipeline.memory import HotMap
 from narseal.pipeline.substituter import Substituter
 from narseal.server.answers import Answering
 from narseal.server.app import application, metrics_application
+from narseal.server.auth import Gate
 from narseal.server.hotpath import HotServer
+from narseal.server.putting import Putting
 from narseal.server.tally import Tally
 from narseal.storage import Epoch
 from narseal.telemetry import metrics
@@ -41,9 +46,15 @@ async def work(
     async with Substituter.opened(config, epoch=epoch) as substituter:
         tally = Tally(access_log=config.log.access)
         answering = Answering(substituter, tally)
-        runner = HotRunner(
-            application(answering, tally), hot=substituter.hot, limits=config.limits, tally=tally
+        upload = config.upload
+        gate = (
+            Gate(Tokens(Path(expand(upload.tokens_file))), substituter.blocking)
+            if upload.tokens_file
+            else None
         )
+        putting = Putting(substituter, gate) if gate and upload.enabled else None
+        app = application(answering, tally, putting, gate if upload.private else None)
+        runner = HotRunner(app, hot=substituter.hot, limits=config.limits, tally=tally)
         await runner.setup()
         metrics_runner = web.AppRunner(metrics_application(answering), access_log=None)
         await metrics_runner.setup()

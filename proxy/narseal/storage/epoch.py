@@ -28,6 +28,14 @@ class Epoch:
         """The present value; another one than before means: forget what is in memory."""
         return self.cell[0]
 
+    def arrivals(self) -> int:
+        """Another value than before means: what was absent may be there now."""
+        return self.cell[1]
+
+    def arrive(self) -> None:
+        """Make every worker forget what it took for absent."""
+        self.cell[1] = int.from_bytes(os.urandom(8), "little")
+
     def advance(self) -> None:
         """Make every worker forget. A random value, so that two writers need no lock."""
         self.cell[0] = int.from_bytes(os.urandom(8), "little")

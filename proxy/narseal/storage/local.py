@@ -12,6 +12,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ class LocalStorage:
         self.root = Path(url.removeprefix("file://"))
         self._incoming = self.root / ".narseal" / "incoming"
         self._quarantine = self.root / ".narseal" / "quarantine"
+        self._uploads = self.root / ".narseal" / "uploads"
 
     def prepare(self, info: CacheInfo) -> None:
         """Make the folders, sweep what a crash left, write nix-cache-info.
@@ -45,7 +47,7 @@ class LocalStorage:
             raise ConfigError(f"storage.url {self.root}: {error.strerror}") from error
         try:
             shutil.rmtree(self._incoming, ignore_errors=True)
-            for folder in (self._incoming, self._quarantine, self.root / "nar"):
+            for folder in (self._incoming, self._quarantine, self._uploads, self.root / "nar"):
                 folder.mkdir(parents=True, exist_ok=True)
             self.write("nix-cache-info", info.render().encode())
         except (OSError, Unavailable) as error:
@@ -108,6 +110,43 @@ class LocalStorage:
     def discard(self, incoming: Path) -> None:
         """Drop a file that was on its way in."""
         incoming.unlink(missing_ok=True)
+
+    def keep_upload(self, incoming: Path, file: str) -> None:
+        """Let a NAR whose hash is its name wait for its narinfo."""
+        with storage_errors():
+            os.rename(incoming, self._uploads / file)
+
+    def open_upload(self, file: str) -> tuple[int, Path] | None:
+        """A waiting NAR, open, under an incoming name of its own; None if there is none.
+
+        It stays among the uploads, for another client who brings the same path.
+        """
+        path = self._incoming / f"{os.getpid()}-{secrets.token_hex(16)}"
+        try:
+            os.link(self._uploads / file, path)
+        except FileNotFoundError:
+            return None
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC), path
+
+    def discard_upload(self, file: str) -> None:
+        """Let a NAR wait no more."""
+        (self._uploads / file).unlink(missing_ok=True)
+
+    def sweep_uploads(self, *, max_age: float, max_bytes: int) -> None:
+        """Drop what waits for too long; StorageFull if more than `max_bytes` still wait."""
+        old = time.time() - max_age
+        total = 0
+        for entry in os.scandir(self._uploads):
+            with suppress(FileNotFoundError):
+                status = entry.stat()
+                if status.st_mtime < old:
+                    os.unlink(entry.path)
+                else:
+                    total += status.st_size
+        if total > max_bytes:
+            raise StorageFull(
+                "too many uploaded NARs wait for their narinfos; upload.quarantine_size bounds them"
+            )
 
     def quarantine(self, file: Path, label: str) -> None:
         """Keep a wrong file for the operator to look at, the newest few of them."""

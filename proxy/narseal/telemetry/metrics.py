@@ -105,6 +105,7 @@ rejected = Counter("narseal_rejected_total", "Objects refused.", ["reason"])
 corrected = Counter(
     "narseal_corrected_total", "Upstream narinfos whose unsigned fields were wrong and corrected."
 )
+auth_failures = Counter("narseal_auth_failures_total", "Requests with a token that is not good.")
 attest_queue = Gauge(
     "narseal_attest_queue",
     "Store paths that wait for their Sigstore signature.",

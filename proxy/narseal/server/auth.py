@@ -1,0 +1,92 @@
+"""Who asks: a token as Bearer, or as the password of Basic, which is what Nix's netrc can send."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import os
+import time
+from collections import OrderedDict
+
+from aiohttp import web
+
+from narseal.custody.tokens import Token, Tokens
+from narseal.errors import Unauthorised
+from narseal.pipeline.blocking import Blocking
+from narseal.telemetry import metrics
+
+_KEPT_SECONDS = 30.0
+_LOOK_SECONDS = 1.0
+_ADDRESSES = 10_000
+_MAX_DELAY = 5.0
+
+
+class Gate:
+    """Checks tokens. A good one is remembered by a keyed hash for some seconds."""
+
+    def __init__(self, tokens: Tokens, blocking: Blocking) -> None:
+        self._tokens = tokens
+        self._blocking = blocking
+        self._salt = os.urandom(32)
+        self._good: OrderedDict[bytes, tuple[Token, float]] = OrderedDict()
+        self._failures: OrderedDict[str, int] = OrderedDict()
+        self._looked = 0.0
+
+    async def identify(self, request: web.Request) -> Token:
+        """The token that the request brings; Unauthorised if it brings none that is good.
+
+        Each failure makes the next answer to the same address slower.
+        """
+        text = _token(request.headers.get("Authorization", ""))
+        now = time.monotonic()
+        if now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            if await self._blocking.run(self._tokens.refresh):
+                self._good.clear()
+        key = hashlib.blake2b(text.encode(), key=self._salt).digest()
+        known = self._good.get(key)
+        if known and now < known[1] and (known[0].expires or time.time() + 1) > time.time():
+            return known[0]
+        token = (
+            await self._blocking.run(lambda: self._tokens.check(text, now=time.time()))
+            if text
+            else None
+        )
+        if token is None:
+            await self._refuse(request.remote or "", given=bool(text))
+            raise Unauthorised(
+                "a token is needed: put it into your netrc as the password of this host, or send"
+                " it as Authorization: Bearer"
+            )
+        self._failures.pop(request.remote or "", None)
+        self._good[key] = (token, now + _KEPT_SECONDS)
+        while len(self._good) > _ADDRESSES:
+            self._good.popitem(last=False)
+        return token
+
+    async def _refuse(self, address: str, *, given: bool) -> None:
+        """Count; a request without any token is how a client learns that one is needed."""
+        if not given:
+            return
+        metrics.auth_failures.inc()
+        count = self._failures.pop(address, 0) + 1
+        self._failures[address] = count
+        while len(self._failures) > _ADDRESSES:
+            self._failures.popitem(last=False)
+        if count > 3:
+            await asyncio.sleep(min(_MAX_DELAY, 0.1 * 2 ** min(count - 3, 10)))
+
+
+def _token(header: str) -> str:
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()[:200]
+    if scheme.lower() == "basic":
+        try:
+            pair = base64.b64decode(value.strip(), validate=True).decode()
+        except (binascii.Error, UnicodeDecodeError):
+            return "?"
+        return pair.partition(":")[2][:200] or "?"
+    return "?" if header else ""

@@ -1,0 +1,20 @@
+"""Errors of ours as answers."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from narseal.errors import NarsealError, NotYet, Unauthorised
+
+
+def failure(error: NarsealError) -> web.Response:
+    """An error as Nix shows it: status, one sentence, the reason in a header."""
+    headers = {"Cache-Control": "no-store", "X-Narseal-Reason": error.reason}
+    if isinstance(error, Unauthorised):
+        headers["WWW-Authenticate"] = 'Basic realm="narseal"'
+    if isinstance(error, NotYet):
+        headers["Retry-After"] = str(error.retry_after)
+    elif error.status in (502, 503, 504, 507):
+        headers["Retry-After"] = "5"
+    sentence = " ".join(str(error).split())[:900]
+    return web.Response(status=error.status, text=sentence + "\n", headers=headers)
