@@ -22,6 +22,7 @@ from narseal.pipeline.countersign import Countersigner
 from narseal.pipeline.crew import Crew
 from narseal.pipeline.fetch import Fetcher, served
 from narseal.pipeline.memory import HotMap
+from narseal.pipeline.mending import mend
 from narseal.pipeline.realisations import Realisations
 from narseal.pipeline.sidecars import Sidecars
 from narseal.pipeline.sidefiles import SideFiles
@@ -157,6 +158,15 @@ class Substituter:
             # without the index nothing can be served: if this ends, the worker ends
             group.create_task(substituter._index.run(), name="index")
             weighing = group.create_task(substituter._weigh_storage(), name="storage size")
+            mending = group.create_task(
+                mend(
+                    substituter._index,
+                    substituter._storage,
+                    substituter._fetcher,
+                    substituter.blocking,
+                ),
+                name="mend",
+            )
             attester = substituter._attester()
             attesting = group.create_task(attester.run(), name="attest") if attester else None
             try:
@@ -167,6 +177,7 @@ class Substituter:
                     attester.close()
                 await substituter.crew.close(wait=config.limits.shutdown_timeout)
                 weighing.cancel()
+                mending.cancel()
                 for upstream in upstreams:
                     await upstream.close()
                 await substituter._index.close()

@@ -127,6 +127,10 @@ class Attestations:
 
         await self._engines.write(work)
 
+    async def digests(self) -> list[bytes]:
+        """Of every bundle over a statement."""
+        return [bytes(row.digest) for row in await self._ask(select(schema.attestation.c.digest))]
+
     async def covering(self, digest: bytes) -> list[bytes]:
         """The digests of the bundles whose statements cover a file or NAR digest, oldest first."""
         query = (

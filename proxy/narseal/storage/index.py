@@ -178,6 +178,36 @@ class Index:
         row = row.on_conflict_do_update(["key"], set_={"body": body, "evidence": evidence})
         await self._engines.write(lambda c: c.execute(row))
 
+    async def page(self, *, after: str, limit: int) -> list[Admitted]:
+        """Admitted paths in the order of their hash parts, beyond one."""
+        query = (
+            PATHS.where(schema.path.c.hash_part > after, ~schema.path.c.withdrawn)
+            .order_by(schema.path.c.hash_part)
+            .limit(limit)
+        )
+        return [admitted_of(row, self._store_dir) for row in await self._queries.ask(query)]
+
+    async def with_stored_nar(self, *, after: str, limit: int) -> list[str]:
+        """Hash parts of admitted paths whose NAR is stored, in order, beyond one."""
+        query = (
+            select(schema.path.c.hash_part)
+            .join(schema.nar, schema.path.c.nar_file == schema.nar.c.file)
+            .where(schema.path.c.hash_part > after, schema.nar.c.stored, ~schema.path.c.withdrawn)
+            .order_by(schema.path.c.hash_part)
+            .limit(limit)
+        )
+        return [row.hash_part for row in await self._queries.ask(query)]
+
+    async def nars_page(self, *, after: str, limit: int) -> list[NarRecord]:
+        """Stored NAR files in the order of their names, beyond one."""
+        query = (
+            select(schema.nar)
+            .where(schema.nar.c.file > after, schema.nar.c.stored)
+            .order_by(schema.nar.c.file)
+            .limit(limit)
+        )
+        return [nar_of(row) for row in await self._queries.ask(query)]
+
     async def stored_bytes(self) -> int:
         """The sum of the sizes of the NARs in storage."""
         return int((await self._queries.ask(select(schema.total.c.nar_bytes)))[0].nar_bytes)
