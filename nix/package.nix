@@ -26,6 +26,7 @@ python3Packages.buildPythonApplication {
     prometheus-client
     pydantic
     pydantic-settings
+    pyjwt
     pynacl
     requests
     rfc3161-client

@@ -171,12 +171,32 @@ class CosignConfig(_Section):
         return self
 
 
+class OidcConfig(_Section):
+    """`[[upload.oidc]]`: tokens of a CI system that may upload."""
+
+    issuer: Annotated[str, with_scheme("http", "https")]
+    audience: Annotated[str, Field(min_length=1)]
+    #: The exact `sub`.
+    identity: str | None = None
+    #: Other claims, each compared exactly.
+    claims: dict[str, str | int | bool] = {}
+    #: Globs on store path names.
+    allow: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_somebody(self) -> Self:
+        if not self.identity and not self.claims:
+            raise ValueError("identity or claims: else everybody of that issuer could upload")
+        return self
+
+
 class UploadConfig(_Section):
     """`[upload]`: what `nix copy --to` may bring."""
 
     enabled: bool = False
     #: Made by `narseal token add`.
     tokens_file: str | None = None
+    oidc: tuple[OidcConfig, ...] = ()
     #: A path that one of these signed is taken from any token.
     trusted_keys: tuple[Key, ...] = ()
     #: Largest NAR file, as it is uploaded.
@@ -191,8 +211,10 @@ class UploadConfig(_Section):
 
     @model_validator(mode="after")
     def _has_tokens(self) -> Self:
-        if (self.enabled or self.private) and not self.tokens_file:
-            raise ValueError("tokens_file is not set; `narseal token add` makes tokens in it")
+        if (self.enabled or self.private) and not self.tokens_file and not self.oidc:
+            raise ValueError(
+                "tokens_file is not set, nor an [[upload.oidc]]; `narseal token add` makes tokens"
+            )
         return self
 
 

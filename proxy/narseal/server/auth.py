@@ -15,19 +15,22 @@ from aiohttp import web
 from narseal.custody.tokens import Token, Tokens
 from narseal.errors import Unauthorised
 from narseal.pipeline.blocking import Blocking
+from narseal.server.oidc import Oidc
 from narseal.telemetry import metrics
 
 _KEPT_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
 _ADDRESSES = 10_000
 _MAX_DELAY = 5.0
+_MAX_TOKEN = 3500  # a head line has 4,096 bytes
 
 
 class Gate:
     """Checks tokens. A good one is remembered by a keyed hash for some seconds."""
 
-    def __init__(self, tokens: Tokens, blocking: Blocking) -> None:
+    def __init__(self, tokens: Tokens | None, oidc: Oidc | None, blocking: Blocking) -> None:
         self._tokens = tokens
+        self._oidc = oidc
         self._blocking = blocking
         self._salt = os.urandom(32)
         self._good: OrderedDict[bytes, tuple[Token, float]] = OrderedDict()
@@ -41,19 +44,18 @@ class Gate:
         """
         text = _token(request.headers.get("Authorization", ""))
         now = time.monotonic()
+        tokens = self._tokens
         if now - self._looked > _LOOK_SECONDS:
             self._looked = now
-            if await self._blocking.run(self._tokens.refresh):
-                self._good.clear()
+            if tokens is not None:
+                changed = await self._blocking.run(tokens.refresh)
+                if changed:
+                    self._good.clear()
         key = hashlib.blake2b(text.encode(), key=self._salt).digest()
         known = self._good.get(key)
         if known and now < known[1] and (known[0].expires or time.time() + 1) > time.time():
             return known[0]
-        token = (
-            await self._blocking.run(lambda: self._tokens.check(text, now=time.time()))
-            if text
-            else None
-        )
+        token = await self._blocking.run(self._check, text) if text else None
         if token is None:
             await self._refuse(request.remote or "", given=bool(text))
             raise Unauthorised(
@@ -65,6 +67,12 @@ class Gate:
         while len(self._good) > _ADDRESSES:
             self._good.popitem(last=False)
         return token
+
+    def _check(self, text: str) -> Token | None:
+        """In a thread."""
+        if self._oidc and text.count(".") == 2:
+            return self._oidc.check(text)
+        return self._tokens.check(text, now=time.time()) if self._tokens else None
 
     async def _refuse(self, address: str, *, given: bool) -> None:
         """Count; a request without any token is how a client learns that one is needed."""
@@ -82,11 +90,11 @@ class Gate:
 def _token(header: str) -> str:
     scheme, _, value = header.partition(" ")
     if scheme.lower() == "bearer":
-        return value.strip()[:200]
+        return value.strip()[:_MAX_TOKEN]
     if scheme.lower() == "basic":
         try:
             pair = base64.b64decode(value.strip(), validate=True).decode()
         except (binascii.Error, UnicodeDecodeError):
             return "?"
-        return pair.partition(":")[2][:200] or "?"
+        return pair.partition(":")[2][:_MAX_TOKEN] or "?"
     return "?" if header else ""

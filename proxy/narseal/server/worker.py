@@ -22,6 +22,7 @@ from narseal.server.answers import Answering
 from narseal.server.app import application, metrics_application
 from narseal.server.auth import Gate
 from narseal.server.hotpath import HotServer
+from narseal.server.oidc import Oidc
 from narseal.server.putting import Putting
 from narseal.server.tally import Tally
 from narseal.storage import Epoch
@@ -48,8 +49,12 @@ async def work(
         answering = Answering(substituter, tally)
         upload = config.upload
         gate = (
-            Gate(Tokens(Path(expand(upload.tokens_file))), substituter.blocking)
-            if upload.tokens_file
+            Gate(
+                Tokens(Path(expand(upload.tokens_file))) if upload.tokens_file else None,
+                Oidc(upload.oidc) if upload.oidc else None,
+                substituter.blocking,
+            )
+            if upload.tokens_file or upload.oidc
             else None
         )
         putting = Putting(substituter, gate) if gate and upload.enabled else None

@@ -20,7 +20,8 @@ class Issuer:
     """Runs in a thread of this process until closed."""
 
     def __init__(self) -> None:
-        self._key = rsa.generate_private_key(65537, 2048)
+        self._kid = 0
+        self.rotate()
         self.identity = "ci@example.org"
         #: Seconds that tokens of the token endpoint are good for.
         self.lifetime = 600.0
@@ -43,7 +44,12 @@ class Issuer:
             "iat": int(now),
             "exp": int(now + lifetime),
         }
-        return jwt.encode(body | claims, self._key, "RS256", headers={"kid": "1"})
+        return jwt.encode(body | claims, self._key, "RS256", headers={"kid": str(self._kid)})
+
+    def rotate(self) -> None:
+        """Another key, and only that."""
+        self._key = rsa.generate_private_key(65537, 2048)
+        self._kid += 1
 
     def close(self) -> None:
         self._server.shutdown()
@@ -62,7 +68,7 @@ class Issuer:
 
     def _keys(self) -> dict[str, Any]:
         numbers = self._key.public_key().public_numbers()
-        fields = {"kty": "RSA", "alg": "RS256", "use": "sig", "kid": "1"}
+        fields = {"kty": "RSA", "alg": "RS256", "use": "sig", "kid": str(self._kid)}
         return {"keys": [fields | {"n": _base64url(numbers.n), "e": _base64url(numbers.e)}]}
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
