@@ -8,6 +8,7 @@ import click
 
 from narseal import __version__
 from narseal.cli.check import check_config
+from narseal.cli.fetch import fetch
 from narseal.cli.index import index
 from narseal.cli.key import key
 from narseal.cli.serve import serve
@@ -32,6 +33,7 @@ narseal.add_command(check_config)
 narseal.add_command(key)
 narseal.add_command(sign)
 narseal.add_command(verify)
+narseal.add_command(fetch)
 narseal.add_command(token)
 narseal.add_command(index)
 
