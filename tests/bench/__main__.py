@@ -1,7 +1,7 @@
 """`make bench`: narseal beside nginx in one run on this machine, as ratios.
 
 Prints a Markdown table (docs/benchmarks.md holds one) and exits 1 if an aim is missed by far.
-Names on the command line choose: narinfo, storage, relay, copy, memory, cosign.
+Names on the command line choose: narinfo, storage, relay, copy, upload, memory, cosign.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from tests.bench import copying, cosigning, memory, narinfo, nars
+from tests.bench import copying, cosigning, memory, narinfo, nars, uploading
 from tests.bench.table import Row, render
 
 SUITES: dict[str, Callable[[], list[Row]]] = {
@@ -17,6 +17,7 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
     "storage": nars.measure_storage,
     "relay": nars.measure_relay,
     "copy": copying.measure,
+    "upload": uploading.measure,
     "memory": memory.measure,
     "cosign": cosigning.measure,
 }

@@ -10,17 +10,17 @@ from tests.bench.table import Row
 from tests.tools.narseal import narseal_process
 from tests.tools.nix import Nix, nix
 
-_PATHS = 600
-_EXPRESSION = f"""
+PATHS = 600
+EXPRESSION = f"""
 let salt = "{secrets.token_hex(8)}"; sh = name: args: derivation {{ inherit name; system = "x86_64-linux"; builder = "/bin/sh"; args = ["-c" args]; }};
-in sh "all" ("echo " + toString (builtins.genList (n: sh "p${{toString n}}" "echo ${{toString n}} ${{salt}} > $out") {_PATHS - 1}) + " > $out")
+in sh "all" ("echo " + toString (builtins.genList (n: sh "p${{toString n}}" "echo ${{toString n}} ${{salt}} > $out") {PATHS - 1}) + " > $out")
 """
 
 
 def measure() -> list[Row]:
     """Seconds for the whole closure into an empty store, by a client without a cache."""
     with nix() as builder:
-        (builder.folder / "d.nix").write_text(_EXPRESSION)
+        (builder.folder / "d.nix").write_text(EXPRESSION)
         builder.script("nix key generate-secret --key-name builder-1 > key")
         builder.config["secret-key-files"] = builder.path("key")
         key = builder.script("nix key convert-secret-to-public < key")
@@ -36,7 +36,7 @@ def measure() -> list[Row]:
                     folder = builder.folder / f"narseal{round_}"
                     with narseal_process(folder, {"url": static, "public_keys": [key]}) as proxy:
                         ours["cold"].append(_copy(proxy.url, proxy.public_key, path))
-                        while len(list((folder / "storage").glob("*.narinfo"))) < _PATHS:
+                        while len(list((folder / "storage").glob("*.narinfo"))) < PATHS:
                             time.sleep(0.05)  # warm is what is published
                         ours["warm"].append(_copy(proxy.url, proxy.public_key, path))
                         ours["warm"].append(_copy(proxy.url, proxy.public_key, path))
@@ -47,7 +47,7 @@ def measure() -> list[Row]:
     for state, beside, aim in (("warm", "nginx static", "≤ 1.1"), ("cold", "nginx proxy_pass", "")):
         mine, other = median(ours[state]), median(theirs[state])
         rows.append(
-            Row(f"`nix copy` of {_PATHS} paths, {state}, against {beside} (time)", f"{mine:.2f} s",
+            Row(f"`nix copy` of {PATHS} paths, {state}, against {beside} (time)", f"{mine:.2f} s",
                 f"{other:.2f} s", mine / other, aim)
         )  # fmt: skip
     return rows

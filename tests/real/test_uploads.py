@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from narseal.custody import tokens
+from tests.tools import debian
 from tests.tools.narseal import Process, narseal_process
 from tests.tools.nix import Nix, nix
 
@@ -129,6 +130,25 @@ def test_signatures_are_added(client: Nix, proxy: Process) -> None:
         info = other.run("nix", "path-info", "--store", proxy.url, "--sigs", path)
         assert "second-1:" in info
         assert proxy.public_key.partition(":")[0] in info
+
+
+def test_an_old_nix_uploads_and_installs(proxy: Process) -> None:
+    """2.8, of Debian bookworm: another order of PUTs, other headers."""
+    with nix(debian.OLD_ROOT) as old:
+        assert old.version().startswith("2.8")
+        (old.folder / "d.nix").write_text(_EXPRESSION.replace('salt = "', 'salt = "old-'))
+        token = (proxy.folder / "token").read_text()
+        (old.folder / "netrc").write_text(f"machine 127.0.0.1 login ci password {token}\n")
+        old.config["netrc-file"] = old.path("netrc")
+        path = build(old, "zstd")
+        old.run("nix", "copy", "--to", f"{proxy.url}?compression=xz&write-nar-listing=true", path)
+        old.script(f"nix store copy-log --to '{proxy.url}' {path}")
+        assert path in install(proxy, path)
+        old.forget()
+        old.config["trusted-public-keys"] = proxy.public_key
+        old.config["substituters"] = proxy.url
+        store = f"local?root={old.path('store')}"
+        old.run("nix-store", "--store", store, "-r", path)
 
 
 def test_without_a_token_nix_says_what_to_do(client: Nix, proxy: Process) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 CACHE = Path(os.environ.get("TESTS_CACHE", Path.home() / ".cache" / "narseal-tests"))
 ROOT = CACHE / "sid"
+#: With the Nix of Debian bookworm, 2.8: the oldest client that tests drive.
+OLD_ROOT = CACHE / "bookworm"
 #: Commands that tests use, and the packages that bring them.
 PACKAGES = {
     "debootstrap": "debootstrap",
@@ -41,9 +43,12 @@ def install() -> None:
         if missing:
             _install(missing)
         if not has_nix_on_path() and not ROOT.exists():
-            _make_root()
-        if not has_nix_on_path():  # else cosign asks a name server for localhost
-            (ROOT / "etc" / "hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
+            _make_root(ROOT, "nix --version && cosign version >/dev/null", _IN_ROOT)
+        if not OLD_ROOT.exists():
+            _make_root(OLD_ROOT, "nix --version", ("nix-bin", "ca-certificates"))
+        for root in (ROOT, OLD_ROOT):
+            if root.exists():  # else cosign asks a name server for localhost
+                (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
 
 
 def _install(packages: list[str]) -> None:
@@ -69,29 +74,34 @@ def has_nix_on_path() -> bool:
     return bool(shutil.which("nix") and shutil.which("cosign"))
 
 
-def command(argv: Sequence[str]) -> list[str]:
-    """How to run a program of the root (or of this machine) as it stands there."""
-    if has_nix_on_path():
+def is_here(root: Path) -> bool:
+    """Whether a root's programs are taken from this machine itself."""
+    return root == ROOT and has_nix_on_path()
+
+
+def command(argv: Sequence[str], root: Path = ROOT) -> list[str]:
+    """How to run a program of a root (or of this machine) as it stands there."""
+    if is_here(root):
         return list(argv)
-    if not ROOT.exists():
+    if not root.exists():
         raise RuntimeError("the Debian root is missing: run `python -m tests.tools.debian`")
-    return ["unshare", "-m", "sh", "-c", _ENTER, str(ROOT), *argv]
+    return ["unshare", "-m", "sh", "-c", _ENTER, str(root), *argv]
 
 
-def inside(path: Path) -> str:
+def inside(path: Path, root: Path = ROOT) -> str:
     """A path of this machine as a program of the root sees it; it must be below `scratch`."""
-    return str(path) if has_nix_on_path() else "/" + str(path.relative_to(ROOT))
+    return str(path) if is_here(root) else "/" + str(path.relative_to(root))
 
 
-def scratch() -> Path:
+def scratch(root: Path = ROOT) -> Path:
     """A folder that both sides see."""
-    folder = CACHE / "scratch" if has_nix_on_path() else ROOT / "tmp"
+    folder = CACHE / "scratch" if is_here(root) else root / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _make_root() -> None:
-    part = CACHE / "sid.part"
+def _make_root(root: Path, programs: str, packages: Sequence[str]) -> None:
+    part = root.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     sites = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages"],
@@ -104,8 +114,8 @@ def _make_root() -> None:
         [
             "debootstrap",
             "--variant=minbase",
-            f"--include={','.join(_IN_ROOT)}",
-            "sid",
+            f"--include={','.join(packages)}",
+            root.name,
             str(part),
             mirror,
         ],
@@ -120,11 +130,11 @@ def _make_root() -> None:
         str(part),
         "sh",
         "-c",
-        "nix --version && cosign version >/dev/null",
+        programs,
     ]
     if subprocess.run(check).returncode:
         raise RuntimeError(f"debootstrap ended with {result.returncode}: {shlex.join(check)} fails")
-    part.rename(ROOT)
+    part.rename(root)
 
 
 if __name__ == "__main__":

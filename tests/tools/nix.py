@@ -23,13 +23,14 @@ connect-timeout = 5
 class Nix:
     """One user's Nix with a home and a cache of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, root: Path = debian.ROOT) -> None:
         self.folder = folder
+        self._root = root
         self.config: dict[str, str] = {}
 
     def path(self, name: str) -> str:
         """A file of the scratch folder as Nix sees it."""
-        return debian.inside(self.folder / name)
+        return debian.inside(self.folder / name, self._root)
 
     def run(self, *argv: str, check: bool = True, **environment: str) -> str:
         """Standard output of a command; AssertionError with its errors if it fails."""
@@ -47,13 +48,15 @@ class Nix:
             "LANG": "C.UTF-8",
             "NIX_CONFIG": config,
         } | environment
-        if debian.has_nix_on_path():
+        here = debian.is_here(self._root)
+        if here:
             variables["PATH"] = ""  # env keeps this machine's
         pairs = [f"{name}={value}" for name, value in variables.items() if value]
-        clean = ["env", *pairs] if debian.has_nix_on_path() else ["/usr/bin/env", "-i", *pairs]
+        clean = ["env", *pairs] if here else ["/usr/bin/env", "-i", *pairs]
         return subprocess.run(
-            debian.command([*clean, *argv]), capture_output=True, text=True, timeout=300
-        )
+            debian.command([*clean, *argv], self._root),
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
 
     def script(self, text: str) -> str:
         """A shell script, run in the scratch folder, failing at the first error."""
@@ -68,12 +71,12 @@ class Nix:
 
 
 @contextmanager
-def nix() -> Iterator[Nix]:
+def nix(root: Path = debian.ROOT) -> Iterator[Nix]:
     """A Nix with an empty scratch folder, removed afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="narseal-", dir=debian.scratch()))
+    folder = Path(tempfile.mkdtemp(prefix="narseal-", dir=debian.scratch(root)))
     folder.chmod(0o755)
     try:
-        yield Nix(folder)
+        yield Nix(folder, root)
     finally:
         subprocess.run(["chmod", "-R", "u+w", str(folder)], check=False)
         shutil.rmtree(folder, ignore_errors=True)
