@@ -131,6 +131,8 @@ CASES = [
         Case(f"other_root {bundle}", bundle, False, change=other_root, cosign_takes_it=True)
         for bundle in ("log-blob", "keyless-blob", "keyless-batch")
     ),
+    Case("no_timestamp log-blob", "log-blob", True, change=no_timestamp),
+    Case("no_timestamp log-batch", "log-batch", True, change=no_timestamp),
     Case("no_timestamp keyless-blob", "keyless-blob", False, change=no_timestamp),
     Case("other_signature key-blob", "key-blob", False, change=other_signature),
     Case("two_signatures keyless-batch", "keyless-batch", False, change=two_signatures),
