@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 import click
 
-from narseal.cli.sigstore import expectation_options, progress, verifier
+from narseal.cli.sigstore import Expectation, expectation_options, progress
 from narseal.errors import ConfigError
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -24,12 +24,7 @@ def fetch(
     url: str,
     output: Path | None,
     bundle_url: str | None,
-    key: Path | None,
-    identity: str | None,
-    identity_regex: str | None,
-    issuer: str | None,
-    trusted_root: Path | None,
-    offline: bool,
+    expectation: Expectation,
     max_size: int,
     force: bool,
 ) -> None:
@@ -48,14 +43,7 @@ def fetch(
     target = output or Path(name)
     if target.exists() and not force:
         raise ConfigError(f"{target} is there already; --force replaces it")
-    who = verifier(
-        key=key,
-        identity=identity,
-        identity_regex=identity_regex,
-        issuer=issuer,
-        trusted_root=trusted_root,
-        offline=offline,
-    )
+    who = expectation.verifier()
     if who is None:
         raise click.UsageError("say who must have signed: --key, or --identity and --issuer")
     with progress(of_bytes=True, shown=True) as bar:

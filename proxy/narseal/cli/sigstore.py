@@ -1,11 +1,13 @@
-"""Options that `sign` and `verify` share, and what they mean."""
+"""What the commands of Sigstore share: who must have signed, and progress bars."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -18,12 +20,56 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from narseal.cosign.verify import Verifier
+
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-def expectation_options(command: F) -> F:
-    """`--key`, or `--certificate-identity` with `--certificate-oidc-issuer`, as cosign has them."""
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """Who must have signed, as the options say it."""
+
+    key: Path | None
+    identity: str | None
+    identity_regex: str | None
+    issuer: str | None
+    trusted_root: Path | None
+    offline: bool
+
+    def verifier(self) -> Verifier | None:
+        """None if the options name nobody; UsageError if they contradict each other."""
+        from narseal.cosign import trust
+        from narseal.cosign.verify import ByIdentity, ByKey, Verifier
+        from narseal.pipeline.cosigning import read_public_key
+
+        name = self.identity or self.identity_regex
+        if self.key and (name or self.issuer):
+            raise click.UsageError("either --key, or --identity with --issuer")
+        if self.identity and self.identity_regex:
+            raise click.UsageError("either --identity or --identity-regex")
+        if bool(name) != bool(self.issuer):
+            raise click.UsageError("--identity and --issuer belong together")
+        if self.identity_regex:
+            try:
+                re.compile(self.identity_regex)
+            except re.error as error:
+                raise click.UsageError(
+                    f"--identity-regex is no regular expression: {error}"
+                ) from error
+        known = trust.load(self.trusted_root) if self.trusted_root else None
+        if self.key:
+            return Verifier(ByKey((read_public_key(self.key),)), known)
+        if not name or not self.issuer:
+            return None
+        if known is None and self.offline:
+            raise click.UsageError("--offline needs --trusted-root for a keyless signature")
+        expected = ByIdentity(name, self.issuer, is_regex=self.identity is None)
+        return Verifier(expected, known or trust.public_instance())
+
+
+def expectation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command an `expectation`: `--key`, or `--certificate-identity` with `--certificate-oidc-issuer`, as cosign has them."""
     options = [
         click.option("--key", type=_FILE, help="The cosign.pub that must have signed."),
         click.option("--identity", "--certificate-identity", help="Exactly who must have signed."),
@@ -38,46 +84,16 @@ def expectation_options(command: F) -> F:
             "--offline", is_flag=True, help="Use only the bundle and the trusted root file."
         ),
     ]
+
+    @functools.wraps(command)
+    def with_expectation(**given: Any) -> Any:
+        names = [field.name for field in fields(Expectation)]
+        expectation = Expectation(**{name: given.pop(name) for name in names})
+        return command(expectation=expectation, **given)
+
     for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def verifier(
-    *,
-    key: Path | None,
-    identity: str | None,
-    identity_regex: str | None,
-    issuer: str | None,
-    trusted_root: Path | None,
-    offline: bool,
-) -> Any:
-    """A Verifier of the options; None if they name nobody; UsageError if they contradict."""
-    from narseal.cosign import trust
-    from narseal.cosign.verify import ByIdentity, ByKey, Verifier
-    from narseal.pipeline.cosigning import read_public_key
-
-    name = identity or identity_regex
-    if key and (name or issuer):
-        raise click.UsageError("either --key, or --identity with --issuer")
-    if identity and identity_regex:
-        raise click.UsageError("either --identity or --identity-regex")
-    if bool(name) != bool(issuer):
-        raise click.UsageError("--identity and --issuer belong together")
-    if identity_regex:
-        try:
-            re.compile(identity_regex)
-        except re.error as error:
-            raise click.UsageError(f"--identity-regex is no regular expression: {error}") from error
-    known = trust.load(trusted_root) if trusted_root else None
-    if key:
-        return Verifier(ByKey((read_public_key(key),)), known)
-    if not name or not issuer:
-        return None
-    if known is None and offline:
-        raise click.UsageError("--offline needs --trusted-root for a keyless signature")
-    expected = ByIdentity(name, issuer, is_regex=identity is None)
-    return Verifier(expected, known or trust.public_instance())
+        with_expectation = option(with_expectation)
+    return with_expectation
 
 
 def progress(*, of_bytes: bool, shown: bool) -> Progress:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from narseal.cli.sigstore import expectation_options, progress, verifier
+from narseal.cli.sigstore import Expectation, expectation_options, progress
 from narseal.errors import ConfigError, MalformedKey, MalformedStorePath, NarsealError
 from narseal.nix.keys import PublicKey
 from narseal.nix.store_path import StorePath
@@ -37,12 +37,7 @@ _SHOWN = 20
 def verify(
     targets: tuple[str, ...],
     bundle_file: Path | None,
-    key: Path | None,
-    identity: str | None,
-    identity_regex: str | None,
-    issuer: str | None,
-    trusted_root: Path | None,
-    offline: bool,
+    expectation: Expectation,
     predicate_type: str | None,
     url: str | None,
     public_keys: tuple[str, ...],
@@ -57,14 +52,7 @@ def verify(
     """
     if bool(targets) == everything:
         raise click.UsageError("name files or store paths, or --all with --from")
-    who = verifier(
-        key=key,
-        identity=identity,
-        identity_regex=identity_regex,
-        issuer=issuer,
-        trusted_root=trusted_root,
-        offline=offline,
-    )
+    who = expectation.verifier()
     if url is None:
         if everything:
             raise click.UsageError("--all needs --from URL")
@@ -73,7 +61,7 @@ def verify(
         if bundle_file and len(targets) > 1:
             raise click.UsageError("--bundle is for one file")
         sys.exit(_files(targets, bundle_file, who, predicate_type, as_json=as_json))
-    if offline and not url.startswith("file://"):
+    if expectation.offline and not url.startswith("file://"):
         raise click.UsageError("--offline verifies files, or a substituter in a folder (file://)")
     keys = [_public_key(text) for text in public_keys]
     if not keys and who is None:

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from narseal.cosign.statement import PAYLOAD_TYPE
+from narseal.cosign.statement import PAYLOAD_TYPE, read_json
 from narseal.errors import MalformedAttestation
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -53,12 +53,7 @@ class Bundle:
     @classmethod
     def parse(cls, data: bytes) -> Bundle:
         """MalformedAttestation if the bytes are no bundle that can be verified."""
-        if len(data) > MAX_BYTES:
-            raise MalformedAttestation(f"the bundle has more than {MAX_BYTES} bytes")
-        try:
-            tree = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise MalformedAttestation(f"the bundle is not JSON: {error}") from error
+        tree = read_json(data, limit=MAX_BYTES, what="the bundle")
         kind = tree.get("mediaType") if isinstance(tree, dict) else None
         if not isinstance(kind, str) or not kind.startswith("application/vnd.dev.sigstore.bundle"):
             raise MalformedAttestation("not a Sigstore bundle: its mediaType is missing or another")

@@ -50,12 +50,7 @@ class Statement:
 
         Subjects without a SHA-256 digest are no subjects to us.
         """
-        if len(data) > MAX_BYTES:
-            raise MalformedAttestation(f"the statement has more than {MAX_BYTES} bytes")
-        try:
-            tree = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise MalformedAttestation(f"the statement is not JSON: {error}") from error
+        tree = read_json(data, limit=MAX_BYTES, what="the statement")
         subjects = tree.get("subject") if isinstance(tree, dict) else None
         if not isinstance(subjects, list) or tree.get("_type") not in _TYPES:
             raise MalformedAttestation(f"not an in-toto statement of type {_TYPE}")
@@ -154,6 +149,16 @@ def contradictions(statement: Statement, info: NarInfo) -> list[str]:
         for field in fields
         if item.get(field) != wanted[field]
     ]
+
+
+def read_json(data: bytes, *, limit: int, what: str) -> Any:
+    """Any JSON value; MalformedAttestation names `what` if it is too large or none."""
+    if len(data) > limit:
+        raise MalformedAttestation(f"{what} has more than {limit} bytes")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise MalformedAttestation(f"{what} is not JSON: {error}") from error
 
 
 def pae(payload_type: str, payload: bytes) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
@@ -71,7 +70,7 @@ class Fetcher:
         now = await self._index.nar(record.file)
         reader = self.join(record.file)
         if reader or now != record:
-            await self._blocking.run(_drop, incoming)
+            await self._blocking.run(self._storage.discard, incoming)
             return reader
         transfer = Transfer(info, incoming=incoming, blocking=self._blocking)
         self._running[record.file] = transfer
@@ -162,7 +161,9 @@ class Fetcher:
         finally:
             await self._end(transfer)
             if recompression:
-                await self._blocking.run(_drop, (recompression.descriptor, recompression.path))
+                await self._blocking.run(
+                    self._storage.discard, (recompression.descriptor, recompression.path)
+                )
 
     async def _wrong(
         self, record: NarRecord, origins: set[Origin], error: Refused | Malformed
@@ -190,7 +191,7 @@ class Fetcher:
         if isinstance(failure, Refused | Malformed) and transfer.path.exists():
             label = f"{transfer.info.store_path.hash_part}.{failure.reason}"
             await self._blocking.run(self._storage.quarantine, transfer.path, label)
-        await self._blocking.run(_drop, (transfer.descriptor, transfer.path))
+        await self._blocking.run(self._storage.discard, (transfer.descriptor, transfer.path))
 
 
 def served(path: PathRecord, nar: NarRecord) -> NarInfo:
@@ -210,13 +211,3 @@ async def _leave_to_caller(_origins: set[Origin], _error: Refused | Malformed) -
 
 async def _once(origin: Origin) -> AsyncIterator[Origin]:
     yield origin
-
-
-def _drop(incoming: tuple[int, object]) -> None:
-    """Close a file, and unlink its incoming name unless it was published."""
-    descriptor, path = incoming
-    os.close(descriptor)
-    try:
-        os.unlink(str(path))
-    except FileNotFoundError:
-        return

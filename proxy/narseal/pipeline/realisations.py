@@ -18,6 +18,7 @@ from narseal.errors import (
     UploadConflict,
 )
 from narseal.nix import realisation
+from narseal.nix.keys import plausible
 from narseal.nix.realisation import BuildTraceEntry, Realisation
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.ask import Answers, in_order
@@ -115,13 +116,8 @@ class Realisations:
             raise Forbidden(f"the token {token.name} does not cover {out.name}")
         if await self._index.path(out.hash_part) is None:
             raise BadUpload(f"{name}: {out} is not here: upload it first")
-        known = self._countersigner.public_keys
         message = entry.fingerprint()
-        kept = {
-            s
-            for s in entry.signatures
-            if s.key_name not in known or known[s.key_name].verifies(message, s)
-        }
+        kept = set(plausible(entry.signatures, self._countersigner.public_keys, message))
         stored = await self._index.realisation(name)
         if stored is not None:
             present = _parse(name, stored)

@@ -29,7 +29,7 @@ from narseal.errors import (
 from narseal.nix.base32 import CHARS
 from narseal.nix.compression import COMPRESSIONS
 from narseal.nix.hashes import Hash
-from narseal.nix.keys import PublicKey, Signature
+from narseal.nix.keys import Signature, plausible
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.references import ReferenceScanner
 from narseal.pipeline.admission import Admission
@@ -113,7 +113,7 @@ class Uploads:
                 raise BadUpload(f"nar/{file}: the file's hash is {found}")
             await self._blocking.run(self._storage.keep_upload, incoming[1], file)
         finally:
-            await self._blocking.run(_drop, incoming)
+            await self._blocking.run(self._storage.discard, incoming)
 
     async def put_narinfo(self, hash_part: str, data: bytes, token: Token) -> bool:
         """Admit a store path whose NAR was uploaded, or add signatures to one that is there.
@@ -184,15 +184,8 @@ class Uploads:
         self._epoch.advance()
 
     def _kept(self, info: NarInfo) -> list[Signature]:
-        """Signatures that are good, or by keys that nobody here knows."""
-        known: dict[str, PublicKey] = self._trusted | self._countersigner.public_keys
-        message = info.fingerprint()
-        return [
-            signature
-            for signature in info.signatures
-            if signature.key_name not in known
-            or known[signature.key_name].verifies(message, signature)
-        ]
+        known = self._trusted | self._countersigner.public_keys
+        return plausible(info.signatures, known, info.fingerprint())
 
     async def _check_references(self, info: NarInfo) -> None:
         """A path comes after what it refers to, here or at an upstream."""
@@ -227,7 +220,7 @@ class Uploads:
                 )
             self._check_missing(info, missing)
         except (Refused, Malformed, BadUpload):
-            await self._blocking.run(_drop, incoming)
+            await self._blocking.run(self._storage.discard, incoming)
             await self._blocking.run(self._storage.discard_upload, file)
             raise
         record = replace(
@@ -271,7 +264,7 @@ class Uploads:
                 record = replace(record, file=bound.file, stored=True)
                 await self._index.publish(bound, record)
             finally:
-                await self._blocking.run(_drop, arrived.incoming)
+                await self._blocking.run(self._storage.discard, arrived.incoming)
         signed = await self._admission.sign(kept)
         path, nar = await self._index.admit(PathRecord(signed, record.file, evidence), record)
         await self._fetcher.write_narinfo(path, nar)
@@ -304,9 +297,3 @@ def _append(descriptor: int, hasher: hashlib._Hash, chunk: bytearray) -> None:
         while view:
             view = view[os.write(descriptor, view) :]
     hasher.update(chunk)
-
-
-def _drop(incoming: tuple[int, Path]) -> None:
-    descriptor, path = incoming
-    os.close(descriptor)
-    path.unlink(missing_ok=True)

@@ -107,9 +107,11 @@ class LocalStorage:
         """Take a file away; nothing if there is none."""
         self.path(name).unlink(missing_ok=True)
 
-    def discard(self, incoming: Path) -> None:
-        """Drop a file that was on its way in."""
-        incoming.unlink(missing_ok=True)
+    def discard(self, incoming: tuple[int, Path]) -> None:
+        """Close a file that was on its way in, and drop it unless it was published."""
+        descriptor, path = incoming
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
 
     def keep_upload(self, incoming: Path, file: str) -> None:
         """Let a NAR whose hash is its name wait for its narinfo."""
