@@ -28,6 +28,7 @@ python3Packages.buildPythonApplication {
     pydantic-settings
     pyjwt
     pynacl
+    pyyaml
     requests
     rfc3161-client
     rich

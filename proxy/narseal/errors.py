@@ -11,6 +11,7 @@ NarsealError
 │   └── MalformedCacheInfo
 ├── Refused                     understood, and not to be served
 │   └── ContentMismatch         the bytes are not what the narinfo says
+├── Denied                      verified, and the operator's policy keeps it back
 ├── NotFound                    confirmed absence
 │   └── NotYet                  it will be there
 ├── BadUpload                   an upload that is not taken
@@ -112,6 +113,13 @@ class Refused(NarsealError):
 
 class ContentMismatch(Refused):
     """A NAR whose bytes are not what its narinfo says."""
+
+
+class Denied(NarsealError):
+    """A path that does not have what the operator's policy asks of it. Nix goes on as with 404."""
+
+    status = 403
+    reason = "policy"
 
 
 class NotFound(NarsealError):

@@ -21,7 +21,7 @@ from narseal.config import Config
 from narseal.custody import write_private
 from narseal.nix.cache_info import CacheInfo
 from narseal.nix.narinfo import NarInfo
-from narseal.server.worker import work
+from narseal.server.worker import Stop, work
 from narseal.storage import Epoch, LocalStorage, epoch_file, migrate
 from tests.tools.cache import key
 
@@ -117,7 +117,7 @@ async def narseal(folder: Path, *upstreams: dict[str, Any], **more: Any) -> Asyn
     storage.prepare(CacheInfo(config.store_dir))
     sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
     sock.setblocking(False)
-    ready, stop = asyncio.Event(), asyncio.Event()
+    ready, stop = asyncio.Event(), Stop()
     task = asyncio.create_task(
         work(
             config,
@@ -142,7 +142,7 @@ async def narseal(folder: Path, *upstreams: dict[str, Any], **more: Any) -> Asyn
             url = "http://{}:{}".format(*sock.getsockname())
             yield Client(url, session, folder / "storage")
     finally:
-        stop.set()
+        stop.now()
         await task
 
 

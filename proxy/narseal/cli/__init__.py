@@ -7,12 +7,15 @@ import sys
 import click
 
 from narseal import __version__
+from narseal.cli.attest import attest
 from narseal.cli.check import check_config
 from narseal.cli.fetch import fetch
 from narseal.cli.index import index
 from narseal.cli.key import key
+from narseal.cli.policy import policy
 from narseal.cli.serve import serve
 from narseal.cli.sign import sign
+from narseal.cli.status import status
 from narseal.cli.token import token
 from narseal.cli.verify import verify
 from narseal.errors import NarsealError
@@ -34,6 +37,9 @@ narseal.add_command(key)
 narseal.add_command(sign)
 narseal.add_command(verify)
 narseal.add_command(fetch)
+narseal.add_command(attest)
+narseal.add_command(policy)
+narseal.add_command(status)
 narseal.add_command(token)
 narseal.add_command(index)
 

@@ -13,21 +13,14 @@ from narseal.cli.load import config_option, load
 @config_option
 def check_config(config_file: Path) -> None:
     """Check the configuration file and the key files that it names, without serving."""
-    from narseal.custody import expand
-    from narseal.custody.tokens import Tokens
-    from narseal.pipeline.cosigning import Cosigning, UpstreamSigners, token_source
-    from narseal.pipeline.substituter import load_keys
-    from narseal.server.worker import tls_context
+    from narseal.pipeline.cosigning import token_source
+    from narseal.server.check import check
 
     config = load(config_file)
-    keys = load_keys(config)
-    tls_context(config)
-    UpstreamSigners(config)
-    if config.upload.tokens_file:
-        Tokens(Path(expand(config.upload.tokens_file)))
-    cosigning = Cosigning(config.cosign)
+    found = check(config)
+    cosigning = found.cosigning
     click.echo(f"{config_file}: good")
-    for key in keys:
+    for key in found.keys:
         click.echo(f"  signs with   {key.public}")
     if cosigning.key:
         click.echo(f"  cosigns with {config.cosign.key} (hint {cosigning.key.public.hint})")
@@ -40,3 +33,8 @@ def check_config(config_file: Path) -> None:
             names = f"{names} and bundles of {signer}" if names else f"bundles of {signer}"
         names = names or "its content"
         click.echo(f"  trusts       {upstream.url} by {names}")
+    for number, rule in enumerate(config.policy):
+        asked = rule.require or rule.action
+        click.echo(f"  policy[{number}]    {', '.join(rule.match)}: {asked}")
+    if config.policy:
+        click.echo(f"  else         {config.policy_default}")

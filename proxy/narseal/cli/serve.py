@@ -26,17 +26,17 @@ def serve(config_file: Path) -> None:
     directory = tempfile.mkdtemp(prefix="narseal-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
     try:
-        sys.exit(_run(config))
+        sys.exit(_run(config, config_file))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _run(config: Config) -> int:
+def _run(config: Config, file: Path) -> int:
     from narseal.pipeline.substituter import load_keys
     from narseal.server.sockets import url_of
     from narseal.server.supervisor import Supervisor
 
-    supervisor = Supervisor(config)
+    supervisor = Supervisor(config, file=file, load=lambda: load(file))
     keys = " ".join(str(key.public) for key in load_keys(config))
     url = url_of(supervisor.sockets[0][0], tls=config.tls is not None)
 

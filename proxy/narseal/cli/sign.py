@@ -8,40 +8,21 @@ from pathlib import Path
 
 import click
 
-from narseal.cli.load import load
-from narseal.cli.sigstore import progress
-from narseal.config import CosignConfig
+from narseal.cli.sigstore import Signing, progress, signing_options
 from narseal.errors import ConfigError
 
 _PATH = click.Path(path_type=Path, exists=True)
-_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=_PATH)
-@click.option("--config", "config_file", type=_FILE, help="Sign as its [cosign] section says.")
-@click.option("--key", type=_FILE, help="An encrypted cosign.key.")
-@click.option(
-    "--password-file", type=_FILE, help="The key's password; a $CREDENTIALS_DIRECTORY/… too."
-)
-@click.option("--log/--no-log", default=False, help="With --key: enter into a log, timestamped.")
-@click.option("--keyless", is_flag=True, help="With a certificate for an OIDC identity.")
-@click.option("--trust-config", type=_FILE, help="A private Sigstore; else the public one.")
-@click.option("--identity-token-file", type=_FILE, help="Else the CI system is asked.")
-@click.option("--identity-token-env", help="A variable that holds the token.")
+@signing_options
 @click.option("--legacy", is_flag=True, help="Write FILE.sig and FILE.pem too, for older cosign.")
 @click.option("--force", is_flag=True, help="Replace signatures that are there.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was signed as JSON lines.")
 def sign(
     files: tuple[Path, ...],
-    config_file: Path | None,
-    key: Path | None,
-    password_file: Path | None,
-    log: bool,
-    keyless: bool,
-    trust_config: Path | None,
-    identity_token_file: Path | None,
-    identity_token_env: str | None,
+    signing: Signing,
     legacy: bool,
     force: bool,
     as_json: bool,
@@ -53,20 +34,7 @@ def sign(
     from narseal.pipeline import release
     from narseal.pipeline.cosigning import Cosigning
 
-    if sum((config_file is not None, key is not None, keyless)) != 1:
-        raise click.UsageError("one of --key, --keyless and --config")
-    if config_file:
-        config = load(config_file).cosign
-    else:
-        config = CosignConfig(
-            mode="key" if key else "keyless",
-            key=f"file:{key}" if key else None,
-            password_file=str(password_file) if password_file else None,
-            log=log,
-            trust_config=str(trust_config) if trust_config else None,
-            identity_token_file=str(identity_token_file) if identity_token_file else None,
-            identity_token_env=identity_token_env,
-        )
+    config = signing.config()
     targets = [release.signable(file) for file in files]
     for target in targets:
         if _beside(target, ".sigstore.json").exists() and not force:

@@ -20,7 +20,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from narseal.cli.load import load
+
 if TYPE_CHECKING:
+    from narseal.config import CosignConfig
     from narseal.cosign.verify import Verifier
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -59,13 +62,69 @@ class Expectation:
                 ) from error
         known = trust.load(self.trusted_root) if self.trusted_root else None
         if self.key:
-            return Verifier(ByKey((read_public_key(self.key),)), known)
+            return Verifier(ByKey((read_public_key(str(self.key)),)), known)
         if not name or not self.issuer:
             return None
         if known is None and self.offline:
             raise click.UsageError("--offline needs --trusted-root for a keyless signature")
         expected = ByIdentity(name, self.issuer, is_regex=self.identity is None)
         return Verifier(expected, known or trust.public_instance())
+
+
+@dataclass(frozen=True, slots=True)
+class Signing:
+    """What to sign with, as the options say it."""
+
+    config_file: Path | None
+    key: Path | None
+    password_file: Path | None
+    log: bool
+    keyless: bool
+    trust_config: Path | None
+    identity_token_file: Path | None
+    identity_token_env: str | None
+
+    def config(self) -> CosignConfig:
+        """The options as a section; UsageError if they name no way to sign, or two."""
+        from narseal.config import CosignConfig
+
+        if sum((self.config_file is not None, self.key is not None, self.keyless)) != 1:
+            raise click.UsageError("one of --key, --keyless and --config")
+        if self.config_file:
+            return load(self.config_file).cosign
+        token = self.identity_token_file
+        return CosignConfig(
+            mode="key" if self.key else "keyless",
+            key=f"file:{self.key}" if self.key else None,
+            password_file=str(self.password_file) if self.password_file else None,
+            log=self.log,
+            trust_config=str(self.trust_config) if self.trust_config else None,
+            identity_token_file=str(token) if token else None,
+            identity_token_env=self.identity_token_env,
+        )
+
+
+def signing_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command a `signing`."""
+    options = [
+        click.option(
+            "--config", "config_file", type=_FILE, help="Sign as its [cosign] section says."
+        ),
+        click.option("--key", type=_FILE, help="An encrypted cosign.key."),
+        click.option(
+            "--password-file",
+            type=_FILE,
+            help="The key's password; a $CREDENTIALS_DIRECTORY/… too.",
+        ),
+        click.option(
+            "--log/--no-log", default=False, help="With --key: enter into a log, timestamped."
+        ),
+        click.option("--keyless", is_flag=True, help="With a certificate for an OIDC identity."),
+        click.option("--trust-config", type=_FILE, help="A private Sigstore; else the public one."),
+        click.option("--identity-token-file", type=_FILE, help="Else the CI system is asked."),
+        click.option("--identity-token-env", help="A variable that holds the token."),
+    ]
+    return _grouped(command, Signing, "signing", options)
 
 
 def expectation_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,15 +144,22 @@ def expectation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
     ]
 
+    return _grouped(command, Expectation, "expectation", options)
+
+
+def _grouped(
+    command: Callable[..., Any], value: type[Any], name: str, options: list[Callable[..., Any]]
+) -> Callable[..., Any]:
+    """The command with options that come to it as one value."""
+
     @functools.wraps(command)
-    def with_expectation(**given: Any) -> Any:
-        names = [field.name for field in fields(Expectation)]
-        expectation = Expectation(**{name: given.pop(name) for name in names})
-        return command(expectation=expectation, **given)
+    def grouped(**given: Any) -> Any:
+        parts = {field.name: given.pop(field.name) for field in fields(value)}
+        return command(**{name: value(**parts)}, **given)
 
     for option in reversed(options):
-        with_expectation = option(with_expectation)
-    return with_expectation
+        grouped = option(grouped)
+    return grouped
 
 
 def progress(*, of_bytes: bool, shown: bool) -> Progress:

@@ -6,21 +6,13 @@ values here, only paths of files.
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -28,19 +20,47 @@ from pydantic_settings import (
 )
 
 from narseal.config.location import sentences
+from narseal.config.policy import (
+    AcceptConfig,
+    AttestationsConfig,
+    PolicyConfig,
+    RequirementConfig,
+    predicate_type,
+)
+from narseal.config.sections import Section, SignerSection, Who
 from narseal.config.values import Duration, Key, Listen, Size, with_scheme
 from narseal.errors import ConfigError
 from narseal.nix.store_path import check_store_dir
 
+__all__ = [
+    "AcceptConfig",
+    "AttestationsConfig",
+    "Config",
+    "CosignConfig",
+    "LimitsConfig",
+    "LogConfig",
+    "MetricsConfig",
+    "OidcConfig",
+    "PolicyConfig",
+    "RequirementConfig",
+    "SigningConfig",
+    "SigningKeyConfig",
+    "StorageConfig",
+    "TlsConfig",
+    "UploadConfig",
+    "UpstreamConfig",
+    "Who",
+    "predicate_type",
+]
+
 ENV_PREFIX = "NARSEAL_"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+class UpstreamConfig(SignerSection):
+    """`[[upstream]]`: a binary cache that narseal stands in front of.
 
-
-class UpstreamConfig(_Section):
-    """`[[upstream]]`: a binary cache that narseal stands in front of."""
+    With `verify = "bundle"` it says who must have signed each NAR.
+    """
 
     url: Annotated[str, with_scheme("http", "https", "file")]
     #: In metrics; the host or the folder's name if it is not given.
@@ -61,15 +81,6 @@ class UpstreamConfig(_Section):
     redirect_origins: tuple[Annotated[str, with_scheme("http", "https")], ...] = ()
     netrc_file: str | None = None
     headers_file: str | None = None
-    #: With `verify = "bundle"`: who must have signed each NAR, by certificate …
-    identity: str | None = None
-    #: … or any whose whole name matches,
-    identity_regex: str | None = None
-    issuer: str | None = None
-    #: … or by key: a cosign.pub.
-    cosign_key: str | None = None
-    #: A trusted root or trust config; without it, the public Sigstore instance's by TUF.
-    trust_config: str | None = None
 
     @property
     def label(self) -> str:
@@ -84,25 +95,17 @@ class UpstreamConfig(_Section):
                 'public_keys is empty: name the upstream\'s key, or set verify = "content"'
                 " for an unsigned upstream that you trust"
             )
-        named = self.identity or self.identity_regex
-        if self.verify == "bundle" and bool(named and self.issuer) == bool(self.cosign_key):
+        if self.verify == "bundle" and not self.names_signer:
             raise ValueError(
                 'verify = "bundle" needs to know who signs: identity and issuer, or cosign_key'
             )
-        if self.identity and self.identity_regex:
-            raise ValueError("identity and identity_regex exclude each other")
-        if self.identity_regex:
-            try:
-                re.compile(self.identity_regex)
-            except re.error as error:
-                raise ValueError(f"identity_regex is no regular expression: {error}") from error
         names = [key.name for key in self.public_keys]
         if len(set(names)) < len(names):
             raise ValueError("two public_keys have the same name")
         return self
 
 
-class StorageConfig(_Section):
+class StorageConfig(Section):
     """`[storage]`: where verified files and the index are."""
 
     url: Annotated[str, with_scheme("file")] = "file:///var/lib/narseal/cache"
@@ -112,20 +115,20 @@ class StorageConfig(_Section):
     recompress_level: Annotated[int, Field(ge=1, le=19)] = 3
 
 
-class SigningKeyConfig(_Section):
+class SigningKeyConfig(Section):
     """`[[signing.key]]`: one of the operator's substituter keys."""
 
     url: Annotated[str, Field(pattern=r"^file:.+")]
     not_after: datetime | None = None
 
 
-class SigningConfig(_Section):
+class SigningConfig(Section):
     """`[signing]`."""
 
     key: tuple[SigningKeyConfig, ...] = ()
 
 
-class CosignConfig(_Section):
+class CosignConfig(Section):
     """`[cosign]`: Sigstore signatures on what was verified by content."""
 
     mode: Literal["off", "key", "keyless"] = "off"
@@ -171,7 +174,7 @@ class CosignConfig(_Section):
         return self
 
 
-class OidcConfig(_Section):
+class OidcConfig(Section):
     """`[[upload.oidc]]`: tokens of a CI system that may upload."""
 
     issuer: Annotated[str, with_scheme("http", "https")]
@@ -179,7 +182,7 @@ class OidcConfig(_Section):
     #: The exact `sub`.
     identity: str | None = None
     #: Other claims, each compared exactly.
-    claims: dict[str, str | int | bool] = {}
+    claims: dict[str, str | int | bool] = Field(default={})
     #: Globs on store path names.
     allow: tuple[str, ...] = ()
 
@@ -190,7 +193,7 @@ class OidcConfig(_Section):
         return self
 
 
-class UploadConfig(_Section):
+class UploadConfig(Section):
     """`[upload]`: what `nix copy --to` may bring."""
 
     enabled: bool = False
@@ -218,7 +221,7 @@ class UploadConfig(_Section):
         return self
 
 
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
     """`[limits]`: bounds on what comes from outside."""
 
     #: Largest NAR, decompressed, whatever its narinfo says.
@@ -247,14 +250,14 @@ class LimitsConfig(_Section):
     shutdown_timeout: Duration = 30.0
 
 
-class TlsConfig(_Section):
+class TlsConfig(Section):
     """`[tls]`: PEM files; without it narseal speaks plain HTTP."""
 
     certificate: str
     key: str
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """`[log]`: JSON lines on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -262,7 +265,7 @@ class LogConfig(_Section):
     access: bool = False
 
 
-class MetricsConfig(_Section):
+class MetricsConfig(Section):
     """`[metrics]`: without `listen`, /metrics is on the main port for loopback callers."""
 
     listen: Listen | None = None
@@ -288,6 +291,10 @@ class Config(BaseSettings):
     signing: SigningConfig = SigningConfig()
     cosign: CosignConfig = CosignConfig()
     upload: UploadConfig = UploadConfig()
+    policy: tuple[PolicyConfig, ...] = ()
+    #: For paths that no rule is about.
+    policy_default: Literal["allow", "deny"] = "allow"
+    attestations: AttestationsConfig = AttestationsConfig()
     limits: LimitsConfig = LimitsConfig()
     tls: TlsConfig | None = None
     log: LogConfig = LogConfig()

@@ -113,13 +113,19 @@ def render(paths: Iterable[AttestedPath]) -> bytes:
         subjects.setdefault(path.file_hash.digest, f"nar/{path.file}")
         subjects.setdefault(path.info.nar_hash.digest, str(path.info.store_path))
         facts.append(path.facts())
+    named = (Subject(name, digest) for digest, name in subjects.items())
+    return render_statement(named, PREDICATE_TYPE, {"paths": facts})
+
+
+def render_statement(
+    subjects: Iterable[Subject], predicate_type: str, predicate: dict[str, Any]
+) -> bytes:
+    """An in-toto Statement v1 of any predicate type."""
     tree = {
         "_type": _TYPE,
-        "subject": [
-            {"name": name, "digest": {"sha256": digest.hex()}} for digest, name in subjects.items()
-        ],
-        "predicateType": PREDICATE_TYPE,
-        "predicate": {"paths": facts},
+        "subject": [{"name": s.name, "digest": {"sha256": s.digest.hex()}} for s in subjects],
+        "predicateType": predicate_type,
+        "predicate": predicate,
     }
     return json.dumps(tree, separators=(",", ":")).encode()
 

@@ -7,7 +7,7 @@ a bounded depth, nothing behind the end. Format: Nix manual, "Nix Archive (NAR) 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from narseal.errors import ContentMismatch, MalformedNar
@@ -221,7 +221,17 @@ class Directory:
     entries: Mapping[bytes, Node]
 
 
-Node = Regular | Symlink | Directory
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """A regular file whose contents are read when it is their turn."""
+
+    size: int
+    #: Gives `size` bytes in all.
+    pieces: Callable[[], Iterable[bytes]]
+    executable: bool = False
+
+
+Node = Regular | Symlink | Directory | Streamed
 
 
 def render(node: Node) -> Iterator[bytes]:
@@ -231,10 +241,15 @@ def render(node: Node) -> Iterator[bytes]:
 
 
 def _render(node: Node) -> Iterator[bytes]:
-    if isinstance(node, Regular):
+    if isinstance(node, Regular | Streamed):
         mark = _strings(b"executable", b"") if node.executable else b""
         yield _strings(b"(", b"type", b"regular") + mark + _string(b"contents")
-        yield _string(node.contents)
+        if isinstance(node, Regular):
+            yield _string(node.contents)
+        else:
+            yield node.size.to_bytes(8, "little")
+            yield from node.pieces()
+            yield bytes(-node.size % 8)
         yield _string(b")")
     elif isinstance(node, Symlink):
         yield _strings(b"(", b"type", b"symlink", b"target", node.target, b")")

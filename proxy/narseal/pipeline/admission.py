@@ -10,6 +10,7 @@ from time import monotonic, time
 
 from narseal.config import Config
 from narseal.errors import (
+    Denied,
     Malformed,
     NarsealError,
     NotFound,
@@ -28,6 +29,7 @@ from narseal.pipeline.fetch import REFUSED_SECONDS, Fetcher
 from narseal.pipeline.flights import Flights
 from narseal.pipeline.inspection import Measured
 from narseal.pipeline.memory import Negatives
+from narseal.pipeline.policy import Policy, content_digests
 from narseal.pipeline.sidecars import Sidecars
 from narseal.pipeline.transfer import Origin
 from narseal.storage import Admitted, Epoch, Index, NarRecord, PathRecord
@@ -60,9 +62,11 @@ class Admission:
         crew: Crew,
         epoch: Epoch,
         sidecars: Sidecars,
+        policy: Policy,
     ) -> None:
         self._config = config
         self._sidecars = sidecars
+        self._policy = policy
         self._upstreams = sorted(upstreams, key=lambda upstream: upstream.config.priority)
         self._index = index
         self._fetcher = fetcher
@@ -80,9 +84,9 @@ class Admission:
         )
 
     async def path(self, hash_part: str) -> Admitted:
-        """The admitted, countersigned path of a hash.
+        """The admitted, countersigned path of a hash, which policy lets through.
 
-        Raises NotFound, Refused or Malformed (all 404), Trouble (5xx).
+        Raises NotFound, Refused or Malformed (all 404), Denied (403), Trouble (5xx).
         """
         if (known := self._negatives.get(hash_part)) is not None:
             raise known
@@ -97,6 +101,7 @@ class Admission:
     async def _find(self, hash_part: str) -> Admitted:
         found = await self._index.path(hash_part)
         if found and not found[0].withdrawn:
+            await self._policy.check(found[0].info, content_digests(found[0].info, found[1]))
             return await self._renewed(*found)
         return await self._admit(hash_part)
 
@@ -110,6 +115,22 @@ class Admission:
         if nar.stored:
             await self._fetcher.write_narinfo(path, nar)
         return path, nar
+
+    async def look(self, hash_part: str) -> tuple[Admitted, bool]:
+        """A path as it is admitted, or as it would be, whatever policy says; and which of both.
+
+        Nothing is signed or kept. NotFound, Refused, Malformed or Trouble if nobody has it.
+        """
+        if found := await self._index.path(hash_part):
+            return found, not found[0].withdrawn
+        answers = Answers()
+        async with in_order(
+            self._upstreams, lambda u: self._ask(u, hash_part), answers, thing=hash_part
+        ) as candidates:
+            async for upstream, candidate in candidates:
+                nar = NarRecord.of(candidate.info, upstream.config.url)
+                return (PathRecord(candidate.info, nar.file, candidate.evidence.text), nar), False
+        raise answers.verdict(hash_part)
 
     async def origins(self, record: NarRecord, info: NarInfo) -> AsyncIterator[Origin]:
         """Where the very file of an admitted path can be had: its own upstream, then others."""
@@ -153,7 +174,7 @@ class Admission:
                         self._epoch.advance()
                     answers.note(error, upstream=upstream.config.url, thing=thing)
         verdict = answers.verdict(thing)
-        if isinstance(verdict, NotFound | Refused | Malformed):
+        if isinstance(verdict, NotFound | Refused | Malformed | Denied):
             self._negatives.put(hash_part, verdict)
         raise verdict
 
@@ -188,6 +209,7 @@ class Admission:
     async def _take(self, upstream: Upstream, candidate: _Candidate) -> Admitted:
         """Hold a candidate to its bytes where they come first, countersign it, pin it."""
         info, evidence = candidate.info, candidate.evidence
+        self._policy.check_name(info.store_path)
         recompress = self._config.storage.recompress and info.compression in (
             "xz",
             "bzip2",
@@ -198,9 +220,12 @@ class Admission:
             async def check(measured: Measured) -> None:
                 if upstream.config.verify == "bundle":
                     await self._sidecars.check(upstream, info, evidence, measured.file_hash)
+                content = frozenset((info.nar_hash.digest, measured.file_hash.digest))
+                await self._policy.check(info, content)
 
             nar = await self._fetcher.fetch_first(info, Origin(upstream, info.url), check)
         else:
+            await self._policy.check(info, frozenset((info.nar_hash.digest,)))
             nar = NarRecord.of(info, upstream.config.url)
         signed = await self.sign(info)
         path, nar = await self._index.admit(PathRecord(signed, nar.file, evidence.text), nar)

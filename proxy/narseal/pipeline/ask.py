@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TypeVar
 
 from narseal.errors import (
+    Denied,
     Malformed,
     NarsealError,
     NotFound,
@@ -27,7 +28,7 @@ class Answers:
     """What the upstreams said that was of no use, and what that means together."""
 
     def __init__(self) -> None:
-        self._refused: Refused | Malformed | None = None
+        self._refused: Refused | Malformed | Denied | None = None
         self._trouble: Trouble | None = None
 
     def note(self, error: NarsealError, *, upstream: str, thing: str) -> None:
@@ -35,6 +36,8 @@ class Answers:
         if isinstance(error, Refused | Malformed):
             reject(error, upstream=upstream, thing=thing)
             self._refused = self._refused or error
+        elif isinstance(error, Denied):
+            self._refused = error  # what was verified says more than what was not
         elif isinstance(error, Trouble):
             self._trouble = self._trouble or error
         elif not isinstance(error, NotFound):

@@ -21,7 +21,8 @@ from narseal.cosign import statement
 from narseal.cosign.statement import AttestedPath
 from narseal.errors import NarsealError, Unavailable
 from narseal.pipeline.cosigning import Cosigning
-from narseal.storage import Admitted, Index, Leadership, LocalStorage
+from narseal.pipeline.policy import Policy, content_digests
+from narseal.storage import Admitted, Index, Leadership, LocalStorage, bundle_name
 from narseal.telemetry import metrics
 
 T = TypeVar("T")
@@ -48,7 +49,9 @@ class Attester:
         index: Index,
         storage: LocalStorage,
         leadership: Leadership,
+        policy: Policy,
     ) -> None:
+        self._policy = policy
         self._cosigning = cosigning
         self._config = cosigning.config
         self._attestations = index.attestations
@@ -128,11 +131,28 @@ class Attester:
         most = self._cosigning.batch_subjects
         if not count or (count * 2 < most and age < self._config.batch_max_age):
             return False
-        batch, is_full = _batch(await self._attestations.oldest(most), most)
+        batch, is_full = _batch(await self._passing(await self._attestations.oldest(most)), most)
         if not batch or not (is_full or age >= self._config.batch_max_age):
             return False
         await self._attest(batch)
         return True
+
+    async def _passing(self, waiting: list[Admitted]) -> list[Admitted]:
+        """Those that policy lets through; the others do not wait any more.
+
+        They wait again when somebody attests them, and after each start.
+        """
+        passing = [
+            (path, nar)
+            for path, nar in waiting
+            if await self._policy.passes(path.info, content_digests(path.info, nar))
+        ]
+        kept_back = {path.info.store_path.hash_part for path, _ in waiting} - {
+            path.info.store_path.hash_part for path, _ in passing
+        }
+        if kept_back:
+            await self._attestations.drop(sorted(kept_back))
+        return passing
 
     async def _attest(self, batch: list[Admitted]) -> None:
         paths = [attested_path(admitted) for admitted in batch]
@@ -165,11 +185,6 @@ def attested_path(admitted: Admitted) -> AttestedPath:
     assert nar.stored  # the queue has no others
     assert nar.file_hash
     return AttestedPath(path.info, nar.file, nar.file_hash)
-
-
-def bundle_name(digest: bytes) -> str:
-    """Where a bundle is in storage, by its own SHA-256."""
-    return f"attestations/{digest.hex()}.sigstore.json"
 
 
 def _batch(waiting: list[Admitted], most: int) -> tuple[list[Admitted], bool]:

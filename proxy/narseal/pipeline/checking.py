@@ -9,9 +9,8 @@ from pathlib import Path
 from narseal.errors import Malformed
 from narseal.nix.keys import PublicKey
 from narseal.nix.narinfo import NarInfo
-from narseal.pipeline.attest import bundle_name
 from narseal.pipeline.fetch import served
-from narseal.storage import Admitted, Index, LocalStorage, NarRecord
+from narseal.storage import Admitted, Index, LocalStorage, NarRecord, bundle_name
 
 _PAGE = 500
 _CHUNK = 1 << 20

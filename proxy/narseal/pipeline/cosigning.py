@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from narseal.config import Config, CosignConfig, UpstreamConfig
+from narseal.config import Config, CosignConfig, Who
 from narseal.cosign import identity, trust
+from narseal.cosign.bundle import Bundle
 from narseal.cosign.identity import TokenSource
 from narseal.cosign.keys import CosignKey, CosignPublicKey
 from narseal.cosign.sign import KeylessSigner, KeySigner, Signer
 from narseal.cosign.trust import Trust
-from narseal.cosign.verify import ByIdentity, ByKey, Verifier
+from narseal.cosign.verify import ByIdentity, ByKey, Verified, Verifier
 from narseal.custody import expand, read_private
 from narseal.errors import ConfigError, MalformedKey
 from narseal.telemetry import metrics
@@ -78,6 +80,18 @@ def _observe(seconds: float, log_seconds: float) -> None:
         metrics.observe_verification("rekor", "good", log_seconds)
 
 
+def verified(verifier: Verifier, data: bytes, digest: bytes) -> Verified:
+    """What a stranger's bundle says of the file with this SHA-256, measured. Blocks.
+
+    Refused or MalformedAttestation if it does not verify.
+    """
+    with metrics.verifying("bundle"):
+        found = verifier.verify(Bundle.parse(data), digest)
+    if found.log_index is not None:
+        metrics.observe_verification("rekor", "good", found.log_seconds)
+    return found
+
+
 def load_key(config: CosignConfig) -> CosignKey:
     """The encrypted key of the configuration; ConfigError names the file and what is wrong."""
     assert config.key is not None  # the configuration saw to it
@@ -90,13 +104,16 @@ def load_key(config: CosignConfig) -> CosignKey:
         raise ConfigError(f"{file}: {error}{hint}") from error
 
 
-def read_public_key(file: Path) -> CosignPublicKey:
-    """A `cosign.pub`; ConfigError if it cannot be used."""
+def read_public_key(key: str) -> CosignPublicKey:
+    """A `cosign.pub`, by its path or as its text; ConfigError if it cannot be used."""
+    inline = key.lstrip().startswith("-----")
     try:
-        with file.open(encoding="ascii") as opened:
+        if inline:
+            return CosignPublicKey.parse(key.strip() + "\n")
+        with Path(expand(key)).open(encoding="ascii") as opened:
             return CosignPublicKey.parse(opened.read(_MAX_PUBLIC))
     except (OSError, UnicodeDecodeError, MalformedKey) as error:
-        raise ConfigError(f"{file}: {error}") from error
+        raise ConfigError(f"{'cosign_key' if inline else key}: {error}") from error
 
 
 def token_source(config: CosignConfig) -> tuple[TokenSource, str]:
@@ -121,31 +138,37 @@ def token_source(config: CosignConfig) -> tuple[TokenSource, str]:
     return identity.ambient, "the CI system"
 
 
-class UpstreamSigners:
-    """Who must have signed what an upstream with `verify = "bundle"` gives."""
+class Signers:
+    """Verifiers of what those sign whom the configuration names."""
 
-    def __init__(self, config: Config) -> None:
-        """ConfigError if a key or trust file cannot be used. Blocks."""
-        self._configs = {u.url: u for u in config.upstream if u.verify == "bundle"}
-        self._verifiers = {
-            upstream.url: _upstream_verifier(upstream)
-            for upstream in self._configs.values()
-            if upstream.trust_config or upstream.cosign_key
-        }
+    def __init__(self, known: Iterable[Who], *, trust_config: str | None = None) -> None:
+        """ConfigError if a key or trust file of `known` cannot be used. Blocks.
 
-    def verifier(self, url: str) -> Verifier:
-        """The upstream's. Blocks where the public instance's roots are still to be had."""
-        if url not in self._verifiers:
-            self._verifiers[url] = _upstream_verifier(self._configs[url])
-        return self._verifiers[url]
+        `trust_config` is for those who name none; without it, the public Sigstore instance.
+        """
+        self._trust_config = trust_config
+        self._verifiers: dict[Who, Verifier] = {}
+        for who in known:
+            if who.cosign_key or who.trust_config or trust_config:
+                self.verifier(who)
+
+    def verifier(self, who: Who) -> Verifier:
+        """Of one of them. Blocks where the public instance's roots are still to be had."""
+        if who not in self._verifiers:
+            self._verifiers[who] = self._make(who)
+        return self._verifiers[who]
+
+    def _make(self, who: Who) -> Verifier:
+        file = who.trust_config or (None if who.cosign_key else self._trust_config)
+        known = trust.load(Path(expand(file))) if file else None
+        if who.cosign_key:
+            return Verifier(ByKey((read_public_key(who.cosign_key),)), known)
+        assert who.identity  # the configuration saw to it
+        assert who.issuer
+        expected = ByIdentity(who.identity, who.issuer, is_regex=who.is_regex)
+        return Verifier(expected, known or trust.public_instance())
 
 
-def _upstream_verifier(config: UpstreamConfig) -> Verifier:
-    known = trust.load(Path(config.trust_config)) if config.trust_config else None
-    if config.cosign_key:
-        return Verifier(ByKey((read_public_key(Path(expand(config.cosign_key))),)), known)
-    identity_ = config.identity or config.identity_regex
-    assert identity_  # the configuration saw to it
-    assert config.issuer
-    expected = ByIdentity(identity_, config.issuer, is_regex=config.identity is None)
-    return Verifier(expected, known or trust.public_instance())
+def upstream_signers(config: Config) -> Signers:
+    """Who must have signed what upstreams with `verify = "bundle"` give."""
+    return Signers(u.who for u in config.upstream if u.verify == "bundle")

@@ -14,6 +14,7 @@ from narseal.pipeline.blocking import Blocking
 from narseal.pipeline.crew import Crew
 from narseal.pipeline.inspection import Measured
 from narseal.pipeline.memory import HotMap
+from narseal.pipeline.policy import Policy, content_digests
 from narseal.pipeline.recompress import Recompression
 from narseal.pipeline.rejection import reject
 from narseal.pipeline.transfer import Origin, Reader, Transfer
@@ -39,8 +40,10 @@ class Fetcher:
         hot: HotMap,
         crew: Crew,
         blocking: Blocking,
+        policy: Policy,
     ) -> None:
         self._config = config
+        self._policy = policy
         self._storage = storage
         self._index = index
         self._epoch = epoch
@@ -180,7 +183,12 @@ class Fetcher:
         self._epoch.advance()
 
     async def write_narinfo(self, path: PathRecord, nar: NarRecord) -> None:
-        """Put a path's narinfo beside its stored NAR, so that the folder is a binary cache."""
+        """Put a path's narinfo beside its stored NAR, so that the folder is a binary cache.
+
+        Not that of a path that policy keeps back.
+        """
+        if not await self._policy.passes(path.info, content_digests(path.info, nar)):
+            return
         text = served(path, nar).render()
         name = f"{path.info.store_path.hash_part}.narinfo"
         await self._blocking.run(self._storage.write, name, text)

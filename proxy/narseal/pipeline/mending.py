@@ -1,4 +1,7 @@
-"""Writing the narinfo files that a crash left out, between the index's row and the file."""
+"""Making the folder of narinfo files say what the index and policy say.
+
+A crash may have left a file out, between the index's row and the file; and rules change.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,34 @@ import logging
 from narseal.errors import NarsealError
 from narseal.pipeline.blocking import Blocking
 from narseal.pipeline.fetch import Fetcher
+from narseal.pipeline.policy import Policy, content_digests
 from narseal.storage import Index, LocalStorage
 
 _log = logging.getLogger(__name__)
 _PAGE = 1000
 
 
-async def mend(index: Index, storage: LocalStorage, fetcher: Fetcher, blocking: Blocking) -> None:
+async def mend(
+    index: Index, storage: LocalStorage, fetcher: Fetcher, policy: Policy, blocking: Blocking
+) -> None:
     """Once, at the start, in the background: so the folder is a whole binary cache again."""
     after = ""
     try:
         while page := await index.with_stored_nar(after=after, limit=_PAGE):
-            for hash_part in await blocking.run(_without_file, storage, page):
-                if found := await index.path(hash_part):
-                    await fetcher.write_narinfo(*found)
-                    _log.info("wrote %s.narinfo, which a crash had left out", hash_part)
+            without = await blocking.run(_without_file, storage, page)
+            for hash_part in page if policy.active else without:
+                found = await index.path(hash_part)
+                if found is None or found[0].withdrawn:
+                    continue
+                path, nar = found
+                if hash_part in without:
+                    await fetcher.write_narinfo(path, nar)
+                elif not await policy.passes(path.info, content_digests(path.info, nar)):
+                    await blocking.run(storage.remove, f"{hash_part}.narinfo")
             after = page[-1]
     except NarsealError as error:
         _log.warning("not every narinfo file could be looked after: %s", error)
 
 
-def _without_file(storage: LocalStorage, hash_parts: list[str]) -> list[str]:
-    return [part for part in hash_parts if not storage.path(f"{part}.narinfo").exists()]
+def _without_file(storage: LocalStorage, hash_parts: list[str]) -> set[str]:
+    return {part for part in hash_parts if not storage.path(f"{part}.narinfo").exists()}

@@ -10,6 +10,7 @@ from narseal.config import LimitsConfig
 from narseal.custody.tokens import Token
 from narseal.errors import (
     BadUpload,
+    Denied,
     Forbidden,
     Malformed,
     MalformedRealisation,
@@ -21,11 +22,13 @@ from narseal.nix import realisation
 from narseal.nix.keys import plausible
 from narseal.nix.realisation import BuildTraceEntry, Realisation
 from narseal.nix.store_path import StorePath
+from narseal.pipeline.admission import Admission
 from narseal.pipeline.ask import Answers, in_order
 from narseal.pipeline.countersign import Countersigner
 from narseal.pipeline.crew import Crew
 from narseal.pipeline.flights import Flights
 from narseal.pipeline.memory import Negatives
+from narseal.pipeline.policy import Policy
 from narseal.storage import Epoch, Index
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
@@ -48,7 +51,11 @@ class Realisations:
         countersigner: Countersigner,
         crew: Crew,
         epoch: Epoch,
+        admission: Admission,
+        policy: Policy,
     ) -> None:
+        self._admission = admission
+        self._policy = policy
         self._upstreams = sorted(upstreams, key=lambda upstream: upstream.config.priority)
         self._index = index
         self._countersigner = countersigner
@@ -61,11 +68,13 @@ class Realisations:
     async def get(self, name: str) -> bytes:
         """The rendered file of `realisations/…` or `build-trace-v2/…` (percent-decoded).
 
-        Raises NotFound, Refused, Malformed (all 404) or Trouble.
+        Raises NotFound, Refused, Malformed (all 404), Denied (403) or Trouble.
         """
         stored = await self._index.realisation(name)
         if stored is not None:
-            return await self._countersigned(name, _parse(name, stored), stored)
+            entry = _parse(name, stored)
+            await self._check(entry)
+            return await self._countersigned(name, entry, stored)
         if (known := self._negatives.get(name)) is not None:
             raise known
         return await self._flights.join(name, lambda: self._admit(name))
@@ -76,6 +85,7 @@ class Realisations:
             self._upstreams, lambda u: self._ask(u, name), answers, thing=name
         ) as found:
             async for _, (entry, evidence) in found:
+                await self._check(entry)
                 return await self._countersigned(name, entry, None, evidence)
         verdict = answers.verdict(name)
         if isinstance(verdict, NotFound | Refused | MalformedRealisation):
@@ -125,8 +135,18 @@ class Realisations:
                 raise UploadConflict(f"{name} is here with {present.out_path}")
             kept |= set(present.signatures)
         merged = entry.with_signatures(tuple(sorted(kept)))
-        await self._countersigned(name, merged, stored, f"upload {token.id}")
+        evidence = f"upload {token.id}"
+        try:
+            await self._check(entry)
+            await self._countersigned(name, merged, stored, evidence)
+        except Denied:  # signed once its path may be served
+            await self._index.put_realisation(name, merged.render(), evidence)
         self._epoch.arrive()
+
+    async def _check(self, entry: Entry) -> None:
+        """Denied if policy keeps the path back that it is about; else as `Admission.path`."""
+        if self._policy.active:
+            await self._admission.path(entry.out_path.hash_part)
 
     async def _countersigned(
         self, name: str, entry: Entry, stored: bytes | None, evidence: str = "stored"

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from narseal.cosign.bundle import MAX_BYTES, Bundle
+from narseal.cosign.bundle import MAX_BYTES
 from narseal.cosign.statement import contradictions
-from narseal.cosign.verify import Verified, Verifier
 from narseal.errors import Refused
 from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.blocking import Blocking
-from narseal.pipeline.cosigning import UpstreamSigners
+from narseal.pipeline.cosigning import Signers, verified
 from narseal.pipeline.evidence import Evidence
-from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 
 
 class Sidecars:
     """`<URL>.sigstore.json` of upstreams that promise them."""
 
-    def __init__(self, signers: UpstreamSigners, blocking: Blocking) -> None:
+    def __init__(self, signers: Signers, blocking: Blocking) -> None:
         self._signers = signers
         self._blocking = blocking
 
@@ -35,9 +33,9 @@ class Sidecars:
         data = await upstream.get(f"{info.url}.sigstore.json", limit=MAX_BYTES)
         if data is None:
             raise Refused("bad-bundle", f"{info.store_path}: the upstream has no bundle of its NAR")
-        verifier = await self._blocking.run(self._signers.verifier, upstream.config.url)
-        verified = await self._blocking.run(_verify, verifier, data, file_hash.digest)
-        statement = verified.statement
+        verifier = await self._blocking.run(self._signers.verifier, upstream.config.who)
+        found = await self._blocking.run(verified, verifier, data, file_hash.digest)
+        statement = found.statement
         if statement is not None and statement.predicate.get("paths") is not None:
             wrong = contradictions(statement, info)
         elif evidence.text == "bundle":
@@ -46,12 +44,3 @@ class Sidecars:
             wrong = []
         if wrong:
             raise Refused("bad-bundle", f"{info.store_path}: {'; '.join(wrong[:4])}")
-
-
-def _verify(verifier: Verifier, data: bytes, digest: bytes) -> Verified:
-    """In a thread."""
-    with metrics.verifying("bundle"):
-        verified = verifier.verify(Bundle.parse(data), digest)
-    if verified.log_index is not None:
-        metrics.observe_verification("rekor", "good", verified.log_seconds)
-    return verified

@@ -12,11 +12,11 @@ from cryptography.x509 import load_der_x509_certificate
 from narseal.cosign.bundle import Bundle
 from narseal.errors import NotFound, NotYet
 from narseal.nix.hashes import Hash
-from narseal.pipeline.attest import bundle_name
 from narseal.pipeline.blocking import Blocking
 from narseal.pipeline.cosigning import Cosigning
 from narseal.pipeline.countersign import Countersigner
-from narseal.storage import Index, LocalStorage
+from narseal.pipeline.policy import content_digests
+from narseal.storage import Index, LocalStorage, bundle_name
 
 
 class Signatures:
@@ -63,14 +63,19 @@ class Signatures:
     async def attestations_of(self, digest: Hash) -> bytes:
         """Every bundle whose statement covers a file's or a NAR's SHA-256, a line of JSON each."""
         absence = await self._absence(f"{digest.nix32}.nar", f"sha256:{digest.digest.hex()}")
-        bundles = [
-            data
-            for name in await self._attestations.covering(digest.digest)
-            if (data := await self._read(name)) is not None
-        ]
-        if not bundles:
+        if not (lines := await self._lines(digest.digest)):
             raise absence
-        return b"".join(data.rstrip(b"\n") + b"\n" for data in bundles)
+        return lines
+
+    async def attestations_of_path(self, hash_part: str) -> bytes:
+        """Every bundle whose statement covers a path's NAR or file, a line of JSON each."""
+        found = await self._index.path(hash_part)
+        lines = b""
+        if found is not None:
+            lines = await self._lines(*content_digests(found[0].info, found[1]))
+        if not lines:
+            raise NotFound(f"there is no attestation of {hash_part}")
+        return lines
 
     def public_key(self) -> str:
         """The cosign.pub; NotFound if signatures are not by key."""
@@ -109,6 +114,11 @@ class Signatures:
         if batch is not None:
             raise NotFound(f"nar/{file} has no signature of its own, but one of its batch")
         raise absence
+
+    async def _lines(self, *digests: bytes) -> bytes:
+        names = [found.digest for found in await self._attestations.covering(*digests)]
+        bundles = [await self._read(name) for name in dict.fromkeys(names)]
+        return b"".join(data.rstrip(b"\n") + b"\n" for data in bundles if data is not None)
 
     async def _read(self, digest: bytes) -> bytes | None:
         return await self._blocking.run(self._storage.read, bundle_name(digest))

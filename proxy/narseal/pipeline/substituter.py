@@ -12,20 +12,22 @@ from typing import Self
 
 from narseal.config import Config
 from narseal.custody import FileKey
-from narseal.errors import ConfigError, NotFound, Unavailable
+from narseal.errors import ConfigError, Denied, NotFound, Unavailable
 from narseal.nix.cache_info import CacheInfo
 from narseal.pipeline.admission import Admission
 from narseal.pipeline.attest import Attester
 from narseal.pipeline.blocking import Blocking
-from narseal.pipeline.cosigning import Cosigning, UpstreamSigners
+from narseal.pipeline.cosigning import Cosigning, Signers, upstream_signers
 from narseal.pipeline.countersign import Countersigner
 from narseal.pipeline.crew import Crew
 from narseal.pipeline.fetch import Fetcher, served
 from narseal.pipeline.memory import HotMap
 from narseal.pipeline.mending import mend
+from narseal.pipeline.policy import Policy, content_digests
+from narseal.pipeline.provenance import Provenance
 from narseal.pipeline.realisations import Realisations
 from narseal.pipeline.sidecars import Sidecars
-from narseal.pipeline.sidefiles import SideFiles
+from narseal.pipeline.sidefiles import SideFile, SideFiles
 from narseal.pipeline.signatures import Signatures
 from narseal.pipeline.transfer import Reader
 from narseal.pipeline.uploads import Uploads
@@ -61,11 +63,12 @@ class Substituter:
         upstreams: list[Upstream],
         epoch: Epoch,
         cosigning: Cosigning,
-        signers: UpstreamSigners,
+        signers: Signers,
     ) -> None:
         self.config = config
         self._cosigning = cosigning
         self._epoch = epoch
+        self._background: list[asyncio.Task[None]] = []
         self.crew = Crew()
         self.blocking = Blocking(transfers=config.limits.transfers)
         self.upstreams = upstreams
@@ -84,6 +87,13 @@ class Substituter:
         self._index = Index(
             config.storage.index, config.store_dir, attest=config.cosign.mode != "off"
         )
+        self.policy = Policy(
+            config,
+            own_keys=self.countersigner.public_keys,
+            attestations=self._index.attestations,
+            storage=self._storage,
+            blocking=self.blocking,
+        )
         self._fetcher = Fetcher(
             config,
             storage=self._storage,
@@ -92,6 +102,7 @@ class Substituter:
             hot=self.hot,
             crew=self.crew,
             blocking=self.blocking,
+            policy=self.policy,
         )
         self._admission = Admission(
             config,
@@ -102,6 +113,7 @@ class Substituter:
             crew=self.crew,
             epoch=epoch,
             sidecars=Sidecars(signers, self.blocking),
+            policy=self.policy,
         )
         self.signatures = Signatures(
             cosigning,
@@ -117,6 +129,8 @@ class Substituter:
             countersigner=self.countersigner,
             crew=self.crew,
             epoch=epoch,
+            admission=self._admission,
+            policy=self.policy,
         )
         self.uploads = Uploads(
             config,
@@ -127,8 +141,19 @@ class Substituter:
             countersigner=self.countersigner,
             blocking=self.blocking,
             epoch=epoch,
+            policy=self.policy,
         )
-        self.side_files = SideFiles(
+        self.provenance = Provenance(
+            config,
+            policy=self.policy,
+            admission=self._admission,
+            attestations=self._index.attestations,
+            storage=self._storage,
+            blocking=self.blocking,
+            crew=self.crew,
+            epoch=epoch,
+        )
+        self._side_files = SideFiles(
             config.limits,
             upstreams=upstreams,
             storage=self._storage,
@@ -139,8 +164,13 @@ class Substituter:
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, config: Config, *, epoch: Epoch) -> AsyncIterator[Self]:
-        """A running substituter; on leaving, running transfers get their time to end."""
+    async def opened(
+        cls, config: Config, *, epoch: Epoch, serving: bool = True
+    ) -> AsyncIterator[Self]:
+        """A running substituter; on leaving, running transfers get their time to end.
+
+        Unless it is `serving`, it does nothing of its own accord: for commands that look.
+        """
         keys = load_keys(config)
         upstreams = [connect(upstream) for upstream in config.upstream]
         substituter = cls(
@@ -149,7 +179,7 @@ class Substituter:
             upstreams=upstreams,
             epoch=epoch,
             cosigning=Cosigning(config.cosign),
-            signers=UpstreamSigners(config),
+            signers=upstream_signers(config),
         )
         for key in keys:
             not_after = key.not_after.timestamp() if key.not_after else 0
@@ -157,42 +187,44 @@ class Substituter:
         async with asyncio.TaskGroup() as group:
             # without the index nothing can be served: if this ends, the worker ends
             group.create_task(substituter._index.run(), name="index")
-            weighing = group.create_task(substituter._weigh_storage(), name="storage size")
-            mending = group.create_task(
-                mend(
-                    substituter._index,
-                    substituter._storage,
-                    substituter._fetcher,
-                    substituter.blocking,
-                ),
-                name="mend",
-            )
-            attester = substituter._attester()
-            attesting = group.create_task(attester.run(), name="attest") if attester else None
+            if serving:
+                works = [substituter._weigh_storage(), substituter._mend(), substituter._attest()]
+                substituter._background = [group.create_task(work) for work in works]
             try:
                 yield substituter
             finally:
-                if attester and attesting:
-                    attesting.cancel()
-                    attester.close()
+                await substituter.retire()
                 await substituter.crew.close(wait=config.limits.shutdown_timeout)
-                weighing.cancel()
-                mending.cancel()
                 for upstream in upstreams:
                     await upstream.close()
                 await substituter._index.close()
                 substituter.blocking.close()
 
-    def _attester(self) -> Attester | None:
+    async def retire(self) -> None:
+        """Do nothing any more of its own accord; what is asked is answered on."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        self._background = []
+
+    async def _attest(self) -> None:
         if self.config.cosign.mode == "off":
-            return None
+            return
         lock = index_file(self.config.storage.index).with_suffix(".attest.lock")
-        return Attester(
+        attester = Attester(
             self._cosigning,
             index=self._index,
             storage=self._storage,
             leadership=Leadership(lock),
+            policy=self.policy,
         )
+        try:
+            await attester.run()
+        finally:
+            attester.close()
+
+    async def _mend(self) -> None:
+        await mend(self._index, self._storage, self._fetcher, self.policy, self.blocking)
 
     async def _weigh_storage(self) -> None:
         """Keep the metric of storage's size."""
@@ -204,14 +236,16 @@ class Substituter:
             await asyncio.sleep(_WEIGH_EVERY)
 
     async def narinfo(self, hash_part: str) -> bytes:
-        """The countersigned narinfo of a hash; NotFound, Refused, Malformed or Trouble."""
+        """The countersigned narinfo of a hash; NotFound, Refused, Malformed, Denied or Trouble."""
         return served(*await self._admission.path(hash_part)).render()
 
     async def nar(self, file: str) -> StoredNar | Reader:
         """The file of an admitted narinfo: from storage, or while it is being fetched.
 
-        NotFound for a name that no admitted narinfo mentions.
+        NotFound for a name that no admitted narinfo mentions; Denied if policy keeps back every
+        path that it is of.
         """
+        await self.check_file(file)
         while True:
             if (reader := self._fetcher.join(file)) is not None:
                 return reader
@@ -225,6 +259,31 @@ class Substituter:
                 return stored
             if (begun := await self._fetch(record)) is not None:
                 return begun
+
+    async def check_file(self, file: str) -> None:
+        """Denied if policy keeps back every path that a NAR file is of."""
+        if not self.policy.active or (record := await self._index.nar(file)) is None:
+            return
+        denied: Denied | None = None
+        for path, nar in await self._index.paths_of(record.published_as or file):
+            try:
+                await self.policy.check(path.info, content_digests(path.info, nar))
+            except Denied as error:
+                denied = error
+            else:
+                return
+        if denied:
+            raise denied
+
+    async def side_file(self, name: str) -> SideFile:
+        """A listing, a log or a debug-info pointer; a listing goes where its path goes."""
+        if self.policy.active and name.endswith(".ls"):
+            await self._admission.path(name.removesuffix(".ls"))
+        return await self._side_files.get(name)
+
+    async def put_side_file(self, name: str, data: bytes) -> None:
+        """Keep an uploaded listing, log or pointer; see SideFiles."""
+        await self._side_files.put(name, data)
 
     async def _fetch(self, record: NarRecord) -> Reader | None:
         paths = await self._index.paths_of(record.published_as or record.file)

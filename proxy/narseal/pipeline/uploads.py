@@ -19,6 +19,7 @@ from narseal.custody.tokens import Token
 from narseal.errors import (
     BadUpload,
     ContentMismatch,
+    Denied,
     Forbidden,
     Malformed,
     NotFound,
@@ -38,6 +39,7 @@ from narseal.pipeline.countersign import Countersigner
 from narseal.pipeline.evidence import check_content_address
 from narseal.pipeline.fetch import Fetcher
 from narseal.pipeline.inspection import Inspection, Measured
+from narseal.pipeline.policy import Policy, content_digests
 from narseal.storage import Epoch, Index, LocalStorage, NarRecord, PathRecord, storage_errors
 
 _log = logging.getLogger(__name__)
@@ -68,8 +70,10 @@ class Uploads:
         countersigner: Countersigner,
         blocking: Blocking,
         epoch: Epoch,
+        policy: Policy,
     ) -> None:
         self._config = config
+        self._policy = policy
         self._upload = config.upload
         self._storage = storage
         self._index = index
@@ -194,6 +198,8 @@ class Uploads:
                 continue
             try:
                 await self._admission.path(reference.hash_part)
+            except Denied:
+                continue  # it is here, and kept back
             except (NotFound, Refused) as error:
                 raise BadUpload(
                     f"{info.store_path} refers to {reference}, which is not here: upload it first"
@@ -265,12 +271,18 @@ class Uploads:
                 await self._index.publish(bound, record)
             finally:
                 await self._blocking.run(self._storage.discard, arrived.incoming)
-        signed = await self._admission.sign(kept)
-        path, nar = await self._index.admit(PathRecord(signed, record.file, evidence), record)
+        passes = await self._policy.passes(kept, content_digests(kept, record))
+        if passes:
+            kept = await self._admission.sign(kept)
+        path, nar = await self._index.admit(PathRecord(kept, record.file, evidence), record)
         await self._fetcher.write_narinfo(path, nar)
         await self._blocking.run(self._storage.discard_upload, info.url.removeprefix("nar/"))
         self._epoch.arrive()
-        _log.info("uploaded %s", info.store_path, extra={"token": token.name, "evidence": evidence})
+        _log.info(
+            "uploaded %s",
+            info.store_path,
+            extra={"token": token.name, "evidence": evidence, "kept_back": not passes},
+        )
 
     def _make_room(self, size: int) -> None:
         """In a thread: drop uploads that nobody claimed in time; StorageFull if it is not enough."""

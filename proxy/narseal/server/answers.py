@@ -87,7 +87,7 @@ class Answering:
 
     async def side_file(self, request: web.Request) -> web.StreamResponse:
         """A listing, a log or a debug-info pointer."""
-        file = await self._substituter.side_files.get(request.match_info["name"])
+        file = await self._substituter.side_file(request.match_info["name"])
         return _whole(request, file.data, file.content_type, _SHORT, _etag(file.data))
 
     async def realisation(self, request: web.Request) -> web.StreamResponse:
@@ -97,7 +97,9 @@ class Answering:
 
     async def bundle(self, request: web.Request) -> web.StreamResponse:
         """The Sigstore bundle of a NAR file."""
-        body = await self._substituter.signatures.bundle_of(request.match_info["file"])
+        file = request.match_info["file"]
+        await self._substituter.check_file(file)
+        body = await self._substituter.signatures.bundle_of(file)
         return _whole(request, body, _BUNDLE, _SHORT, _etag(body))
 
     async def signature(self, request: web.Request) -> web.StreamResponse:
@@ -111,9 +113,12 @@ class Answering:
         return _whole(request, body, "application/x-pem-file", _SHORT, _etag(body))
 
     async def attestations(self, request: web.Request) -> web.StreamResponse:
-        """Every bundle whose statement covers a digest, a line each."""
-        digest = Hash.parse(request.match_info["digest"])
-        body = await self._substituter.signatures.attestations_of(digest)
+        """Every bundle whose statement covers a digest, or a path's NAR, a line each."""
+        signatures = self._substituter.signatures
+        if "path" in request.match_info:
+            body = await signatures.attestations_of_path(request.match_info["path"][:32])
+        else:
+            body = await signatures.attestations_of(Hash.parse(request.match_info["digest"]))
         return _whole(request, body, "application/jsonl", _SHORT, _etag(body))
 
     async def keys(self, _: web.Request) -> web.Response:
@@ -137,6 +142,11 @@ class Answering:
         found = await self._substituter.signatures.paths(after=after, limit=_LISTED)
         text = "".join(f"{hash_part}\n" for hash_part in found)
         return web.Response(text=text, headers=_cache("no-store"))
+
+    async def status_of(self, request: web.Request) -> web.Response:
+        """What is known of a store path, and what policy says of it."""
+        tree = await self._substituter.provenance.status(request.match_info["path"][:32])
+        return web.json_response(tree, headers=_cache("no-store"))
 
     async def healthz(self, _: web.Request) -> web.Response:
         """200 as long as the process answers."""

@@ -54,6 +54,8 @@ def application(
         ("signature-sig", f"/nar/{_FILE}.sig", answering.signature),
         ("signature-pem", f"/nar/{_FILE}.pem", answering.certificate),
         ("attestations", "/attestations/{digest:sha256:[0-9a-z]{52,64}}", answering.attestations),
+        ("attestations-of", f"/attestations/{{path:{_PATH}}}", answering.attestations),
+        ("status-of", f"/status/{{path:{_PATH}}}", answering.status_of),
         ("keys", "/keys", answering.keys),
         ("cosign-pub", "/cosign.pub", answering.cosign_key),
         ("trusted-root", "/trusted_root.json", answering.trusted_root),
@@ -80,22 +82,12 @@ def application(
     ]
     for name, pattern, handler in table:
         app.router.add_get(pattern, handler, name=name)
-    if putting:
-        puts: dict[str, Handler] = {
-            "nix-cache-info": putting.cache_info,
-            "narinfo": putting.narinfo,
-            "nar": putting.nar,
-            "ls": putting.side_file,
-            "log": putting.side_file,
-            "debuginfo": putting.side_file,
-            "realisations": putting.realisation,
-            "build-trace-v2": putting.realisation,
-        }
-        for name, pattern, _ in table:
-            if name in puts:
-                app.router.add_put(
-                    pattern, puts[name], name=f"put-{name}", expect_handler=putting.expect
-                )
+    puts = putting.handlers() if putting else {}
+    for name, pattern, _ in table:
+        if putting and name in puts:
+            app.router.add_put(
+                pattern, puts[name], name=f"put-{name}", expect_handler=putting.expect
+            )
     return app
 
 

@@ -1,12 +1,15 @@
-"""What is answered to PUT: the routes of `nix copy --to`."""
+"""What is answered to PUT: the routes of `nix copy --to`, and attestations."""
 
 from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
 from narseal.errors import BadUpload, NarsealError, Refused, UploadTooLarge
 from narseal.nix import narinfo, realisation
 from narseal.nix.compression import CONTENT_ENCODINGS, decompressor
+from narseal.nix.hashes import Hash
 from narseal.pipeline.substituter import Substituter
 from narseal.server.auth import Gate
 from narseal.server.failure import failure
@@ -18,6 +21,24 @@ class Putting:
     def __init__(self, substituter: Substituter, gate: Gate) -> None:
         self._substituter = substituter
         self._gate = gate
+
+    def handlers(self) -> dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]]:
+        """What the configuration lets in, by the name of the route that gives it out."""
+        found: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]] = {}
+        if self._substituter.provenance.takes_any:
+            found |= {"attestations": self.attestation, "attestations-of": self.attestation}
+        if self._substituter.config.upload.enabled:
+            found |= {
+                "nix-cache-info": self.cache_info,
+                "narinfo": self.narinfo,
+                "nar": self.nar,
+                "ls": self.side_file,
+                "log": self.side_file,
+                "debuginfo": self.side_file,
+                "realisations": self.realisation,
+                "build-trace-v2": self.realisation,
+            }
+        return found
 
     async def expect(self, request: web.Request) -> web.StreamResponse | None:
         """`Expect: 100-continue`: who may not, or brings too much, is told before the body."""
@@ -65,8 +86,20 @@ class Putting:
         """A listing, a log or a debug-info pointer."""
         await self._gate.identify(request)
         data = await self._body(request, self._substituter.config.limits.side_file)
-        await self._substituter.side_files.put(request.match_info["name"], data)
+        await self._substituter.put_side_file(request.match_info["name"], data)
         return web.Response(status=201)
+
+    async def attestation(self, request: web.Request) -> web.Response:
+        """An attestation of a digest or a store path. Who brings it matters less than who signed."""
+        await self._gate.identify(request)
+        provenance = self._substituter.provenance
+        data = await self._body(request, provenance.max_bytes)
+        if "path" in request.match_info:
+            new = await provenance.put_for_path(request.match_info["path"][:32], data)
+        else:
+            digest = Hash.parse(request.match_info["digest"]).digest
+            new = await provenance.put(digest, data)
+        return web.Response(status=201 if new else 200)
 
     async def _body(self, request: web.Request, limit: int) -> bytes:
         """A small body, decoded, both within the bound."""

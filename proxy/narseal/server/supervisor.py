@@ -1,4 +1,8 @@
-"""The parent of the workers: opens everything once, starts them, restarts what dies."""
+"""The parent of the workers: opens everything once, starts them, restarts what dies.
+
+A changed configuration gets workers of its own, on the same sockets; when they are ready, those of
+the old one take no more connections and end with their last answer.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +19,21 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import uvloop
 from prometheus_client.multiprocess import mark_process_dead
 
 from narseal.config import Config
+from narseal.errors import NarsealError
 from narseal.nix.cache_info import CacheInfo
-from narseal.pipeline.substituter import load_keys
+from narseal.server.check import check, check_change, named_files
 from narseal.server.sockets import listen, notify_systemd
-from narseal.server.worker import tls_context, work
+from narseal.server.watch import Watch
+from narseal.server.worker import Stop, work
 from narseal.storage import Epoch, LocalStorage, epoch_file, migrate
 from narseal.telemetry import metrics
+from narseal.telemetry.logs import configure
 
 _log = logging.getLogger(__name__)
 
@@ -35,19 +43,42 @@ _MAX_DELAY = 5.0
 _GRACE = 5.0  # beyond the workers' own time to shut down
 
 
+_LOOK = 0.2  # seconds between two looks at the files
+_START = 30.0  # workers of a changed configuration are ready by then, or given up
+
+
 @dataclass
 class _Worker:
     slot: int
+    generation: int
     started: float
+
+
+@dataclass
+class _Change:
+    """A configuration whose workers are starting."""
+
+    config: Config
+    generation: int
+    awaited: int
+    deadline: float
 
 
 class Supervisor:
     """Everything that all workers share. ConfigError before any of them was started."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, file: Path, load: Callable[[], Config]) -> None:
+        """`load` reads the configuration anew from `file`."""
         self._config = config
-        load_keys(config)
-        tls_context(config)
+        self._file = file
+        self._load = load
+        check(config)
+        self._watch = Watch()
+        self._watch.follow([file, *named_files(config)])
+        self._generation = 0
+        self._newest = 0
+        self._change: _Change | None = None
+        self._reload_asked = False
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         migrate(config.storage.index)
@@ -79,13 +110,16 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGHUP, self._ask_reload)
+        metrics.reload_successful.set(1)
+        metrics.reload_seconds.set_to_current_time()
         for slot in range(self._config.workers):
-            self._start(slot)
+            self._start(slot, self._config, self._generation)
         deadline = float("inf")
         while self._workers or not self._stopping:
             next_due = min(self._due.values(), default=float("inf")) - time.monotonic()
             readable, _, _ = select.select(
-                [self._wake_read, self._ready_read], [], [], min(1.0, max(0.0, next_due))
+                [self._wake_read, self._ready_read], [], [], min(_LOOK, max(0.0, next_due))
             )
             if self._ready_read in readable:
                 self._count_ready(on_ready)
@@ -99,6 +133,7 @@ class Supervisor:
                     self._signal(signal.SIGKILL)
             else:
                 self._restart_due()
+                self._look_for_changes()
         return self._exit_code
 
     def _stop(self, *_: object) -> None:
@@ -116,16 +151,22 @@ class Supervisor:
                 if sock not in kept:
                     sock.close()
 
-    def _signal(self, number: int) -> None:
-        for pid in self._workers:
-            os.kill(pid, number)
+    def _signal(self, number: int, which: Callable[[_Worker], bool] = lambda _: True) -> None:
+        for pid, worker in self._workers.items():
+            if which(worker):
+                os.kill(pid, number)
 
     def _count_ready(self, on_ready: Callable[[], None]) -> None:
-        before = self._awaited
-        self._awaited -= len(os.read(self._ready_read, 256))
-        if before > 0 >= self._awaited:
-            notify_systemd("READY=1")
-            on_ready()
+        for generation in os.read(self._ready_read, 256):
+            if self._change and generation == self._change.generation & 0xFF:
+                self._change.awaited -= 1
+                if self._change.awaited == 0:
+                    self._take_over()
+            elif self._awaited > 0:
+                self._awaited -= 1
+                if self._awaited == 0:
+                    notify_systemd("READY=1")
+                    on_ready()
 
     def _reap(self) -> None:
         while self._workers:
@@ -136,6 +177,11 @@ class Supervisor:
             self._storage.sweep(pid)
             mark_process_dead(pid)  # type: ignore[no-untyped-call]
             if self._stopping:
+                continue
+            if self._change and worker.generation == self._change.generation:
+                self._give_up("a worker could not start with it")
+                continue
+            if worker.generation != self._generation:
                 continue
             if self._awaited > 0:
                 _log.error("a worker could not start", extra={"pid": pid})
@@ -152,20 +198,73 @@ class Supervisor:
                 extra={"pid": pid, "status": os.waitstatus_to_exitcode(status), "delay": delay},
             )
 
+    def _ask_reload(self, *_: object) -> None:
+        self._reload_asked = True
+
+    def _look_for_changes(self) -> None:
+        if self._change:
+            if time.monotonic() > self._change.deadline:
+                self._give_up(f"its workers are not ready after {_START:.0f} s")
+            return
+        if self._awaited == 0 and (self._watch.changed() or self._reload_asked):
+            self._reload_asked = False
+            self._reload()
+
+    def _reload(self) -> None:
+        """Start workers for a changed configuration; a wrong one is refused, and nothing changes."""
+        try:
+            config = self._load()
+            self._watch.follow([self._file, *named_files(config)])
+            check_change(self._config, config)
+            check(config)
+        except NarsealError as error:
+            metrics.reload_successful.set(0)
+            _log.error("the changed configuration is refused, the old one goes on: %s", error)
+            return
+        configure(config.log.level)
+        notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._newest += 1
+        deadline = time.monotonic() + _START
+        self._change = _Change(config, self._newest, config.workers, deadline)
+        for slot in range(config.workers):
+            self._start(slot, config, self._newest)
+
+    def _take_over(self) -> None:
+        """The workers of the changed configuration are ready: the others end in their time."""
+        assert self._change is not None  # the caller saw to it
+        self._config, self._generation = self._change.config, self._change.generation
+        self._change = None
+        self._due.clear()
+        self._signal(signal.SIGHUP, lambda worker: worker.generation != self._generation)
+        metrics.reload_successful.set(1)
+        metrics.reload_seconds.set_to_current_time()
+        notify_systemd("READY=1")
+        _log.info("the changed configuration is in force")
+
+    def _give_up(self, why: str) -> None:
+        assert self._change is not None  # the caller saw to it
+        given_up = self._change.generation
+        self._change = None
+        self._signal(signal.SIGTERM, lambda worker: worker.generation == given_up)
+        configure(self._config.log.level)
+        metrics.reload_successful.set(0)
+        notify_systemd("READY=1")
+        _log.error("the changed configuration is refused, the old one goes on: %s", why)
+
     def _restart_due(self) -> None:
         now = time.monotonic()
         for slot in [slot for slot, due in self._due.items() if due <= now]:
             del self._due[slot]
-            self._start(slot)
+            self._start(slot, self._config, self._generation)
 
-    def _start(self, slot: int) -> None:
+    def _start(self, slot: int, config: Config, generation: int) -> None:
         pid = os.fork()
         if pid:
-            self._workers[pid] = _Worker(slot, time.monotonic())
+            self._workers[pid] = _Worker(slot, generation, time.monotonic())
             return
         code = 1
         try:
-            self._become_worker(slot)
+            self._become_worker(slot, config, generation)
             code = 0
         except BaseException:
             _log.exception("a worker failed")
@@ -174,29 +273,32 @@ class Supervisor:
             sys.stderr.flush()
             os._exit(code)
 
-    def _become_worker(self, slot: int) -> None:
+    def _become_worker(self, slot: int, config: Config, generation: int) -> None:
         """In the child, until it is told to stop."""
         self._close_sockets(keep=slot)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        uvloop.run(self._work(slot))
+        uvloop.run(self._work(slot, config, generation))
 
-    async def _work(self, slot: int) -> None:
-        stop = asyncio.Event()
+    async def _work(self, slot: int, config: Config, generation: int) -> None:
+        stop = Stop()
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, stop.now)
+        loop.add_signal_handler(signal.SIGHUP, stop.in_time)
         await work(
-            self._config,
+            config,
             epoch=self._epoch,
             sockets=self.sockets[slot],
             metrics_sockets=self._metrics_sockets[slot],
-            ready=self._tell_ready,
+            ready=lambda: self._tell_ready(generation),
             stop=stop,
         )
 
-    def _tell_ready(self) -> None:
+    def _tell_ready(self, generation: int) -> None:
         gc.collect()
         gc.freeze()  # what is there now stays: no later collection looks through it again
-        os.write(self._ready_write, b"r")
+        os.write(self._ready_write, bytes([generation & 0xFF]))

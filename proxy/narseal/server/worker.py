@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,13 @@ from narseal.server.hotpath import HotServer
 from narseal.server.oidc import Oidc
 from narseal.server.putting import Putting
 from narseal.server.tally import Tally
+from narseal.server.tls import tls_context
 from narseal.storage import Epoch
 from narseal.telemetry import metrics
 
 _FLUSH = 0.5
+_LOOK = 0.1
+_LONGEST = 6 * 3600.0  # of a download, when the configuration changed meanwhile
 _MAX_LINE = 4096
 _MAX_HEADERS = 64
 
@@ -40,9 +43,9 @@ async def work(
     sockets: Sequence[socket.socket],
     metrics_sockets: Sequence[socket.socket],
     ready: Callable[[], None],
-    stop: asyncio.Event,
+    stop: Stop,
 ) -> None:
-    """Serve until `stop`, then let running answers end, for a bounded time."""
+    """Serve until `stop`, then let running answers end."""
     metrics.prepare([upstream.label for upstream in config.upstream])
     async with Substituter.opened(config, epoch=epoch) as substituter:
         tally = Tally(access_log=config.log.access)
@@ -57,7 +60,7 @@ async def work(
             if upload.tokens_file or upload.oidc
             else None
         )
-        putting = Putting(substituter, gate) if gate and upload.enabled else None
+        putting = Putting(substituter, gate) if gate else None
         app = application(answering, tally, putting, gate if upload.private else None)
         runner = HotRunner(app, hot=substituter.hot, limits=config.limits, tally=tally)
         await runner.setup()
@@ -70,8 +73,10 @@ async def work(
             await web.SockSite(metrics_runner, sock).start()
         flushing = asyncio.create_task(_flush(tally), name="flush")
         ready()
-        await stop.wait()
+        await stop.asked.wait()
         answering.draining = True
+        await substituter.retire()
+        await runner.drain(stop.soon)
         await runner.cleanup()
         await metrics_runner.cleanup()
         flushing.cancel()
@@ -79,16 +84,23 @@ async def work(
         tally.flush()
 
 
-def tls_context(config: Config) -> ssl.SSLContext | None:
-    """The server's TLS, if it is configured; ConfigError if its files cannot be used."""
-    if config.tls is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.tls.certificate, config.tls.key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"tls: {config.tls.certificate}, {config.tls.key}: {error}") from error
-    return context
+class Stop:
+    """How a worker is told to end: soon, or when its last reader has all."""
+
+    def __init__(self) -> None:
+        #: No new connections.
+        self.asked = asyncio.Event()
+        #: Nor more time than `limits.shutdown_timeout`.
+        self.soon = asyncio.Event()
+
+    def now(self) -> None:
+        """Let running answers end, for a bounded time."""
+        self.soon.set()
+        self.asked.set()
+
+    def in_time(self) -> None:
+        """Another worker serves from now on; let running answers end."""
+        self.asked.set()
 
 
 class HotRunner(web.AppRunner):
@@ -113,6 +125,19 @@ class HotRunner(web.AppRunner):
         self._hot = hot
         self._limits = limits
         self._tally = tally
+
+    async def drain(self, soon: asyncio.Event) -> None:
+        """Take no more connections and wait until each is done, or until `soon`."""
+        for site in list(self.sites):
+            await site.stop()
+        await asyncio.sleep(0)
+        server = self.server
+        assert server is not None  # it was set up
+        server.pre_shutdown()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LONGEST):
+                while server.connections and not soon.is_set():  # noqa: ASYNC110 (no event tells)
+                    await asyncio.sleep(_LOOK)
 
     async def _make_server(self) -> web.Server:
         inner = await super()._make_server()

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import (
+    ColumnElement,
     Insert,
     Row,
     Select,
@@ -14,14 +15,16 @@ from sqlalchemy import (
     delete,
     exists,
     func,
+    or_,
     select,
 )
 from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from narseal.errors import UploadTooLarge
 from narseal.storage import schema
 from narseal.storage.engine import Engines
-from narseal.storage.records import PATHS, Admitted, admitted_of
+from narseal.storage.records import PATHS, Admitted, Attestation, admitted_of
 
 _Ask = Callable[[Select[Any]], Awaitable[list[Row[Any]]]]
 
@@ -50,6 +53,11 @@ _LEAVE = delete(schema.waiting).where(
 )
 
 
+def bundle_name(digest: bytes) -> str:
+    """Where a bundle is in storage, by its own SHA-256."""
+    return f"attestations/{digest.hex()}.sigstore.json"
+
+
 async def enqueue(connection: AsyncConnection, files: Sequence[str]) -> None:
     """Within a transaction that publishes or admits: the paths of these files wait."""
     await connection.execute(_ENQUEUE, {"among": files, "now": time.time()})
@@ -60,10 +68,19 @@ async def leave(connection: AsyncConnection, file: str) -> None:
     await connection.execute(_LEAVE, {"among": [file]})
 
 
+def _of(subjects: frozenset[bytes]) -> ColumnElement[bool]:
+    """Paths that one of these digests is of: their NAR's, or their stored file's."""
+    files = select(schema.nar.c.file).where(schema.nar.c.file_hash.in_(subjects))
+    return or_(schema.path.c.nar_hash.in_(subjects), schema.path.c.nar_file.in_(files))
+
+
 class Attestations:
     """What waits, and what was signed."""
 
-    def __init__(self, engines: Engines, ask: _Ask, store_dir: str) -> None:
+    def __init__(
+        self, engines: Engines, ask: _Ask, store_dir: str, *, attest: bool = False
+    ) -> None:
+        self._attest = attest
         self._engines = engines
         self._ask = ask
         self._store_dir = store_dir
@@ -131,15 +148,79 @@ class Attestations:
         """Of every bundle over a statement."""
         return [bytes(row.digest) for row in await self._ask(select(schema.attestation.c.digest))]
 
-    async def covering(self, digest: bytes) -> list[bytes]:
-        """The digests of the bundles whose statements cover a file or NAR digest, oldest first."""
+    async def covering(self, *digests: bytes) -> list[Attestation]:
+        """The bundles whose statements cover any of some file or NAR digests, oldest first."""
         query = (
-            select(schema.attestation.c.digest)
+            select(schema.attestation, schema.subject.c.digest.label("subject"))
             .join(schema.subject, schema.subject.c.attestation == schema.attestation.c.digest)
-            .where(schema.subject.c.digest == digest)
-            .order_by(schema.attestation.c.made_at)
+            .where(schema.subject.c.digest.in_(digests))
+            .order_by(schema.attestation.c.made_at, schema.attestation.c.digest)
         )
-        return [bytes(row.digest) for row in await self._ask(query)]
+        return [
+            Attestation(
+                bytes(row.digest), bytes(row.subject), row.predicate_type, row.signer, row.made_at
+            )
+            for row in await self._ask(query)
+        ]
+
+    async def put(
+        self,
+        digest: bytes,
+        predicate_type: str,
+        signer: str,
+        subjects: frozenset[bytes],
+        *,
+        most: int,
+    ) -> bool:
+        """Record a bundle that somebody brought; whether it is new.
+
+        UploadTooLarge if one of its subjects has `most` attestations already. The paths that
+        it covers wait for narseal's own, where they were not attested: they may pass now.
+        """
+
+        async def work(connection: AsyncConnection) -> bool:
+            named = schema.attestation.c.digest == digest
+            if (await connection.execute(select(named).where(named))).first():
+                return False
+            count = (
+                select(func.count())
+                .where(schema.subject.c.digest.in_(subjects))
+                .group_by(schema.subject.c.digest)
+                .order_by(func.count().desc())
+                .limit(1)
+            )
+            if ((await connection.execute(count)).scalar() or 0) >= most:
+                raise UploadTooLarge(
+                    f"there are {most} attestations of that digest; attestations.per_digest"
+                    " bounds them"
+                )
+            values = {
+                "digest": digest,
+                "predicate_type": predicate_type,
+                "made_at": time.time(),
+                "signer": signer,
+            }
+            await connection.execute(insert_or(schema.attestation), [values])
+            covered = [{"digest": subject, "attestation": digest} for subject in subjects]
+            await connection.execute(insert_or(schema.subject), covered)
+            if self._attest:
+                rows = await connection.execute(select(schema.path.c.nar_file).where(_of(subjects)))
+                await enqueue(connection, sorted({row.nar_file for row in rows}))
+            return True
+
+        return await self._engines.write(work)  # type: ignore[no-any-return]
+
+    async def paths_of(self, subjects: frozenset[bytes]) -> list[str]:
+        """The hash parts of the admitted paths that these file and NAR digests are of."""
+        query: Select[Any] = select(schema.path.c.hash_part).where(
+            _of(subjects), ~schema.path.c.withdrawn
+        )
+        return [row.hash_part for row in await self._ask(query)]
+
+    async def drop(self, hash_parts: Sequence[str]) -> None:
+        """Let paths wait no more that policy does not let through."""
+        gone = delete(schema.waiting).where(schema.waiting.c.hash_part.in_(hash_parts))
+        await self._engines.write(lambda c: c.execute(gone))
 
     async def of_file(self, file: str) -> tuple[bytes | None, bytes | None]:
         """The single signature of a file, and the digest of the newest batch that covers it."""

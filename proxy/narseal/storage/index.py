@@ -65,7 +65,7 @@ class Index:
         self._admissions: Together[Admitted, Admitted] = Together(
             lambda group: self._engines.write(lambda c: self._admit_all(c, group))
         )
-        self.attestations = Attestations(self._engines, self._queries.ask, store_dir)
+        self.attestations = Attestations(self._engines, self._queries.ask, store_dir, attest=attest)
         self._asked = (
             self._by_hash,
             self._by_file,
@@ -127,12 +127,17 @@ class Index:
         return await self._engines.write(lambda c: self._bind(c, nar))  # type: ignore[no-any-return]
 
     async def sign(self, hash_part: str, signatures: Iterable[Signature]) -> None:
-        """Replace a path's signatures."""
+        """Replace a path's signatures; where it was not attested, it waits for that."""
         text = "\n".join(map(str, signatures))
-        change = (
-            update(schema.path).where(schema.path.c.hash_part == hash_part).values(signatures=text)
-        )
-        await self._engines.write(lambda c: c.execute(change))
+        named = schema.path.c.hash_part == hash_part
+
+        async def work(connection: AsyncConnection) -> None:
+            await connection.execute(update(schema.path).where(named).values(signatures=text))
+            if self._attest:
+                file = await connection.execute(select(schema.path.c.nar_file).where(named))
+                await enqueue(connection, [row.nar_file for row in file])
+
+        await self._engines.write(work)
 
     async def publish(self, claimed: NarRecord, true: NarRecord) -> None:
         """Record that a NAR's bytes are in storage, under `true.file`, a bound name.

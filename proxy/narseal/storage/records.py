@@ -59,6 +59,21 @@ class PathRecord:
     withdrawn: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    """A bundle over a statement; its bytes are in storage."""
+
+    #: SHA-256 of the bundle.
+    digest: bytes
+    #: The file or NAR digest, of those asked about, that the statement covers.
+    subject: bytes
+    predicate_type: str
+    #: Who signed it, when it was brought; None: narseal itself.
+    signer: str | None
+    #: Unix time.
+    made_at: float
+
+
 #: A path and the NAR that its narinfo names.
 Admitted = tuple[PathRecord, NarRecord]
 

@@ -38,6 +38,7 @@ path = Table(
     #: A withdrawn path is asked for anew before it is served again; its pin stays.
     Column("withdrawn", Boolean, nullable=False),
     Index("path_nar_file", "nar_file"),
+    Index("path_nar_hash", "nar_hash"),
 )
 
 #: One row a file name below nar/, forever bound to one NAR in one compression.
@@ -56,6 +57,7 @@ nar = Table(
     Column("published_as", String(80)),
     Column("stored", Boolean, nullable=False),
     Index("nar_source", "upstream", "url"),
+    Index("nar_file_hash", "file_hash"),
 )
 
 #: Upstream files that were not the NAR they were named for: not taken again for a time.
@@ -101,7 +103,10 @@ attestation = Table(
     metadata,
     Column("digest", LargeBinary(32), primary_key=True),
     Column("predicate_type", String(250), nullable=False),
+    #: When it was signed here or brought here.
     Column("made_at", Float, nullable=False),
+    #: Who signed it, as was verified when it was brought; NULL: narseal itself.
+    Column("signer", String(2100)),
 )
 
 #: Which file and NAR digests a statement covers.

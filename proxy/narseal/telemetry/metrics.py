@@ -39,6 +39,7 @@ REASONS = (
     "malformed",
     "malformed-nar",
     "nar-size",
+    "policy",
     "refused-source",
     "too-large",
     "truncated",
@@ -58,6 +59,7 @@ ROUTES = (
     "build-trace-v2",
     "signature",
     "attestations",
+    "status-of",
     "keys",
     "other",
 )
@@ -125,6 +127,16 @@ attest_failures = Counter(
     "narseal_attest_failures_total", "Batches that could not be signed and are tried again."
 )
 worker_restarts = Counter("narseal_worker_restarts_total", "Workers that died and were restarted.")
+reload_successful = Gauge(
+    "narseal_config_last_reload_successful",
+    "1, or 0 while the last change of the configuration was refused.",
+    multiprocess_mode="mostrecent",
+)
+reload_seconds = Gauge(
+    "narseal_config_last_reload_success_timestamp_seconds",
+    "Unix time of the configuration that is in force.",
+    multiprocess_mode="mostrecent",
+)
 key_not_after = Gauge(
     "narseal_key_not_after_seconds",
     "Unix time after which a key stops signing; 0: never.",

@@ -1,0 +1,72 @@
+"""Holding a configuration to the files that it names, before anything serves with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from narseal.config import Config
+from narseal.custody import FileKey, expand
+from narseal.custody.tokens import Tokens
+from narseal.errors import ConfigError
+from narseal.pipeline.cosigning import Cosigning, upstream_signers
+from narseal.pipeline.policy import attesters, attesting_signers, known_keys
+from narseal.pipeline.substituter import load_keys
+from narseal.server.tls import tls_context
+
+#: What the sockets and the index hang on.
+_FIXED = ("listen", "workers", "store_dir", "storage.url", "storage.index", "metrics.listen")
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a good configuration signs with."""
+
+    keys: list[FileKey]
+    cosigning: Cosigning
+
+
+def check(config: Config) -> Checked:
+    """ConfigError names the key or file that cannot be used. Blocks."""
+    keys = load_keys(config)
+    tls_context(config)
+    upstream_signers(config)
+    attesting_signers(config)
+    known_keys(config, {key.public.name for key in keys})
+    if config.upload.tokens_file:
+        Tokens(Path(expand(config.upload.tokens_file)))
+    return Checked(keys, Cosigning(config.cosign))
+
+
+def check_change(old: Config, new: Config) -> None:
+    """ConfigError if a setting changed that only a restart can change."""
+    for name in _FIXED:
+        before, after = (_setting(config, name) for config in (old, new))
+        if before != after:
+            raise ConfigError(f"{name} changed from {before} to {after}: that needs a restart")
+
+
+def named_files(config: Config) -> Iterator[Path]:
+    """The files of keys and trust, whose change is a change of the configuration."""
+    texts: list[str | None] = [key.url.removeprefix("file:") for key in config.signing.key]
+    cosign = config.cosign
+    texts += [cosign.key and cosign.key.removeprefix("file:"), cosign.password_file]
+    texts += [cosign.trust_config]
+    signers = [who for who, _ in attesters(config)]
+    signers += [u.who for u in config.upstream if u.verify == "bundle"]
+    for who in signers:
+        inline = who.cosign_key and who.cosign_key.lstrip().startswith("-----")
+        texts += [who.trust_config, None if inline else who.cosign_key]
+    if config.tls:
+        texts += [config.tls.certificate, config.tls.key]
+    for text in texts:
+        if text:
+            yield Path(expand(text))
+
+
+def _setting(config: Config, name: str) -> object:
+    value: object = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
