@@ -42,6 +42,8 @@ def application(
     async def finish_head(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Server"] = "narseal"
         response.headers["X-Request-Id"] = request.get(_ID, "")
+        if answering.draining:
+            response.force_close()
 
     middlewares = [accounting(tally), *([reading(gate)] if gate else [])]
     app = web.Application(middlewares=middlewares, client_max_size=1 << 20)

@@ -66,6 +66,8 @@ class HotServer(web.Server):
         self.hot = hot
         self.tally = tally
         self.limits = limits
+        #: Each answer is its connection's last.
+        self.draining = False
         #: The first lines of every answer, and when idle connections end, as of this second.
         self.begin = b""
         self.keepalive_until = 0.0
@@ -90,6 +92,17 @@ class HotServer(web.Server):
         self.keepalive_until = self._loop.time() + self.limits.keepalive_timeout
         self._timer = self._loop.call_later(_SWEEP, self._tick)
 
+    def drain(self) -> None:
+        """Close the connections that nobody waits at; the others end with their next answer.
+
+        To be called again and again: aiohttp's own way leaves idle connections open and deaf.
+        """
+        self.draining = True
+        fresh = self._loop.time() - _FRESH
+        for protocol in list(self.connections):
+            if isinstance(protocol, HotProtocol):
+                protocol.drain(fresh)
+
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - aiohttp's
         """Let running answers end."""
         self._timer.cancel()
@@ -97,6 +110,7 @@ class HotServer(web.Server):
 
 
 _NEVER = float("inf")
+_FRESH = 0.5  # seconds in which the first request of a connection is on its way
 
 
 class HotProtocol(RequestHandler):
@@ -175,8 +189,23 @@ class HotProtocol(RequestHandler):
 
     def _is_eligible(self) -> bool:
         """Nothing stands between a request and its answer; true until something is handed on."""
-        self._eligible = not self._partial and self._is_parked() and self.transport is not None
+        self._eligible = (
+            not self._partial
+            and self._is_parked()
+            and self.transport is not None
+            and not self._server.draining
+        )
         return self._eligible
+
+    def drain(self, fresh: float) -> None:
+        """Close the connection if nothing is being answered or read.
+
+        One that has brought nothing yet is left until it is older than the loop time `fresh`.
+        """
+        self._eligible = False
+        began = self.waits_since == _NEVER or self.waits_since < fresh
+        if began and not self._partial and self._is_parked():
+            self.force_close()
 
     def _is_parked(self) -> bool:
         """Aiohttp waits for a request: none is being answered and none is queued."""

@@ -208,6 +208,7 @@ class Supervisor:
             return
         if self._awaited == 0 and (self._watch.changed() or self._reload_asked):
             self._reload_asked = False
+            self._watch.settle()
             self._reload()
 
     def _reload(self) -> None:

@@ -20,6 +20,10 @@ class Watch:
         """Look at these; what changed of them since they were last looked at is still a change."""
         self._known = {f: self._known[f] if f in self._known else _state(f) for f in files}
 
+    def settle(self) -> None:
+        """Whatever changed until now is known."""
+        self._known = {file: _state(file) for file in self._known}
+
     def changed(self) -> bool:
         """Whether they are other than when this was last true, and the same as at the last call."""
         now = {file: _state(file) for file in self._known}

@@ -130,13 +130,12 @@ class HotRunner(web.AppRunner):
         """Take no more connections and wait until each is done, or until `soon`."""
         for site in list(self.sites):
             await site.stop()
-        await asyncio.sleep(0)
         server = self.server
-        assert server is not None  # it was set up
-        server.pre_shutdown()
+        assert isinstance(server, HotServer)  # it was set up
         with suppress(TimeoutError):
             async with asyncio.timeout(_LONGEST):
-                while server.connections and not soon.is_set():  # noqa: ASYNC110 (no event tells)
+                while server.connections and not soon.is_set():
+                    server.drain()
                     await asyncio.sleep(_LOOK)
 
     async def _make_server(self) -> web.Server:
