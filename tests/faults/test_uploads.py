@@ -442,3 +442,29 @@ async def test_without_uploads_nothing_can_be_put(tmp_path: Path) -> None:
     async with narseal(tmp_path) as client:
         stranger = Uploader(client, "x")
         assert (await stranger.put(ITEM.info.url, ITEM.file))[0] == 405
+
+
+async def test_below_upload_no_upstream_is_asked(tmp_path: Path, upstream: FakeCache) -> None:
+    theirs = entry("theirs-1", b"theirs").signed(UPSTREAM)
+    upstream.add(theirs)
+    async with uploading(tmp_path, {"url": upstream.url}) as uploader:
+        client = uploader.client
+        names = [f"{theirs.hash}.narinfo", theirs.info.url, f"{theirs.hash}.ls",
+                 f"log/{theirs.info.store_path}", f"{ITEM.hash}.narinfo",
+                 f"realisations/sha256:{'a' * 64}!out.doi"]  # fmt: skip
+        for name in names:
+            assert (await client.get(f"upload/{name}"))[0] == 404
+            assert (await client.head(f"upload/{name}"))[0] == 404
+        assert sum(upstream.asked.values()) == 0
+        assert (await client.get("upload/nix-cache-info"))[0] == 200
+        await client.narinfo(theirs.hash)  # admitted, and still not in storage
+        assert (await client.get(f"upload/{theirs.hash}.narinfo"))[0] == 404
+        assert (await uploader.put(f"upload/{ITEM.info.url}", ITEM.file))[0] == 201
+        assert (await uploader.put(f"upload/{ITEM.hash}.narinfo", ITEM.info.render()))[0] == 201
+        for prefix in ("", "upload/"):
+            info = await client.narinfo(ITEM.hash)
+            status, body, _ = await client.get(f"{prefix}{ITEM.hash}.narinfo")
+            assert (status, body) == (200, info.render())
+            assert (await client.get(f"{prefix}{info.url}"))[1] == ITEM.file
+    async with narseal(tmp_path) as client:  # nobody uploads here
+        assert (await client.get("upload/nix-cache-info"))[0] == 404

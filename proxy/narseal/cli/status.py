@@ -6,8 +6,6 @@ import json
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 
 @click.command()
@@ -26,21 +24,18 @@ def status(path: str, url: str, as_json: bool) -> None:
 
 
 def _show(tree: dict[str, Any]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
     policy = tree["policy"]
-    console.print(tree["storePath"], markup=False)
-    rows = {
-        "NAR": f"{tree['narHash']}, {tree['narSize']} bytes",
-        "evidence": tree["evidence"] + ("" if tree["admitted"] else " (not admitted yet)"),
-        "signed by": ", ".join(tree["signatures"]) or "nobody",
-        "in storage": "yes" if tree["stored"] else "no",
-        "policy": f"{'served' if policy['allowed'] else 'kept back'}: {policy['rule']}: "
-        f"{policy['why']}",
-    }
-    for name, value in rows.items():
-        console.print(f"  {name:<11} {value}", markup=False)
-    if tree["attestations"]:
-        table = Table("attestation", "signed by", "since", box=None, padding=(0, 2))
-        for item in tree["attestations"]:
-            table.add_row(item["predicateType"], item["signer"], item["since"])
-        console.print(table)
+    word = "served" if policy["allowed"] else "kept back"
+    rows = [
+        ("NAR", f"{tree['narHash']}, {tree['narSize']} bytes"),
+        ("evidence", tree["evidence"] + ("" if tree["admitted"] else " (not admitted yet)")),
+        ("signed by", ", ".join(tree["signatures"]) or "nobody"),
+        ("in storage", "yes" if tree["stored"] else "no"),
+        ("policy", f"{word}: {policy['rule']}: {policy['why']}"),
+    ]
+    for item in tree["attestations"]:
+        said = f"{item['predicateType']} by {item['signer']}, since {item['since']}"
+        rows.append(("attested", said))
+    click.echo(tree["storePath"])
+    for name, value in rows:
+        click.echo(f"  {name:<11} {value}")

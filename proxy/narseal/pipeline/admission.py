@@ -83,11 +83,16 @@ class Admission:
             epoch=epoch,
         )
 
-    async def path(self, hash_part: str) -> Admitted:
+    async def path(self, hash_part: str, *, stored_only: bool = False) -> Admitted:
         """The admitted, countersigned path of a hash, which policy lets through.
 
-        Raises NotFound, Refused or Malformed (all 404), Denied (403), Trouble (5xx).
+        With `stored_only`, no upstream is asked: NotFound unless its NAR is in storage. Raises NotFound, Refused or Malformed (all 404), Denied (403), Trouble (5xx).
         """
+        if stored_only:
+            found = await self._index.path(hash_part)
+            if not found or found[0].withdrawn or not found[1].stored:
+                raise NotFound(f"{hash_part} is not in storage")
+            return await self._serve(found)
         if (known := self._negatives.get(hash_part)) is not None:
             raise known
         try:
@@ -101,9 +106,12 @@ class Admission:
     async def _find(self, hash_part: str) -> Admitted:
         found = await self._index.path(hash_part)
         if found and not found[0].withdrawn:
-            await self._policy.check(found[0].info, content_digests(found[0].info, found[1]))
-            return await self._renewed(*found)
+            return await self._serve(found)
         return await self._admit(hash_part)
+
+    async def _serve(self, found: Admitted) -> Admitted:
+        await self._policy.check(found[0].info, content_digests(found[0].info, found[1]))
+        return await self._renewed(*found)
 
     async def _renewed(self, path: PathRecord, nar: NarRecord) -> Admitted:
         """An admitted path, with the signatures of keys that came after its admission."""

@@ -65,7 +65,7 @@ class Realisations:
             ttl=limits.negative_ttl, entries=limits.negative_entries, clock=monotonic, epoch=epoch
         )
 
-    async def get(self, name: str) -> bytes:
+    async def get(self, name: str, *, stored_only: bool = False) -> bytes:
         """The rendered file of `realisations/…` or `build-trace-v2/…` (percent-decoded).
 
         Raises NotFound, Refused, Malformed (all 404), Denied (403) or Trouble.
@@ -75,6 +75,8 @@ class Realisations:
             entry = _parse(name, stored)
             await self._check(entry)
             return await self._countersigned(name, entry, stored)
+        if stored_only:
+            raise NotFound(f"{name} is not in storage")
         if (known := self._negatives.get(name)) is not None:
             raise known
         return await self._flights.join(name, lambda: self._admit(name))

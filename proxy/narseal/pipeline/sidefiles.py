@@ -61,12 +61,14 @@ class SideFiles:
         self._blocking = blocking
         self._flights: Flights[str, bytes] = Flights(crew)
 
-    async def get(self, name: str) -> SideFile:
+    async def get(self, name: str, *, stored_only: bool = False) -> SideFile:
         """The file at `name`; NotFound, Refused, Malformed (404) or Trouble."""
         is_log = _LOG.fullmatch(name) is not None
         if not is_log and not _LISTING.fullmatch(name) and not _DEBUGINFO.fullmatch(name):
             raise NotFound(f"no such thing in a binary cache: {name[:200]!r}")
         data = await self._blocking.run(self._storage.read, name)
+        if data is None and stored_only:
+            raise NotFound(f"{name} is not in storage")
         if data is None:
             data = await self._flights.join(name, lambda: self._fetch(name))
         return SideFile(data, "text/plain; charset=utf-8" if is_log else "application/json")

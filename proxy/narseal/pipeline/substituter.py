@@ -235,11 +235,12 @@ class Substituter:
                 _log.warning("%s", error)
             await asyncio.sleep(_WEIGH_EVERY)
 
-    async def narinfo(self, hash_part: str) -> bytes:
-        """The countersigned narinfo of a hash; NotFound, Refused, Malformed, Denied or Trouble."""
-        return served(*await self._admission.path(hash_part)).render()
+    async def narinfo(self, hash_part: str, *, stored_only: bool = False) -> bytes:
+        """The countersigned narinfo of a hash; see `Admission.path`."""
+        admitted = await self._admission.path(hash_part, stored_only=stored_only)
+        return served(*admitted).render()
 
-    async def nar(self, file: str) -> StoredNar | Reader:
+    async def nar(self, file: str, *, stored_only: bool = False) -> StoredNar | Reader:
         """The file of an admitted narinfo: from storage, or while it is being fetched.
 
         NotFound for a name that no admitted narinfo mentions; Denied if policy keeps back every
@@ -247,7 +248,7 @@ class Substituter:
         """
         await self.check_file(file)
         while True:
-            if (reader := self._fetcher.join(file)) is not None:
+            if not stored_only and (reader := self._fetcher.join(file)) is not None:
                 return reader
             if (known := self._known.pop(file, None)) and (stored := await self._open(known)):
                 self._known[file] = known
@@ -257,6 +258,8 @@ class Substituter:
                 raise NotFound(f"no narinfo that was served names nar/{file}")
             if (stored := await self._stored(record)) is not None:
                 return stored
+            if stored_only:
+                raise NotFound(f"nar/{file} is not in storage")
             if (begun := await self._fetch(record)) is not None:
                 return begun
 
@@ -275,11 +278,11 @@ class Substituter:
         if denied:
             raise denied
 
-    async def side_file(self, name: str) -> SideFile:
+    async def side_file(self, name: str, *, stored_only: bool = False) -> SideFile:
         """A listing, a log or a debug-info pointer; a listing goes where its path goes."""
         if self.policy.active and name.endswith(".ls"):
-            await self._admission.path(name.removesuffix(".ls"))
-        return await self._side_files.get(name)
+            await self._admission.path(name.removesuffix(".ls"), stored_only=stored_only)
+        return await self._side_files.get(name, stored_only=stored_only)
 
     async def put_side_file(self, name: str, data: bytes) -> None:
         """Keep an uploaded listing, log or pointer; see SideFiles."""

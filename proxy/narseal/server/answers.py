@@ -21,6 +21,8 @@ from narseal.server.sending import Sending
 from narseal.server.tally import Tally
 from narseal.telemetry import metrics
 
+#: What the names of routes below `/upload/` begin with.
+UPLOAD = "upload-"
 _IMMUTABLE = "public, max-age=31536000, immutable"
 _SHORT = "public, max-age=300"
 _SMALL = 64 << 10
@@ -60,6 +62,10 @@ class Answering:
 
     async def narinfo(self, request: web.Request) -> web.StreamResponse:
         """A countersigned narinfo."""
+        if _stored_only(request):
+            hash_part = request.match_info["hash"]
+            body = await self._substituter.narinfo(hash_part, stored_only=True)
+            return _whole(request, body, _NARINFO, "no-store", _etag(body))
         hot = self._substituter.hot
         target = f"/{request.match_info['hash']}.narinfo".encode()
         mark = hot.mark()
@@ -75,7 +81,7 @@ class Answering:
         """A NAR: from memory, from storage, or while it comes in."""
         file = request.match_info["file"]
         mark = self._substituter.hot.mark()
-        found = await self._substituter.nar(file)
+        found = await self._substituter.nar(file, stored_only=_stored_only(request))
         try:
             if isinstance(found, Reader):
                 return await self._relay(request, file, found, mark)
@@ -87,12 +93,15 @@ class Answering:
 
     async def side_file(self, request: web.Request) -> web.StreamResponse:
         """A listing, a log or a debug-info pointer."""
-        file = await self._substituter.side_file(request.match_info["name"])
+        name = request.match_info["name"]
+        file = await self._substituter.side_file(name, stored_only=_stored_only(request))
         return _whole(request, file.data, file.content_type, _SHORT, _etag(file.data))
 
     async def realisation(self, request: web.Request) -> web.StreamResponse:
         """A countersigned realisation."""
-        body = await self._substituter.realisations.get(request.match_info["name"])
+        name = request.match_info["name"]
+        realisations = self._substituter.realisations
+        body = await realisations.get(name, stored_only=_stored_only(request))
         return _whole(request, body, "application/json", _SHORT, _etag(body))
 
     async def bundle(self, request: web.Request) -> web.StreamResponse:
@@ -266,6 +275,11 @@ class Answering:
             raise Broken(response, error) from error
         source = "upstream" if reader else "storage"
         metrics.nar_bytes.labels(source).inc(stop - start)
+
+
+def _stored_only(request: web.Request) -> bool:
+    """Below `/upload/` no upstream is asked: a pusher wants to know what is here."""
+    return (request.match_info.route.name or "").startswith(UPLOAD)
 
 
 def _is_loopback(remote: str | None) -> bool:

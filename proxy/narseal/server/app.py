@@ -14,7 +14,7 @@ from aiohttp.typedefs import Middleware
 from narseal.errors import NarsealError
 from narseal.nix.base32 import CHARS
 from narseal.nix.compression import COMPRESSIONS
-from narseal.server.answers import Answering, Broken
+from narseal.server.answers import UPLOAD, Answering, Broken
 from narseal.server.auth import Gate
 from narseal.server.failure import failure
 from narseal.server.putting import Putting
@@ -85,11 +85,15 @@ def application(
     for name, pattern, handler in table:
         app.router.add_get(pattern, handler, name=name)
     puts = putting.handlers() if putting else {}
-    for name, pattern, _ in table:
-        if putting and name in puts:
-            app.router.add_put(
-                pattern, puts[name], name=f"put-{name}", expect_handler=putting.expect
-            )
+    for name, pattern, handler in table:
+        if putting is None or name not in puts:
+            continue
+        expect = putting.expect
+        app.router.add_put(pattern, puts[name], name=f"put-{name}", expect_handler=expect)
+        if "narinfo" in puts:
+            below = f"/upload{pattern}"
+            app.router.add_get(below, handler, name=f"{UPLOAD}{name}")
+            app.router.add_put(below, puts[name], name=f"{UPLOAD}put-{name}", expect_handler=expect)
     return app
 
 
@@ -120,7 +124,7 @@ def accounting(tally: Tally) -> Middleware:
         name = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         token = request_id.set(name)
         request[_ID] = name
-        route = request.match_info.route.name or "other"
+        route = (request.match_info.route.name or "other").removeprefix(UPLOAD)
         status = 499  # the client left, as nginx has it
         try:
             try:
