@@ -41,7 +41,7 @@ let
         description = "The keys of this upstream, as in trusted-public-keys.";
       };
       verify = mkOption {
-        type = types.enum [ "signature" "content" ];
+        type = types.enum [ "signature" "content" "bundle" ];
         default = "signature";
         description = "What makes a path of this upstream good.";
       };

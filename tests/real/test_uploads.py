@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from narseal.custody import tokens
+from narseal.cosign.keys import CosignKey
+from narseal.custody import tokens, write_private
 from tests.tools import debian
+from tests.tools.command import narseal_command
 from tests.tools.narseal import Process, narseal_process
 from tests.tools.nix import Nix, nix
 
@@ -21,6 +24,7 @@ rec {{
   leaf = n: sh "leaf${{toString n}}" {{ args = ["-c" "echo leaf ${{toString n}} ${{salt}} > $out"]; }};
   node = n: sh "node${{toString n}}" {{ args = ["-c" "echo ${{leaf n}} ${{leaf (n + 1)}} > $out"]; }};
   all = sh "all" {{ args = ["-c" "echo $deps > $out"]; deps = builtins.genList node 155; }};
+  app = sh "app" {{ args = ["-c" "echo app $salt > $out"]; }};
   one = kind: sh "one-${{kind}}" {{ args = ["-c" "echo one ${{kind}} $salt > $out"]; }};
   zstd = one "zstd"; xz = one "xz"; none = one "none"; br = one "br"; plain = one "plain"; signed = one "signed";
   debug = sh "debug" {{ PATH = "/bin:/usr/bin"; args = ["-c" "mkdir -p $out/lib/debug/.build-id/02; echo x $salt > $out/lib/debug/.build-id/02/62ca01fc0b2a1b3e0ee3d2b1dcee3a4e9fd1a6.debug"]; }};
@@ -37,8 +41,15 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("uploads")
     token = tokens.add(folder / "tokens", "ci", allow=("*",), expires=None)[1]
     upload = {"enabled": True, "tokens_file": str(folder / "tokens")}
-    with narseal_process(folder, upload=upload, workers=2) as process:
-        (folder / "token").write_text(token)
+    ci = CosignKey.generate()
+    write_private(folder / "ci.key", ci.render(b""))
+    write_private(folder / "token", token)
+    (folder / "ci.pub").write_text(ci.public.render())
+    rule = {
+        "match": "app", "require": "attestation", "cosign_key": f"{folder}/ci.pub",
+        "predicate_types": ["slsaprovenance1"],
+    }  # fmt: skip
+    with narseal_process(folder, upload=upload, workers=2, policy=[rule]) as process:
         yield process
 
 
@@ -85,6 +96,30 @@ def test_closure_of_more_than_300_paths(client: Nix, proxy: Process) -> None:
     path = build(client, "all")
     client.run("nix", "copy", "--to", f"{proxy.url}?compression=zstd", path)
     assert len(install(proxy, path).split()) > 300
+
+
+def test_kept_back_until_attested(client: Nix, proxy: Process, tmp_path: Path) -> None:
+    """Below /upload/, then kept back from Nix, then attested by its NAR as it is in the store."""
+    path = build(client, "app")
+    client.run("nix", "copy", "--to", f"{proxy.url}/upload?compression=zstd", path)
+    with nix() as other:
+        other.config["trusted-public-keys"] = proxy.public_key
+        fetch = ["nix", "copy", "--from", proxy.url, "--to",
+                 f"local?root={other.path('store')}", path]  # fmt: skip
+        assert other.try_run(*fetch).returncode != 0
+        dumped = client.script(f"nix-store --dump {path} | sha256sum").split()[0]
+        (tmp_path / "p.json").write_text("{}")
+        done = narseal_command(
+            "attest", path, "--digest", f"sha256:{dumped}", "--predicate", tmp_path / "p.json",
+            "--type", "slsaprovenance1", "--key", proxy.folder / "ci.key", "--to", proxy.url,
+            "--token-file", proxy.folder / "token",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        other.forget()
+        other.run(*fetch)
+    # copying again finds it there
+    client.forget()
+    client.run("nix", "copy", "--to", f"{proxy.url}/upload?compression=zstd", path)
 
 
 def test_debug_info(client: Nix, proxy: Process) -> None:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from click import Group
 from prometheus_client import REGISTRY
 from pydantic import BaseModel
@@ -19,17 +20,17 @@ OPERATING = (PROJECT / "docs/operating.md").read_text()
 METRICS = (PROJECT / "docs/metrics.md").read_text()
 SECURITY = (PROJECT / "docs/security.md").read_text()
 #: Rows of the threat model that are built; each must have a test.
-ROWS = [*(f"U{n}" for n in range(1, 13)), "C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "I1", "I2", "I3",
+ROWS = [*(f"U{n}" for n in range(1, 13)), "C1", "C2", "C3", "C4", "C5", "C6", "C6d", "C6e", "C6f", "C7", "C8", "I1", "I2", "I3",
         "I5", "I6", "K6"]  # fmt: skip
 
 
-def keys(model: type[BaseModel]) -> list[str]:
+def keys(model: type[BaseModel], within: tuple[type[BaseModel], ...] = ()) -> list[str]:
     found = []
     for name, field in model.model_fields.items():
-        inner = re.findall(r"narseal\.config\.(\w+)", repr(field.annotation))
-        sections = [c for c in _models() if c.__name__ in inner]
+        inner = re.findall(r"narseal\.config(?:\.\w+)*\.(\w+)", repr(field.annotation))
+        sections = [c for c in _models() if c.__name__ in inner and c not in within]
         if sections:
-            found += [key for section in sections for key in keys(section)]
+            found += [key for section in sections for key in keys(section, (*within, model))]
         else:
             found.append(name)
     return found
@@ -97,6 +98,28 @@ def test_every_link_between_pages_leads_somewhere() -> None:
     for page in [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in (
+    "operating", "policy", "sigstore"))])  # fmt: skip
+def test_every_configuration_in_the_documentation_is_one(page: str) -> None:
+    blocks = re.findall(
+        r"^```toml\n(.*?)^```", (PROJECT / page).read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert blocks
+    for block in blocks:
+        whole = "[signing]\n" + block if block.startswith("[") else block
+        Config.parse(whole, environ={}, source=page)
+
+
+def test_examples_for_pipelines_are_yaml_and_their_rules_a_configuration() -> None:
+    for name in ("github-actions.yml", "gitlab-ci.yml", "prometheus-rules.yml"):
+        text = (PROJECT / "examples" / name).read_text()
+        assert yaml.safe_load(text)
+    text = (PROJECT / "examples/github-actions.yml").read_text()
+    lines = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
+    config = Config.parse("\n".join(lines), environ={})
+    assert len(config.policy) == len(config.upload.oidc) == 1
 
 
 def test_no_machine_is_named_in_the_project() -> None:

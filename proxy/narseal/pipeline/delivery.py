@@ -9,7 +9,7 @@ import requests
 
 from narseal import __version__
 from narseal.custody import expand, read_private
-from narseal.errors import NotFound, Refused, UpstreamTrouble
+from narseal.errors import BadUpload, NotFound, UpstreamTrouble
 
 _TIMEOUT = 60.0
 
@@ -17,7 +17,7 @@ _TIMEOUT = 60.0
 def leave(url: str, digest: bytes, bundle: bytes, *, token_file: Path | None) -> bool:
     """PUT an attestation; whether it is new there. Without a token file, the netrc is asked.
 
-    Refused, with the sentence of the other side, if it is not taken; UpstreamTrouble if it
+    BadUpload, with the sentence of the other side, if it is not taken; UpstreamTrouble if it
     cannot be brought. Blocks.
     """
     headers = {"User-Agent": f"narseal/{__version__}"}
@@ -29,7 +29,7 @@ def leave(url: str, digest: bytes, bundle: bytes, *, token_file: Path | None) ->
 
 
 def status(url: str, path: str) -> dict[str, Any]:
-    """What a narseal knows of a store path; NotFound, Refused or UpstreamTrouble. Blocks."""
+    """What a narseal knows of a store path; NotFound, BadUpload or UpstreamTrouble. Blocks."""
     tree = _ask("GET", f"{url.rstrip('/')}/status/{path}").json()
     if not isinstance(tree, dict):
         raise UpstreamTrouble(f"{url} is no narseal: its status of {path} is no object")
@@ -45,7 +45,7 @@ def _ask(method: str, address: str, **options: Any) -> requests.Response:
     if answer.status_code == requests.codes.not_found:
         raise NotFound(f"{address}: 404: {sentence}")
     if 400 <= answer.status_code < 500:
-        raise Refused("refused", f"{address}: {answer.status_code}: {sentence}")
+        raise BadUpload(f"{address}: {answer.status_code}: {sentence}")
     if not answer.ok:
         raise UpstreamTrouble(f"{address}: {answer.status_code}: {sentence}")
     return answer
