@@ -8,6 +8,7 @@ import click
 
 from narseal import __version__
 from narseal.cli.attest import attest
+from narseal.cli.audit import audit
 from narseal.cli.check import check_config
 from narseal.cli.fetch import fetch
 from narseal.cli.index import index
@@ -15,6 +16,7 @@ from narseal.cli.key import key
 from narseal.cli.policy import policy
 from narseal.cli.serve import serve
 from narseal.cli.sign import sign
+from narseal.cli.signer import signer
 from narseal.cli.status import status
 from narseal.cli.token import token
 from narseal.cli.verify import verify
@@ -41,6 +43,8 @@ narseal.add_command(attest)
 narseal.add_command(policy)
 narseal.add_command(status)
 narseal.add_command(token)
+narseal.add_command(signer)
+narseal.add_command(audit)
 narseal.add_command(index)
 
 

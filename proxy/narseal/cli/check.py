@@ -21,7 +21,7 @@ def check_config(config_file: Path) -> None:
     cosigning = found.cosigning
     click.echo(f"{config_file}: good")
     for key in found.keys:
-        click.echo(f"  signs with   {key.public}")
+        click.echo(f"  signs with   {key}")
     if cosigning.key:
         click.echo(f"  cosigns with {config.cosign.key} (hint {cosigning.key.public.hint})")
     elif config.cosign.mode == "keyless":

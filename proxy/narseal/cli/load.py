@@ -25,11 +25,16 @@ config_option = click.option(
 
 def load(file: Path) -> Config:
     """The configuration; ConfigError with file, line and reason."""
+    text = read(file)
+    environ = {name: value for name, value in os.environ.items() if name != "NARSEAL_CONFIG"}
+    return Config.parse(text, environ=environ, source=str(file))
+
+
+def read(file: Path) -> str:
+    """A configuration file's text; ConfigError if it cannot be read."""
     try:
-        text = file.read_text("utf-8")
+        return file.read_text("utf-8")
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; name the file with --config") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8: {error}") from error
-    environ = {name: value for name, value in os.environ.items() if name != "NARSEAL_CONFIG"}
-    return Config.parse(text, environ=environ, source=str(file))

@@ -32,12 +32,11 @@ def serve(config_file: Path) -> None:
 
 
 def _run(config: Config, file: Path) -> int:
-    from narseal.pipeline.substituter import load_keys
     from narseal.server.sockets import url_of
     from narseal.server.supervisor import Supervisor
 
     supervisor = Supervisor(config, file=file, load=lambda: load(file))
-    keys = " ".join(str(key.public) for key in load_keys(config))
+    keys = " ".join(map(str, supervisor.public_keys))
     url = url_of(supervisor.sockets[0][0], tls=config.tls is not None)
 
     def banner() -> None:

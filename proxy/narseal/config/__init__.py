@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 ENV_PREFIX = "NARSEAL_"
+_KEY_URL = r"^(file|agent|pkcs11):.+"
 
 
 class UpstreamConfig(SignerSection):
@@ -118,7 +119,9 @@ class StorageConfig(Section):
 class SigningKeyConfig(Section):
     """`[[signing.key]]`: one of the operator's substituter keys."""
 
-    url: Annotated[str, Field(pattern=r"^file:.+")]
+    #: Where it is: `file:`, `agent:` (a `narseal signer`) or `pkcs11:`.
+    url: Annotated[str, Field(pattern=_KEY_URL)]
+    not_before: datetime | None = None
     not_after: datetime | None = None
 
 
@@ -132,8 +135,8 @@ class CosignConfig(Section):
     """`[cosign]`: Sigstore signatures on what was verified by content."""
 
     mode: Literal["off", "key", "keyless"] = "off"
-    #: With mode "key": an encrypted cosign.key.
-    key: Annotated[str, Field(pattern=r"^file:.+")] | None = None
+    #: With mode "key": an encrypted cosign.key (`file:`), or a key elsewhere (`agent:`, `pkcs11:`).
+    key: Annotated[str, Field(pattern=_KEY_URL)] | None = None
     password_file: str | None = None
     #: A private Sigstore instance; without it, the public one by TUF.
     trust_config: str | None = None

@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.serialization import (
 from nacl.exceptions import CryptoError
 from nacl.secret import SecretBox
 
+from narseal.cosign.statement import envelope_digest
 from narseal.errors import MalformedKey
 
 _LABEL = "ENCRYPTED SIGSTORE PRIVATE KEY"
@@ -140,9 +141,13 @@ class CosignKey:
         }
         return _pem(_LABEL, json.dumps(document, separators=(",", ":")).encode())
 
-    def sign(self, digest: bytes) -> bytes:
+    def sign_digest(self, digest: bytes) -> bytes:
         """The DER signature over a SHA-256 digest."""
         return self._key.sign(digest, _PREHASHED)
+
+    def sign_statement(self, statement: bytes) -> bytes:
+        """The DER signature over a statement in its DSSE envelope."""
+        return self.sign_digest(envelope_digest(statement))
 
 
 def _document(pem: str) -> dict[str, Any]:

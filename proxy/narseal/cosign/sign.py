@@ -7,7 +7,6 @@ thread. What it returns was verified by the very verifier that others use.
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -34,8 +33,8 @@ from sigstore_models.common.v1 import HashAlgorithm
 from narseal.cosign import bundle, identity
 from narseal.cosign.bundle import Bundle, Envelope, MessageSignature
 from narseal.cosign.identity import TokenSource
-from narseal.cosign.keys import CosignKey
-from narseal.cosign.statement import PAYLOAD_TYPE, Statement, pae
+from narseal.cosign.keys import CosignPublicKey
+from narseal.cosign.statement import PAYLOAD_TYPE, Statement, envelope_digest
 from narseal.cosign.trust import Trust
 from narseal.cosign.verify import ByIdentity, ByKey, Verifier
 from narseal.errors import ConfigError, NarsealError, UpstreamTrouble
@@ -62,12 +61,26 @@ class Signer(Protocol):
         """The bundle of an in-toto statement; UpstreamTrouble if a service fails."""
 
 
+class Key(Protocol):
+    """A cosign key, wherever it is. Its methods block."""
+
+    @property
+    def public(self) -> CosignPublicKey:
+        """Its other half."""
+
+    def sign_digest(self, digest: bytes) -> bytes:
+        """The DER signature over a file's SHA-256; Refused or Unavailable if there is none."""
+
+    def sign_statement(self, statement: bytes) -> bytes:
+        """The DER signature over a statement in its DSSE envelope."""
+
+
 class KeySigner:
     """With a cosign key; with `trust`, into its log and with its timestamp."""
 
     def __init__(
         self,
-        key: CosignKey,
+        key: Key,
         trust: Trust | None,
         *,
         timeout: float,
@@ -85,13 +98,13 @@ class KeySigner:
 
     def sign_digest(self, digest: bytes) -> bytes:
         """See Signer."""
-        content = MessageSignature(digest, self._key.sign(digest))
+        content = MessageSignature(digest, self._key.sign_digest(digest))
         return self._finish(content, digest, subject=digest)
 
     def sign_statement(self, statement: bytes) -> bytes:
         """See Signer."""
-        signed = hashlib.sha256(pae(PAYLOAD_TYPE, statement)).digest()
-        content = Envelope(PAYLOAD_TYPE, statement, self._key.sign(signed))
+        content = Envelope(PAYLOAD_TYPE, statement, self._key.sign_statement(statement))
+        signed = envelope_digest(statement)
         return self._finish(content, signed, subject=_subject(statement))
 
     def _finish(

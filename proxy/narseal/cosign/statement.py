@@ -6,6 +6,7 @@ whose JSON Schema is docs/predicate.schema.json.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Any
 from narseal.errors import MalformedAttestation
 from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
+from narseal.nix.store_path import StorePath
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 PREDICATE_TYPE = "urn:narseal:nix-store-path:v1"
@@ -130,6 +132,56 @@ def render_statement(
     return json.dumps(tree, separators=(",", ":")).encode()
 
 
+def check_own(data: bytes, *, store_dir: str) -> tuple[int, bytes]:
+    """A statement that narseal could have made of paths of its store, byte for byte.
+
+    Returns how many paths it is of, and its SHA-256; MalformedAttestation if it is anything else.
+    """
+    statement = Statement.parse(data)
+    paths = statement.predicate.get("paths")
+    if statement.predicate_type != PREDICATE_TYPE or not isinstance(paths, list) or not paths:
+        raise MalformedAttestation(f"not a statement of {PREDICATE_TYPE}")
+    subjects: dict[bytes, str] = {}
+    facts = []
+    for item in paths:
+        path, nar, file, name = _read_fact(item, store_dir)
+        subjects.setdefault(file.digest, f"nar/{name}")
+        subjects.setdefault(nar.digest, str(path))
+        facts.append({field: item[field] for field in _FACTS})
+    named = (Subject(name, digest) for digest, name in subjects.items())
+    if render_statement(named, PREDICATE_TYPE, {"paths": facts}) != data:
+        raise MalformedAttestation("the statement is not, byte for byte, as narseal makes it")
+    return len(paths), hashlib.sha256(data).digest()
+
+
+_FACTS = ("storePath", "narHash", "narSize", "references", "deriver", "file")
+_FILE_NAME = re.compile(r"[0-9a-z]{52}\.nar(\.[a-z0-9]{2,4})?", re.ASCII)
+
+
+def _read_fact(item: Any, store_dir: str) -> tuple[StorePath, Hash, Hash, str]:
+    """Store path, NAR hash, file hash and file name of what a statement says of one path."""
+    try:
+        if set(item) != set(_FACTS) or set(item["file"]) != {"name", "sha256"}:
+            raise ValueError("other fields than narseal's")
+        size, references, name = item["narSize"], item["references"], item["file"]["name"]
+        texts = [item["storePath"], *references, *([item["deriver"]] if item["deriver"] else [])]
+        found = [StorePath.parse(_below(text, store_dir)) for text in texts]
+        nar, file = Hash.parse(item["narHash"]), Hash.parse(f"sha256:{item['file']['sha256']}")
+        if type(size) is not int or size < 0 or not _FILE_NAME.fullmatch(name):
+            raise ValueError("a size or a file name that is none")
+        if nar.algorithm != "sha256" or references != sorted(set(references)):
+            raise ValueError("a hash of another kind, or references out of order")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise MalformedAttestation(f"the statement says of a path: {error}") from error
+    return found[0], nar, file, name
+
+
+def _below(text: str, store_dir: str) -> str:
+    if not text.startswith(f"{store_dir}/"):
+        raise ValueError(f"{text[:100]!r} is not in {store_dir}")
+    return text.removeprefix(f"{store_dir}/")
+
+
 def contradictions(statement: Statement, info: NarInfo) -> list[str]:
     """What a statement of ours says otherwise than a narinfo, field by field; [] if it agrees.
 
@@ -171,3 +223,8 @@ def pae(payload_type: str, payload: bytes) -> bytes:
     """DSSE's pre-authentication encoding: the bytes that an envelope's signature is over."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+
+
+def envelope_digest(statement: bytes) -> bytes:
+    """The SHA-256 that an envelope's signature over a statement is over."""
+    return hashlib.sha256(pae(PAYLOAD_TYPE, statement)).digest()

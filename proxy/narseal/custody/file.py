@@ -4,48 +4,78 @@ from __future__ import annotations
 
 import os
 import stat
-from datetime import datetime
 from pathlib import Path
 
+from nacl._sodium import ffi, lib
+
+from narseal.custody.memory import Locked, decode_base64, read_into
+from narseal.custody.requests import Request
 from narseal.errors import ConfigError, MalformedKey
-from narseal.nix.keys import PublicKey, SecretKey, Signature
+from narseal.nix.keys import PublicKey, Signature, check_key_name
 
 _MAX_BYTES = 4096
 _CREDENTIALS = "CREDENTIALS_DIRECTORY"
 
 
 class FileKey:
-    """One substituter key, read once from `file:PATH`.
+    """One substituter key, read once from `file:PATH` into locked memory."""
 
-    `sign` is a coroutine because other custodies answer over a socket or from a token.
-    """
-
-    def __init__(self, secret: SecretKey, *, not_after: datetime | None = None) -> None:
+    def __init__(self, name: str, secret: Locked) -> None:
+        """`secret` is libsodium's secret key: the seed, then the public half."""
         self._secret = secret
-        self.public: PublicKey = secret.public
-        self.not_after = not_after
+        self.public = PublicKey(name, bytes(secret.view[32:64]))
 
     @classmethod
-    def load(cls, url: str, *, not_after: datetime | None = None) -> FileKey:
+    def load(cls, url: str) -> FileKey:
         """The key at `file:PATH`; `$CREDENTIALS_DIRECTORY` at its start is systemd's.
 
         ConfigError if the file is missing, readable by others, or no secret key.
         """
-        if not_after and not_after.tzinfo is None:
-            raise ConfigError(
-                f"{url}: not_after needs a time zone, for example 2028-01-01T00:00:00Z"
-            )
-        text = read_private(Path(expand(url.removeprefix("file:"))))
+        descriptor = open_private(Path(expand(url.removeprefix("file:"))))
+        text = Locked(_MAX_BYTES + 1)
         try:
-            return cls(SecretKey.parse(text), not_after=not_after)
+            size = read_into(descriptor, text.view)
+            return cls(*_parse(text.view[:size]))
         except MalformedKey as error:
             raise ConfigError(
                 f"{url}: {error}; make one with `narseal key generate NAME`"
             ) from error
+        finally:
+            os.close(descriptor)
+            text.close()
 
-    async def sign(self, message: bytes) -> Signature:
-        """The Ed25519 signature over a fingerprint that narseal verified."""
-        return self._secret.sign(message)
+    async def sign(self, request: Request) -> Signature:
+        """The Ed25519 signature over what narseal verified."""
+        return self.sign_message(request.message)
+
+    def sign_message(self, message: bytes) -> Signature:
+        """The Ed25519 signature over a message of narseal's own making."""
+        signed = ffi.new("unsigned char[]", len(message) + 64)
+        lib.crypto_sign(signed, ffi.NULL, message, len(message), self._secret.pointer)
+        return Signature(self.public.name, ffi.buffer(signed, 64)[:])
+
+    def close(self) -> None:
+        """Clear the secret half."""
+        self._secret.close()
+
+
+def _parse(text: memoryview) -> tuple[str, Locked]:
+    """`name:base64` of 64 bytes. The secret is never in memory that is not locked."""
+    end = len(text)
+    while end and text[end - 1] in b" \t\r\n":
+        end -= 1
+    colon = next((at for at in range(end) if text[at] == ord(":")), None)
+    if colon is None or len(text) > _MAX_BYTES:
+        raise MalformedKey("secret key without a colon")
+    name = check_key_name(bytes(text[:colon]).decode("ascii", "replace"))
+    secret = Locked(64)
+    if not decode_base64(text[colon + 1 : end], secret.view):
+        raise MalformedKey(f"secret key of {name!r}: not 64 bytes in base-64")
+    made, public = Locked(64), ffi.new("unsigned char[]", 32)
+    lib.crypto_sign_seed_keypair(public, made.pointer, secret.pointer)
+    if ffi.buffer(public)[:] != bytes(secret.view[32:]):
+        raise MalformedKey(f"secret key {name!r}: its two halves do not belong together")
+    return name, secret
 
 
 def expand(path: str) -> str:
@@ -59,23 +89,28 @@ def expand(path: str) -> str:
     return os.path.join(directory, path.removeprefix(variable))
 
 
-def read_private(path: Path) -> str:
-    """The text of a small file that nobody but its owner may read; ConfigError else."""
+def open_private(path: Path) -> int:
+    """A descriptor of a file that nobody but its owner may read; ConfigError else."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     status = os.fstat(descriptor)
+    # systemd shows the mask of its access list as group bits of a credential
+    directory = os.environ.get(_CREDENTIALS)
+    credential = directory is not None and path.parent == Path(directory)
+    mode = stat.S_IMODE(status.st_mode)
+    if stat.S_ISREG(status.st_mode) and not mode & (0o007 if credential else 0o077):
+        return descriptor
+    os.close(descriptor)
     if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
         raise ConfigError(f"{path}: not a regular file")
-    with open(descriptor, "rb") as file:
-        # systemd shows the mask of its access list as group bits of a credential
-        directory = os.environ.get(_CREDENTIALS)
-        credential = directory is not None and path.parent == Path(directory)
-        if status.st_mode & (0o007 if credential else 0o077):
-            mode = stat.S_IMODE(status.st_mode)
-            raise ConfigError(f"{path}: mode {mode:04o} lets others read it; chmod 600 {path}")
+    raise ConfigError(f"{path}: mode {mode:04o} lets others read it; chmod 600 {path}")
+
+
+def read_private(path: Path) -> str:
+    """The text of such a small file; ConfigError if it is not one."""
+    with open(open_private(path), "rb") as file:
         data = file.read(_MAX_BYTES + 1)
     try:
         if len(data) > _MAX_BYTES:

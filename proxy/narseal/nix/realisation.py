@@ -24,6 +24,10 @@ _ID = re.compile(rf"sha256:[0-9a-f]{{64}}!{_OUTPUT}", re.ASCII)
 _OUTPUT_NAME = re.compile(_OUTPUT, re.ASCII)
 
 
+_OLD = re.compile(r"realisations/(sha256:[0-9a-f]{64}![^/]{1,211})\.doi", re.ASCII)
+_NEW = re.compile(r"build-trace-v2/([^/]{1,250})/([^/]{1,211})\.doi", re.ASCII)
+
+
 @dataclass(frozen=True, slots=True)
 class Realisation:
     """Nix up to 2.34: keyed by the derivation's hash modulo."""
@@ -115,6 +119,19 @@ class BuildTraceEntry:
     def with_signatures(self, signatures: tuple[Signature, ...]) -> BuildTraceEntry:
         """The same entry with these signatures instead."""
         return replace(self, signatures=signatures)
+
+
+Entry = Realisation | BuildTraceEntry
+
+
+def parse_at(name: str, data: bytes) -> Entry:
+    """The file at an address below the store URL, of either spelling; Malformed if it is none."""
+    if match := _OLD.fullmatch(name):
+        return Realisation.parse(data, id=match[1])
+    if match := _NEW.fullmatch(name):
+        drv_path = StorePath.parse(match[1])
+        return BuildTraceEntry.parse(data, drv_path=drv_path, output_name=match[2])
+    raise MalformedRealisation(f"no address of a realisation: {name[:200]!r}")
 
 
 def _dump(tree: object) -> bytes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from time import monotonic, time
 
 from narseal.config import Config
+from narseal.custody.requests import PathRequest
 from narseal.errors import (
     Denied,
     Malformed,
@@ -39,7 +40,7 @@ from narseal.upstream import Upstream
 _log = logging.getLogger(__name__)
 
 #: What is refused for reasons that another narinfo of the same file need not share.
-_NOT_BYTES = ("conflict", "bad-bundle")
+_NOT_BYTES = ("conflict", "bad-bundle", "signer-refused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class Admission:
 
     async def _renewed(self, path: PathRecord, nar: NarRecord) -> Admitted:
         """An admitted path, with the signatures of keys that came after its admission."""
-        signed = await self.sign(path.info)
+        signed = await self.sign(path.info, nar)
         if signed is path.info:
             return path, nar
         path = replace(path, info=signed)
@@ -235,15 +236,16 @@ class Admission:
         else:
             await self._policy.check(info, frozenset((info.nar_hash.digest,)))
             nar = NarRecord.of(info, upstream.config.url)
-        signed = await self.sign(info)
+        signed = await self.sign(info, nar)
         path, nar = await self._index.admit(PathRecord(signed, nar.file, evidence.text), nar)
         if nar.stored:
             await self._fetcher.write_narinfo(path, nar)
         return path, nar
 
-    async def sign(self, info: NarInfo) -> NarInfo:
+    async def sign(self, info: NarInfo, nar: NarRecord) -> NarInfo:
         """Add the signatures of our active keys that are missing; the same value if none is."""
-        signatures = await self._countersigner.countersign(info.fingerprint(), info.signatures)
+        request = PathRequest(info, nar.file if nar.stored else None)
+        signatures = await self._countersigner.countersign(request, info.signatures)
         return info if signatures is info.signatures else info.with_signatures(signatures)
 
     async def _prefetch(self, info: NarInfo) -> None:

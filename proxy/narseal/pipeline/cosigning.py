@@ -9,11 +9,12 @@ from narseal.config import Config, CosignConfig, Who
 from narseal.cosign import identity, trust
 from narseal.cosign.bundle import Bundle
 from narseal.cosign.identity import TokenSource
-from narseal.cosign.keys import CosignKey, CosignPublicKey
-from narseal.cosign.sign import KeylessSigner, KeySigner, Signer
+from narseal.cosign.keys import CosignPublicKey
+from narseal.cosign.sign import Key, KeylessSigner, KeySigner, Signer
 from narseal.cosign.trust import Trust
 from narseal.cosign.verify import ByIdentity, ByKey, Verified, Verifier
 from narseal.custody import expand, read_private
+from narseal.custody.operator import open_cosign_key
 from narseal.errors import ConfigError, MalformedKey
 from narseal.telemetry import metrics
 
@@ -27,7 +28,10 @@ class Cosigning:
     def __init__(self, config: CosignConfig) -> None:
         """ConfigError if a key, its password or a trust file cannot be used. Blocks."""
         self.config = config
-        self.key = load_key(config) if config.mode == "key" else None
+        self.key: Key | None = None
+        if config.mode == "key":
+            assert config.key is not None  # the configuration saw to it
+            self.key = open_cosign_key(config.key, config.password_file)
         self._trust = trust.load(Path(config.trust_config)) if config.trust_config else None
         self._signer: Signer | None = None
 
@@ -90,18 +94,6 @@ def verified(verifier: Verifier, data: bytes, digest: bytes) -> Verified:
     if found.log_index is not None:
         metrics.observe_verification("rekor", "good", found.log_seconds)
     return found
-
-
-def load_key(config: CosignConfig) -> CosignKey:
-    """The encrypted key of the configuration; ConfigError names the file and what is wrong."""
-    assert config.key is not None  # the configuration saw to it
-    file = expand(config.key.removeprefix("file:"))
-    password = read_private(Path(expand(config.password_file))) if config.password_file else ""
-    try:
-        return CosignKey.parse(read_private(Path(file)), password.rstrip("\r\n").encode())
-    except MalformedKey as error:
-        hint = "" if config.password_file else " (no password_file is set)"
-        raise ConfigError(f"{file}: {error}{hint}") from error
 
 
 def read_public_key(key: str) -> CosignPublicKey:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from time import monotonic
 
 from narseal.config import LimitsConfig
+from narseal.custody.requests import RealisationRequest
 from narseal.custody.tokens import Token
 from narseal.errors import (
     BadUpload,
@@ -20,8 +20,7 @@ from narseal.errors import (
 )
 from narseal.nix import realisation
 from narseal.nix.keys import plausible
-from narseal.nix.realisation import BuildTraceEntry, Realisation
-from narseal.nix.store_path import StorePath
+from narseal.nix.realisation import Entry, parse_at
 from narseal.pipeline.admission import Admission
 from narseal.pipeline.ask import Answers, in_order
 from narseal.pipeline.countersign import Countersigner
@@ -32,11 +31,6 @@ from narseal.pipeline.policy import Policy
 from narseal.storage import Epoch, Index
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
-
-_OLD = re.compile(r"realisations/(sha256:[0-9a-f]{64}![^/]{1,211})\.doi", re.ASCII)
-_NEW = re.compile(r"build-trace-v2/([^/]{1,250})/([^/]{1,211})\.doi", re.ASCII)
-
-Entry = Realisation | BuildTraceEntry
 
 
 class Realisations:
@@ -72,7 +66,7 @@ class Realisations:
         """
         stored = await self._index.realisation(name)
         if stored is not None:
-            entry = _parse(name, stored)
+            entry = parse_at(name, stored)
             await self._check(entry)
             return await self._countersigned(name, entry, stored)
         if stored_only:
@@ -99,7 +93,7 @@ class Realisations:
         if data is None:
             raise NotFound(f"{upstream.config.url} has no {name}")
         with metrics.verifying("nix"):
-            entry = _parse(name, data)
+            entry = parse_at(name, data)
             message = entry.fingerprint()
             pinned = {key.name: key for key in upstream.config.public_keys}
             known = pinned | self._countersigner.public_keys
@@ -120,7 +114,7 @@ class Realisations:
         BadUpload, UploadConflict or Forbidden if it is not taken.
         """
         try:
-            entry = _parse(name, data)
+            entry = parse_at(name, data)
         except Malformed as error:
             raise BadUpload(str(error)) from error
         out = entry.out_path
@@ -132,7 +126,7 @@ class Realisations:
         kept = set(plausible(entry.signatures, self._countersigner.public_keys, message))
         stored = await self._index.realisation(name)
         if stored is not None:
-            present = _parse(name, stored)
+            present = parse_at(name, stored)
             if present.fingerprint() != message:
                 raise UploadConflict(f"{name} is here with {present.out_path}")
             kept |= set(present.signatures)
@@ -153,17 +147,9 @@ class Realisations:
     async def _countersigned(
         self, name: str, entry: Entry, stored: bytes | None, evidence: str = "stored"
     ) -> bytes:
-        signatures = await self._countersigner.countersign(entry.fingerprint(), entry.signatures)
+        request = RealisationRequest(name, entry)
+        signatures = await self._countersigner.countersign(request, entry.signatures)
         body = entry.with_signatures(signatures).render()
         if body != stored:
             await self._index.put_realisation(name, body, evidence)
         return body
-
-
-def _parse(name: str, data: bytes) -> Entry:
-    if match := _OLD.fullmatch(name):
-        return Realisation.parse(data, id=match[1])
-    if match := _NEW.fullmatch(name):
-        drv_path = StorePath.parse(match[1])
-        return BuildTraceEntry.parse(data, drv_path=drv_path, output_name=match[2])
-    raise MalformedRealisation(f"no address of a realisation: {name[:200]!r}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from narseal.config import Config
-from narseal.custody import FileKey
+from narseal.custody.operator import OperatorKey
 from narseal.errors import ConfigError, Denied, NotFound, Unavailable
 from narseal.nix.cache_info import CacheInfo
 from narseal.pipeline.admission import Admission
@@ -59,7 +59,7 @@ class Substituter:
         self,
         config: Config,
         *,
-        keys: list[FileKey],
+        keys: list[OperatorKey],
         upstreams: list[Upstream],
         epoch: Epoch,
         cosigning: Cosigning,
@@ -197,6 +197,8 @@ class Substituter:
                 await substituter.crew.close(wait=config.limits.shutdown_timeout)
                 for upstream in upstreams:
                     await upstream.close()
+                for key in keys:
+                    key.custodian.close()
                 await substituter._index.close()
                 substituter.blocking.close()
 
@@ -329,14 +331,14 @@ class Substituter:
         return None
 
 
-def load_keys(config: Config) -> list[FileKey]:
+def load_keys(config: Config) -> list[OperatorKey]:
     """The operator's keys; ConfigError if there is none, one cannot be used, or names clash."""
     if not config.signing.key:
         raise ConfigError(
             "there is no [[signing.key]]: make one with `narseal key generate NAME` and name its"
             ' file there: url = "file:/path"'
         )
-    keys = [FileKey.load(key.url, not_after=key.not_after) for key in config.signing.key]
+    keys = [OperatorKey.open(key) for key in config.signing.key]
     own = {key.public.name: key.public for key in keys}
     if len(own) < len(keys):
         raise ConfigError("two [[signing.key]] have the same name")

@@ -273,7 +273,7 @@ class Uploads:
                 await self._blocking.run(self._storage.discard, arrived.incoming)
         passes = await self._policy.passes(kept, content_digests(kept, record))
         if passes:
-            kept = await self._admission.sign(kept)
+            kept = await self._admission.sign(kept, record)
         path, nar = await self._index.admit(PathRecord(kept, record.file, evidence), record)
         await self._fetcher.write_narinfo(path, nar)
         await self._blocking.run(self._storage.discard_upload, info.url.removeprefix("nar/"))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from narseal.config import Config
-from narseal.custody import FileKey, expand
+from narseal.custody import expand
 from narseal.custody.tokens import Tokens
 from narseal.errors import ConfigError
+from narseal.nix.keys import PublicKey
 from narseal.pipeline.cosigning import Cosigning, upstream_signers
 from narseal.pipeline.policy import attesters, attesting_signers, known_keys
 from narseal.pipeline.substituter import load_keys
@@ -23,7 +24,7 @@ _FIXED = ("listen", "workers", "store_dir", "storage.url", "storage.index", "met
 class Checked:
     """What a good configuration signs with."""
 
-    keys: list[FileKey]
+    keys: list[PublicKey]
     cosigning: Cosigning
 
 
@@ -36,7 +37,9 @@ def check(config: Config) -> Checked:
     known_keys(config, {key.public.name for key in keys})
     if config.upload.tokens_file:
         Tokens(Path(expand(config.upload.tokens_file)))
-    return Checked(keys, Cosigning(config.cosign))
+    for key in keys:
+        key.custodian.close()  # what is forked from here has no use for it
+    return Checked([key.public for key in keys], Cosigning(config.cosign))
 
 
 def check_change(old: Config, new: Config) -> None:
@@ -49,10 +52,10 @@ def check_change(old: Config, new: Config) -> None:
 
 def named_files(config: Config) -> Iterator[Path]:
     """The files of keys and trust, whose change is a change of the configuration."""
-    texts: list[str | None] = [key.url.removeprefix("file:") for key in config.signing.key]
     cosign = config.cosign
-    texts += [cosign.key and cosign.key.removeprefix("file:"), cosign.password_file]
-    texts += [cosign.trust_config]
+    urls = [*(key.url for key in config.signing.key), cosign.key or ""]
+    texts: list[str | None] = [u.removeprefix("file:") for u in urls if u.startswith("file:")]
+    texts += [cosign.password_file, cosign.trust_config]
     signers = [who for who, _ in attesters(config)]
     signers += [u.who for u in config.upstream if u.verify == "bundle"]
     for who in signers:

@@ -72,7 +72,8 @@ class Supervisor:
         self._config = config
         self._file = file
         self._load = load
-        check(config)
+        #: Of the substituter keys.
+        self.public_keys = check(config).keys
         self._watch = Watch()
         self._watch.follow([file, *named_files(config)])
         self._generation = 0

@@ -1,0 +1,213 @@
+"""Keys that `narseal signer` holds, in a process of its own: `agent:/path/of.sock?key=NAME`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import itertools
+import socket
+import threading
+import time
+from typing import Any
+from urllib.parse import parse_qs, unquote
+
+from narseal.cosign.keys import CosignPublicKey
+from narseal.custody import wire
+from narseal.custody.requests import Request
+from narseal.errors import ConfigError, Malformed, MalformedKey, Refused, Unavailable
+from narseal.nix.keys import PublicKey, Signature
+
+_ANSWER = 30.0  # seconds for one signature, its evidence and its audit record included
+_RECONNECT = 2.0  # seconds that a signer may be away before requests fail
+_PAUSE = 0.02
+_CONNECT = 5.0
+
+
+class AgentKey:
+    """A substituter key of a signer."""
+
+    def __init__(self, url: str) -> None:
+        """ConfigError if the signer cannot be asked, or has no such key. Blocks."""
+        path, name = parse_url(url)
+        self._line = _Line(path)
+        found = _keys(path, url, "ed25519")
+        if name is None and len(found) == 1:
+            name = next(iter(found))
+        if name not in found:
+            raise ConfigError(
+                f"{url}: the signer's keys are {', '.join(found) or 'none'}: ?key=NAME"
+            )
+        try:
+            self.public = PublicKey.parse(found[name])
+        except MalformedKey as error:
+            raise ConfigError(f"{url}: {error}") from error
+
+    async def sign(self, request: Request) -> Signature:
+        """The signer's signature, verified; Refused if it will not, Unavailable if it is away."""
+        answer = await self._line.ask(request.render() | {"key": self.public.name})
+        signature = Signature(self.public.name, _signature(answer))
+        if not self.public.verifies(request.message, signature):
+            raise Unavailable("the signer's signature is not by the key that it named at the start")
+        return signature
+
+    def close(self) -> None:
+        """Let go of the line."""
+        self._line.close()
+
+
+class AgentCosignKey:
+    """A cosign key of a signer. Its methods block."""
+
+    def __init__(self, url: str) -> None:
+        """ConfigError if the signer cannot be asked, or has no such key."""
+        self._path, name = parse_url(url)
+        found = _keys(self._path, url, "cosign")
+        if name is None and len(found) == 1:
+            name = next(iter(found))
+        if name not in found:
+            raise ConfigError(f"{url}: the signer's cosign keys are {', '.join(found) or 'none'}")
+        self._name = name
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        try:
+            self.public = CosignPublicKey.parse(found[name])
+        except MalformedKey as error:
+            raise ConfigError(f"{url}: {error}") from error
+
+    def sign_digest(self, digest: bytes) -> bytes:
+        """The signature over a file's SHA-256; Refused where the signer signs no files."""
+        return self._ask({"kind": "digest", "digest": digest.hex()})
+
+    def sign_statement(self, statement: bytes) -> bytes:
+        """The signature over a statement in its DSSE envelope."""
+        return self._ask({"kind": "statement", "statement": base64.b64encode(statement).decode()})
+
+    def _ask(self, tree: dict[str, Any]) -> bytes:
+        with self._lock:
+            for last in (False, True):  # the line may have been closed since it was last used
+                try:
+                    if self._socket is None:
+                        self._socket = _connect(self._path)
+                    return _signature(wire.ask(self._socket, tree | {"id": 0, "key": self._name}))
+                except (OSError, Malformed) as error:
+                    if self._socket is not None:
+                        self._socket.close()
+                        self._socket = None
+                    if last:
+                        raise Unavailable(f"the signer at {self._path}: {error}") from error
+        raise AssertionError
+
+
+class _Line:
+    """One connection to a signer: many requests on their way at a time, in the running loop."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._connecting = asyncio.Lock()
+
+    async def ask(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """The answer; what was on its way when the signer went is asked again when it is back."""
+        until = time.monotonic() + _RECONNECT
+        while True:
+            try:
+                async with asyncio.timeout(_ANSWER):
+                    return await self._once(tree)
+            except TimeoutError as error:
+                raise Unavailable(f"the signer at {self._path} does not answer") from error
+            except OSError as error:
+                if time.monotonic() > until:
+                    raise Unavailable(f"the signer at {self._path} is away: {error}") from error
+                await asyncio.sleep(_PAUSE)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._reading:
+            self._reading.cancel()
+        if self._writer:
+            self._writer.close()
+
+    async def _once(self, tree: dict[str, Any]) -> dict[str, Any]:
+        async with self._connecting:
+            if self._writer is None:
+                reader, self._writer = await asyncio.open_unix_connection(self._path)
+                self._reading = asyncio.create_task(self._read(reader), name="signer")
+        number = next(self._ids)
+        future = self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._writer.write(wire.encode(tree | {"id": number}))
+            answer: dict[str, Any] = await future
+            return answer
+        finally:
+            self._waiting.pop(number, None)
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        """Hand answers out until the line ends; then whoever waits tries again."""
+        with contextlib.suppress(OSError, Malformed):
+            while (body := await wire.read(reader)) is not None:
+                tree = wire.decode(body)
+                future = self._waiting.get(tree.get("id", 0))
+                if future and not future.done():
+                    future.set_result(tree)
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(ConnectionError("the line was closed"))
+
+
+def parse_url(url: str) -> tuple[str, str | None]:
+    """The socket and the name of the key of `agent:/path?key=NAME`; ConfigError else."""
+    path, _, query = url.removeprefix("agent:").partition("?")
+    options = parse_qs(query, keep_blank_values=True)
+    if not path.startswith("/") or set(options) - {"key"} or len(options.get("key", [])) > 1:
+        raise ConfigError(f"{url}: not agent:/path/of.sock?key=NAME")
+    return unquote(path), options.get("key", [None])[0]
+
+
+def _keys(path: str, url: str, kind: str) -> dict[str, str]:
+    """The public keys of a signer, by name. Blocks."""
+    try:
+        with _connect(path) as sock:
+            answer = wire.ask(sock, {"id": 0, "kind": "keys"})
+        return {str(k["name"]): str(k["public"]) for k in answer["keys"] if k["type"] == kind}
+    except (OSError, Malformed, KeyError, TypeError) as error:
+        raise ConfigError(f"{url}: the signer cannot be asked; is it running? {error}") from error
+
+
+def _connect(path: str) -> socket.socket:
+    """To a signer, which may just be starting."""
+    until = time.monotonic() + _RECONNECT
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(_CONNECT)
+        try:
+            sock.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            sock.close()
+            if time.monotonic() > until:
+                raise
+            time.sleep(_PAUSE)
+        except OSError:
+            sock.close()
+            raise
+        else:
+            sock.settimeout(_ANSWER)
+            return sock
+
+
+def _signature(answer: dict[str, Any]) -> bytes:
+    if "refused" in answer:
+        raise Refused("signer-refused", f"the signer does not sign it: {answer['refused']}"[:500])
+    if "error" in answer:
+        raise Unavailable(f"the signer cannot sign now: {answer['error']}"[:500])
+    try:
+        return base64.b64decode(answer["signature"], validate=True)
+    except (KeyError, TypeError, binascii.Error) as error:
+        raise Unavailable(f"the signer's answer cannot be read: {error!r}") from error

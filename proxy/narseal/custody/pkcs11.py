@@ -1,0 +1,248 @@
+"""Keys in a hardware token: `pkcs11:token=…;object=…?module-path=…&pin-source=…&key=NAME` (RFC 7512).
+
+Ed25519 for substituter keys, ECDSA P-256 for cosign's. The private half never leaves the token;
+the public one is read from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+import pkcs11
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from pkcs11 import Attribute, KeyType, Mechanism, ObjectClass
+
+from narseal.cosign.keys import CosignPublicKey
+from narseal.cosign.statement import envelope_digest
+from narseal.custody.file import expand, read_private
+from narseal.custody.requests import Request
+from narseal.errors import ConfigError, MalformedKey, Unavailable
+from narseal.nix.keys import PublicKey, Signature, check_key_name
+
+_PATH = {"token", "object", "id", "serial", "manufacturer", "model"}
+_QUERY = {"module-path", "pin-source", "key"}
+_PROBE = 60
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUrl:
+    """Which key of which token, and with which module and PIN file."""
+
+    token: str
+    label: str | None
+    id: bytes | None
+    module: str
+    pin_file: str | None
+    name: str
+
+    @classmethod
+    def parse(cls, url: str) -> TokenUrl:
+        """ConfigError says what is missing, or not known."""
+        parts = urlsplit(url)
+        path = _attributes(url, parts.path, ";", _PATH)
+        query = _attributes(url, parts.query, "&", _QUERY)
+        for name, found in (("token", path), ("module-path", query)):
+            if name not in found:
+                raise ConfigError(f"{url}: {name} is missing")
+        if "object" not in path and "id" not in path:
+            raise ConfigError(f"{url}: object or id says which key")
+        pin = query.get("pin-source")
+        return cls(
+            unquote(path["token"]),
+            unquote(path["object"]) if "object" in path else None,
+            unquote_to_bytes(path["id"]) if "id" in path else None,
+            unquote(query["module-path"]),
+            unquote(pin).removeprefix("file:") if pin else None,
+            unquote(query.get("key") or path.get("object") or ""),
+        )
+
+    def __str__(self) -> str:
+        return f"pkcs11:token={self.token};object={self.label or self.name}"
+
+
+class Token:
+    """A logged-in session on a token, opened when it is needed, and anew when it was away.
+
+    Its methods block; one at a time works with it.
+    """
+
+    def __init__(self, url: TokenUrl, key_type: KeyType) -> None:
+        self._url = url
+        self._key_type = key_type
+        self._lock = threading.Lock()
+        self._session: Any = None
+        self._key: Any = None
+
+    def sign(self, data: bytes, mechanism: Mechanism) -> bytes:
+        """The raw signature; Unavailable if the token cannot be used."""
+        with self._lock, _said(self._url):
+            if self._key is None:
+                self._open()
+            try:
+                return bytes(self._key.sign(data, mechanism=mechanism))
+            except pkcs11.PKCS11Error:
+                self._forget()
+                self._open(anew=True)
+                return bytes(self._key.sign(data, mechanism=mechanism))
+
+    def public_point(self) -> bytes:
+        """The public key as the token has it: the bytes of the EC point."""
+        with self._lock, _said(self._url):
+            self._open()
+            key = self._session.get_key(
+                object_class=ObjectClass.PUBLIC_KEY, key_type=self._key_type, **self._which()
+            )
+            return bytes(key[Attribute.EC_POINT])
+
+    def close(self) -> None:
+        """End the session."""
+        with self._lock:
+            self._forget()
+
+    def _open(self, *, anew: bool = False) -> None:
+        library = pkcs11.lib(self._url.module)
+        if anew:
+            library.reinitialize()
+        pin = read_private(Path(expand(self._url.pin_file))).strip() if self._url.pin_file else None
+        token = library.get_token(token_label=self._url.token)
+        self._session = token.open(user_pin=pin) if pin else token.open()
+        self._key = self._session.get_key(
+            object_class=ObjectClass.PRIVATE_KEY, key_type=self._key_type, **self._which()
+        )
+
+    def _forget(self) -> None:
+        session, self._session, self._key = self._session, None, None
+        with contextlib.suppress(pkcs11.PKCS11Error):
+            if session is not None:
+                session.close()
+
+    def _which(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self._url.label is not None:
+            found["label"] = self._url.label
+        if self._url.id is not None:
+            found["id"] = self._url.id
+        return found
+
+
+class Pkcs11Key:
+    """A substituter key in a token."""
+
+    def __init__(self, url: str) -> None:
+        """ConfigError if the token or its public key cannot be read. Blocks."""
+        where = TokenUrl.parse(url)
+        try:
+            self.public = PublicKey(check_key_name(where.name), _probe(url, "ed25519")[-32:])
+        except MalformedKey as error:
+            raise ConfigError(f"{url}: {error}; give the key's name as key=NAME") from error
+        self._token = Token(where, KeyType.EC_EDWARDS)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pkcs11")
+
+    async def sign(self, request: Request) -> Signature:
+        """The token's signature; Unavailable if it is away."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self.sign_message, request.message)
+
+    def sign_message(self, message: bytes) -> Signature:
+        """The same over a message of narseal's own making. Blocks."""
+        return Signature(self.public.name, self._token.sign(message, Mechanism.EDDSA))
+
+    def close(self) -> None:
+        """End the session."""
+        self._thread.shutdown()
+        self._token.close()
+
+
+class Pkcs11CosignKey:
+    """A cosign key in a token. Its methods block."""
+
+    def __init__(self, url: str) -> None:
+        """ConfigError if the token or its public key cannot be read."""
+        try:
+            point = ec.EllipticCurvePublicKey.from_encoded_point(
+                ec.SECP256R1(), _probe(url, "cosign")[-65:]
+            )
+        except ValueError as error:
+            raise ConfigError(f"{url}: not an ECDSA P-256 key: {error}") from error
+        form = PublicFormat.SubjectPublicKeyInfo
+        self.public = CosignPublicKey(point.public_bytes(Encoding.DER, form))
+        self._token = Token(TokenUrl.parse(url), KeyType.EC)
+
+    def sign_digest(self, digest: bytes) -> bytes:
+        """The DER signature over a SHA-256 digest; Unavailable if the token is away."""
+        raw = self._token.sign(digest, Mechanism.ECDSA)
+        half = len(raw) // 2
+        return encode_dss_signature(
+            int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big")
+        )
+
+    def sign_statement(self, statement: bytes) -> bytes:
+        """The signature over a statement in its DSSE envelope."""
+        return self.sign_digest(envelope_digest(statement))
+
+
+def _probe(url: str, kind: str) -> bytes:
+    """Read the public half in a process of its own: a module does not outlive a fork."""
+    TokenUrl.parse(url)
+    command = [sys.executable, "-m", "narseal.custody.pkcs11", kind]
+    done = subprocess.run(
+        command, input=url, capture_output=True, text=True, timeout=_PROBE, check=False
+    )
+    try:
+        answer = json.loads(done.stdout)
+        if "point" in answer:
+            return bytes.fromhex(answer["point"])
+        raise ConfigError(str(answer["error"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{url}: the token cannot be asked: {done.stderr[-300:]}") from error
+
+
+def main() -> None:
+    """The process of `_probe`: the URL comes on standard input."""
+    kind, url = sys.argv[1], sys.stdin.read(8192)
+    key_type = KeyType.EC_EDWARDS if kind == "ed25519" else KeyType.EC
+    try:
+        point = Token(TokenUrl.parse(url), key_type).public_point()
+        sys.stdout.write(json.dumps({"point": point.hex()}))
+    except (ConfigError, Unavailable) as error:
+        sys.stdout.write(json.dumps({"error": str(error)}))
+
+
+@contextlib.contextmanager
+def _said(url: TokenUrl) -> Iterator[None]:
+    """The module's errors as ours."""
+    try:
+        yield
+    except (pkcs11.PKCS11Error, RuntimeError) as error:
+        what = type(error).__name__ + (f" {error}" if str(error) else "")
+        raise Unavailable(f"{url}: the token cannot be used: {what}") from error
+
+
+def _attributes(url: str, text: str, separator: str, known: set[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part in filter(None, text.split(separator)):
+        name, equals, value = part.partition("=")
+        if not equals or name not in known or name in found:
+            hint = "; a PIN is in a file: pin-source=file:/path" if name == "pin-value" else ""
+            raise ConfigError(
+                f"{url.partition('?')[0]}: {name!r} is not known here, or twice{hint}"
+            )
+        found[name] = value
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""How a narseal and its signer talk: JSON objects, each behind its length in four bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+from narseal.errors import Malformed
+
+#: Bytes of one message: a statement of 1,024 subjects, in base64.
+MAX_BYTES = 32 << 20
+
+
+def encode(tree: dict[str, Any]) -> bytes:
+    """A message."""
+    body = json.dumps(tree, separators=(",", ":")).encode()
+    return len(body).to_bytes(4, "big") + body
+
+
+def decode(body: bytes) -> dict[str, Any]:
+    """A message's object; Malformed if it is none."""
+    try:
+        tree = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise Malformed("not a JSON object")
+    return tree
+
+
+async def read(reader: asyncio.StreamReader) -> bytes | None:
+    """The next message's bytes; None at the end. Malformed if it is too long."""
+    try:
+        size = int.from_bytes(await reader.readexactly(4), "big")
+        _check(size)
+        return await reader.readexactly(size)
+    except asyncio.IncompleteReadError:
+        return None
+
+
+def ask(sock: socket.socket, tree: dict[str, Any]) -> dict[str, Any]:
+    """Send a message and wait for the next one; ConnectionError or TimeoutError if none comes."""
+    sock.sendall(encode(tree))
+    size = int.from_bytes(_exactly(sock, 4), "big")
+    _check(size)
+    return decode(_exactly(sock, size))
+
+
+def _exactly(sock: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        portion = sock.recv(min(size - len(data), 1 << 20))
+        if not portion:
+            raise ConnectionError("the line was closed")
+        data += portion
+    return bytes(data)
+
+
+def _check(size: int) -> None:
+    if size > MAX_BYTES:
+        raise Malformed(f"a message of {size} bytes; {MAX_BYTES} are taken")

@@ -1,0 +1,293 @@
+"""What the signer decides: which requests are signed. It trusts nothing that the proxy says.
+
+It rebuilds the text from typed values, looks for evidence itself, and writes each signature down
+before it leaves. Blocking, but for its queue; the socket is `server/signer.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol
+
+from narseal.config.signer import SignerConfig
+from narseal.cosign.statement import MAX_BYTES, check_own
+from narseal.custody import requests
+from narseal.custody.audit import AuditLog
+from narseal.custody.file import FileKey
+from narseal.custody.operator import open_cosign_key
+from narseal.custody.requests import PathRequest, RealisationRequest
+from narseal.errors import ConfigError, Malformed, NarsealError, Refused
+from narseal.nix.base32 import CHARS
+from narseal.nix.compression import COMPRESSIONS
+from narseal.nix.keys import PublicKey, Signature
+from narseal.nix.narinfo import NarInfo
+from narseal.pipeline.evidence import check_content_address
+from narseal.pipeline.inspection import Inspection
+
+_log = logging.getLogger(__name__)
+_CHUNK = 1 << 20
+_MAX_NAR = 1 << 40
+_MAX_VERIFICATIONS = 8
+_FILE = re.compile(rf"{CHARS}{{52}}\.nar(\.[a-z0-9]{{2,4}})?", re.ASCII)
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_BY_SUFFIX = {suffix: name for name, suffix in COMPRESSIONS.items()}
+_MAX_REASON = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who asks, as the kernel says."""
+
+    uid: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """A request that is signed as soon as it is written down."""
+
+    key: str
+    record: dict[str, Any]
+    #: With a substituter key: the message. With a cosign key: the digest, or the statement.
+    message: bytes
+    kind: str
+
+
+class Desk:
+    """The keys and the rules. ConfigError if a key or the log cannot be used."""
+
+    def __init__(self, config: SignerConfig) -> None:
+        self._config = config
+        keys: list[_MessageKey] = [_open(item.url) for item in config.key]
+        self._keys = {key.public.name: key for key in keys}
+        self._cosign = {
+            item.name: open_cosign_key(item.url, item.password_file) for item in config.cosign_key
+        }
+        if len(self._keys) < len(keys) or len(self._cosign) < len(config.cosign_key):
+            raise ConfigError("two keys of the signer have the same name")
+        if not self._keys and not self._cosign:
+            raise ConfigError("there is no [[key]] and no [[cosign_key]]: nothing to sign with")
+        if config.content and not config.storage:
+            raise ConfigError("content needs storage: the signer hashes the files itself")
+        self._trusted: dict[str, list[PublicKey]] = {}
+        for key in (*config.trusted_keys, *(key.public for key in keys)):
+            self._trusted.setdefault(key.name, []).append(key)
+        self.audit = AuditLog(Path(config.audit.log), FileKey.load(config.audit.key))
+        self._rate = _Rate(config.rate, config.per_day)
+
+    def public_keys(self) -> list[dict[str, str]]:
+        """What it signs with, for whoever asks."""
+        return [
+            *(
+                {"name": name, "type": "ed25519", "public": str(key.public)}
+                for name, key in self._keys.items()
+            ),
+            *(
+                {"name": name, "type": "cosign", "public": key.public.render()}
+                for name, key in self._cosign.items()
+            ),
+        ]
+
+    def consider(self, tree: Mapping[str, Any], peer: Peer) -> Agreed:
+        """Whether a request is signed, and with what record; Refused or Malformed say why not."""
+        kind, name = tree.get("kind"), tree.get("key")
+        if kind in ("statement", "digest"):
+            return self._consider_cosign(dict(tree), str(kind), name, peer)
+        if not isinstance(name, str) or name not in self._keys:
+            raise Refused("no-key", f"there is no substituter key {str(name)[:60]!r}")
+        request = requests.parse(dict(tree), store_dir=self._config.store_dir)
+        if isinstance(request, PathRequest):
+            evidence = self._evidence_of_path(request)
+            info = request.info
+            what = {
+                "subject": f"{info.store_dir}/{info.store_path}",
+                "digest": f"sha256:{info.nar_hash.digest.hex()}",
+            }
+        else:
+            evidence = self._evidence_of_realisation(request)
+            what = {"subject": request.name, "digest": str(request.entry.out_path)}
+        record = {"kind": kind, **what, "key": name, "evidence": evidence, **_of(peer)}
+        return Agreed(name, record, request.message, str(kind))
+
+    def sign(self, agreed: Sequence[Agreed]) -> list[bytes | str]:
+        """Write a group down, then sign it: signatures, or why one could not be made. Blocks.
+
+        OSError if the log cannot be written: then nothing is signed.
+        """
+        self._rate.take(len(agreed))
+        self.audit.append([item.record for item in agreed])
+        outcomes: list[bytes | str] = []
+        for item in agreed:
+            try:
+                outcomes.append(self._signature(item))
+            except NarsealError as error:  # a token that went away
+                outcomes.append(str(error))
+        return outcomes
+
+    def refused(self, tree: Mapping[str, Any], peer: Peer, error: NarsealError) -> None:
+        """Write down, in the program's log, what was not signed."""
+        what = {"kind": str(tree.get("kind"))[:40], "key": str(tree.get("key"))[:80]}
+        _log.warning("not signed: %s", str(error)[:_MAX_REASON], extra={**what, **_of(peer)})
+
+    def close(self) -> None:
+        """A last checkpoint; the keys are cleared."""
+        self.audit.close()
+        for key in self._keys.values():
+            key.close()
+
+    def _signature(self, item: Agreed) -> bytes:
+        if item.kind == "statement":
+            return self._cosign[item.key].sign_statement(item.message)
+        if item.kind == "digest":
+            return self._cosign[item.key].sign_digest(item.message)
+        return self._keys[item.key].sign_message(item.message).data
+
+    def _consider_cosign(self, tree: dict[str, Any], kind: str, name: object, peer: Peer) -> Agreed:
+        if not isinstance(name, str) or name not in self._cosign:
+            raise Refused("no-key", f"there is no cosign key {str(name)[:60]!r}")
+        if set(tree) != {"id", "kind", "key", kind}:
+            raise Malformed(f"a request of this kind has the field {kind}, and no others")
+        text = tree[kind]
+        if not isinstance(text, str):
+            raise Malformed(f"{kind} is a text")
+        if kind == "digest":
+            if not self._config.blobs:
+                raise Refused("blobs", "digests of files are not signed here (blobs = false)")
+            if not _DIGEST.fullmatch(text):
+                raise Malformed("digest is not 64 hex digits")
+            message, digest, subject = bytes.fromhex(text), text, "a file"
+        else:
+            if not self._config.statements:
+                raise Refused("statements", "statements are not signed here (statements = false)")
+            message, subject, digest = _own_statement(text, self._config.store_dir)
+        record = {"kind": kind, "subject": subject, "digest": f"sha256:{digest}", "key": name}
+        return Agreed(name, record | {"evidence": "form"} | _of(peer), message, kind)
+
+    def _evidence_of_path(self, request: PathRequest) -> str:
+        info = request.info
+        if info.nar_size > _MAX_NAR:
+            raise Refused("too-large", f"a NAR of {info.nar_size} bytes")
+        message = info.fingerprint()
+        tried = 0
+        for signature in info.signatures:
+            for key in self._trusted.get(signature.key_name, ()):
+                tried += 1
+                if key.verifies(message, signature):
+                    return f"signature {key.name}"
+                if tried >= _MAX_VERIFICATIONS:
+                    break
+        if check_content_address(info):
+            return "content-address"
+        named = any(fnmatchcase(info.store_path.name, glob) for glob in self._config.content)
+        if info.ca is None and not named:
+            raise Refused(
+                "unsigned",
+                f"{info.store_path}: no signature by a trusted key, no content address, and its"
+                " name is not among those that are signed on their content",
+            )
+        self._hash(info, request.file)
+        return "content-address" if info.ca is not None and not named else "content"
+
+    def _hash(self, info: NarInfo, file: str | None) -> None:
+        """Hold the file in storage to the narinfo, here, where the proxy cannot touch it."""
+        match = _FILE.fullmatch(file or "")
+        if not match or self._config.storage is None or (match[1] or "") not in _BY_SUFFIX:
+            raise Refused("unsigned", f"{info.store_path}: there is no file to hash as evidence")
+        compression = _BY_SUFFIX[match[1] or ""]
+        inspection = Inspection(replace(info, compression=compression))
+        path = Path(self._config.storage.removeprefix("file://")) / "nar" / match[0]
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise Refused("unsigned", f"{path}: cannot be read: {error.strerror}") from error
+        with open(descriptor, "rb", buffering=0) as opened:
+            while data := opened.read(_CHUNK):
+                inspection.feed(data)
+        inspection.finish()
+
+    def _evidence_of_realisation(self, request: RealisationRequest) -> str:
+        for signature in request.entry.signatures[:_MAX_VERIFICATIONS]:
+            for key in self._trusted.get(signature.key_name, ()):
+                if key.verifies(request.message, signature):
+                    return f"signature {key.name}"
+        name = request.entry.out_path.name
+        if any(fnmatchcase(name, glob) for glob in self._config.content):
+            return "name"
+        raise Refused(
+            "unsigned",
+            f"{request.name}: no signature by a trusted key, and {name} is not among the names"
+            " that are signed on their content",
+        )
+
+
+class _Rate:
+    """Signatures a second, and a day."""
+
+    def __init__(self, rate: int, per_day: int) -> None:
+        self._rate = rate
+        self._per_day = per_day
+        self._left = float(rate)
+        self._at = time.monotonic()
+        self._day = ""
+        self._today = 0
+
+    def take(self, count: int) -> None:
+        """Refused if that is too many now."""
+        now = time.monotonic()
+        self._left = min(float(self._rate), self._left + (now - self._at) * self._rate)
+        self._at = now
+        day = datetime.now(UTC).date().isoformat()
+        if day != self._day:
+            self._day, self._today = day, 0
+        if self._rate and count > self._left:
+            raise Refused("rate", f"more than {self._rate} signatures a second (rate)")
+        if self._per_day and self._today + count > self._per_day:
+            raise Refused("rate", f"more than {self._per_day} signatures today (per_day)")
+        self._left -= count
+        self._today += count
+
+
+class _MessageKey(Protocol):
+    """A substituter key that signs at once."""
+
+    public: PublicKey
+
+    def sign_message(self, message: bytes) -> Signature:
+        """Ed25519 over what the desk agreed to; Unavailable if it cannot."""
+
+    def close(self) -> None:
+        """Let go of the key."""
+
+
+def _open(url: str) -> _MessageKey:
+    if url.startswith("pkcs11:"):
+        from narseal.custody.pkcs11 import Pkcs11Key
+
+        return Pkcs11Key(url)
+    return FileKey.load(url)
+
+
+def _own_statement(text: str, store_dir: str) -> tuple[bytes, str, str]:
+    """The bytes, what it is of, and the digest of a statement of narseal's."""
+    if len(text) > MAX_BYTES * 4 // 3 + 4:
+        raise Malformed(f"a statement of more than {MAX_BYTES} bytes")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Malformed("statement is not base-64") from error
+    count, digest = check_own(data, store_dir=store_dir)
+    return data, f"{count} paths", digest.hex()
+
+
+def _of(peer: Peer) -> dict[str, int]:
+    return {"uid": peer.uid, "pid": peer.pid}
