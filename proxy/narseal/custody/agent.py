@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import contextlib
 import itertools
 import socket
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qs, unquote
 
 from narseal.cosign.keys import CosignPublicKey
@@ -105,10 +104,7 @@ class _Line:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._writer: asyncio.StreamWriter | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
 
     async def ask(self, tree: dict[str, Any]) -> dict[str, Any]:
@@ -116,8 +112,11 @@ class _Line:
         until = time.monotonic() + _RECONNECT
         while True:
             try:
+                connection = self._connection
+                if connection is None or connection.is_closed:
+                    connection = await self._connect()
                 async with asyncio.timeout(_ANSWER):
-                    return await self._once(tree)
+                    return await connection.ask(tree)
             except TimeoutError as error:
                 raise Unavailable(f"the signer at {self._path} does not answer") from error
             except OSError as error:
@@ -127,39 +126,74 @@ class _Line:
 
     def close(self) -> None:
         """Close the connection."""
-        if self._reading:
-            self._reading.cancel()
-        if self._writer:
-            self._writer.close()
+        if self._connection:
+            self._connection.close()
 
-    async def _once(self, tree: dict[str, Any]) -> dict[str, Any]:
+    async def _connect(self) -> _Connection:
         async with self._connecting:
-            if self._writer is None:
-                reader, self._writer = await asyncio.open_unix_connection(self._path)
-                self._reading = asyncio.create_task(self._read(reader), name="signer")
-        number = next(self._ids)
-        future = self._waiting[number] = asyncio.get_running_loop().create_future()
-        try:
-            self._writer.write(wire.encode(tree | {"id": number}))
-            answer: dict[str, Any] = await future
-            return answer
-        finally:
-            self._waiting.pop(number, None)
+            if self._connection is None or self._connection.is_closed:
+                loop = asyncio.get_running_loop()
+                async with asyncio.timeout(_CONNECT):
+                    _, self._connection = await loop.create_unix_connection(_Connection, self._path)
+            return self._connection
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        """Hand answers out until the line ends; then whoever waits tries again."""
-        with contextlib.suppress(OSError, Malformed):
-            while (body := await wire.read(reader)) is not None:
+
+class _Connection(asyncio.Protocol):
+    """Answers find their requests by number; what is asked in one turn of the loop goes at once."""
+
+    def __init__(self) -> None:
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._frames = wire.Frames()
+        self._unsent: list[bytes] = []
+        self._transport: asyncio.Transport | None = None
+        self.is_closed = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop has its own
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for body in self._frames.feed(data):
                 tree = wire.decode(body)
                 future = self._waiting.get(tree.get("id", 0))
                 if future and not future.done():
                     future.set_result(tree)
-        if self._writer:
-            self._writer.close()
-            self._writer = None
+        except Malformed:
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_closed = True
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(ConnectionError("the line was closed"))
+
+    async def ask(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """The answer; ConnectionError if the line ends before."""
+        if self.is_closed:
+            raise ConnectionError("the line was closed")
+        loop = asyncio.get_running_loop()
+        number = next(self._ids)
+        future = self._waiting[number] = loop.create_future()
+        try:
+            if not self._unsent:
+                loop.call_soon(self._send)
+            self._unsent.append(wire.encode(tree | {"id": number}))
+            answer: dict[str, Any] = await future
+            return answer
+        finally:
+            del self._waiting[number]
+
+    def close(self) -> None:
+        """End the line."""
+        self.is_closed = True
+        if self._transport:
+            self._transport.close()
+
+    def _send(self) -> None:
+        data, self._unsent = b"".join(self._unsent), []
+        if self._transport and not self.is_closed:
+            self._transport.write(data)
 
 
 def parse_url(url: str) -> tuple[str, str | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 from typing import Any
@@ -30,14 +29,26 @@ def decode(body: bytes) -> dict[str, Any]:
     return tree
 
 
-async def read(reader: asyncio.StreamReader) -> bytes | None:
-    """The next message's bytes; None at the end. Malformed if it is too long."""
-    try:
-        size = int.from_bytes(await reader.readexactly(4), "big")
-        _check(size)
-        return await reader.readexactly(size)
-    except asyncio.IncompleteReadError:
-        return None
+class Frames:
+    """Takes bytes as they come, gives whole messages."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The messages that are whole now. Malformed if one is too long."""
+        self._rest += data
+        found = []
+        at = 0
+        while len(self._rest) - at >= 4:
+            size = int.from_bytes(self._rest[at : at + 4], "big")
+            _check(size)
+            if len(self._rest) - at - 4 < size:
+                break
+            found.append(bytes(self._rest[at + 4 : at + 4 + size]))
+            at += 4 + size
+        del self._rest[:at]
+        return found
 
 
 def ask(sock: socket.socket, tree: dict[str, Any]) -> dict[str, Any]:

@@ -56,11 +56,22 @@ class Peer:
 class Agreed:
     """A request that is signed as soon as it is written down."""
 
+    #: As the request has it.
+    number: object
     key: str
     record: dict[str, Any]
     #: With a substituter key: the message. With a cosign key: the digest, or the statement.
     message: bytes
     kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToHash:
+    """A request that is agreed to once its file was hashed."""
+
+    info: NarInfo
+    file: str | None
+    agreed: Agreed
 
 
 class Desk:
@@ -98,7 +109,7 @@ class Desk:
             ),
         ]
 
-    def consider(self, tree: Mapping[str, Any], peer: Peer) -> Agreed:
+    def consider(self, tree: Mapping[str, Any], peer: Peer) -> Agreed | ToHash:
         """Whether a request is signed, and with what record; Refused or Malformed say why not."""
         kind, name = tree.get("kind"), tree.get("key")
         if kind in ("statement", "digest"):
@@ -107,17 +118,21 @@ class Desk:
             raise Refused("no-key", f"there is no substituter key {str(name)[:60]!r}")
         request = requests.parse(dict(tree), store_dir=self._config.store_dir)
         if isinstance(request, PathRequest):
-            evidence = self._evidence_of_path(request)
+            evidence, needs_hash = self._evidence_of_path(request)
             info = request.info
             what = {
                 "subject": f"{info.store_dir}/{info.store_path}",
                 "digest": f"sha256:{info.nar_hash.digest.hex()}",
             }
         else:
-            evidence = self._evidence_of_realisation(request)
+            evidence, needs_hash = self._evidence_of_realisation(request), False
             what = {"subject": request.name, "digest": str(request.entry.out_path)}
-        record = {"kind": kind, **what, "key": name, "evidence": evidence, **_of(peer)}
-        return Agreed(name, record, request.message, str(kind))
+        record: dict[str, Any] = {"kind": kind, **what, "key": name, "evidence": evidence}
+        record |= _of(peer)
+        agreed = Agreed(tree.get("id"), name, record, request.message, str(kind))
+        if needs_hash and isinstance(request, PathRequest):
+            return ToHash(request.info, request.file, agreed)
+        return agreed
 
     def sign(self, agreed: Sequence[Agreed]) -> list[bytes | str]:
         """Write a group down, then sign it: signatures, or why one could not be made. Blocks.
@@ -170,10 +185,12 @@ class Desk:
             if not self._config.statements:
                 raise Refused("statements", "statements are not signed here (statements = false)")
             message, subject, digest = _own_statement(text, self._config.store_dir)
-        record = {"kind": kind, "subject": subject, "digest": f"sha256:{digest}", "key": name}
-        return Agreed(name, record | {"evidence": "form"} | _of(peer), message, kind)
+        record: dict[str, Any] = {"kind": kind, "subject": subject, "digest": f"sha256:{digest}"}
+        record |= {"key": name, "evidence": "form", **_of(peer)}
+        return Agreed(tree.get("id"), name, record, message, kind)
 
-    def _evidence_of_path(self, request: PathRequest) -> str:
+    def _evidence_of_path(self, request: PathRequest) -> tuple[str, bool]:
+        """What speaks for it, and whether its file must be hashed for that."""
         info = request.info
         if info.nar_size > _MAX_NAR:
             raise Refused("too-large", f"a NAR of {info.nar_size} bytes")
@@ -183,11 +200,11 @@ class Desk:
             for key in self._trusted.get(signature.key_name, ()):
                 tried += 1
                 if key.verifies(message, signature):
-                    return f"signature {key.name}"
+                    return f"signature {key.name}", False
                 if tried >= _MAX_VERIFICATIONS:
                     break
         if check_content_address(info):
-            return "content-address"
+            return "content-address", False
         named = any(fnmatchcase(info.store_path.name, glob) for glob in self._config.content)
         if info.ca is None and not named:
             raise Refused(
@@ -195,11 +212,14 @@ class Desk:
                 f"{info.store_path}: no signature by a trusted key, no content address, and its"
                 " name is not among those that are signed on their content",
             )
-        self._hash(info, request.file)
-        return "content-address" if info.ca is not None and not named else "content"
+        return "content-address" if info.ca is not None and not named else "content", True
 
-    def _hash(self, info: NarInfo, file: str | None) -> None:
-        """Hold the file in storage to the narinfo, here, where the proxy cannot touch it."""
+    def hash(self, waiting: ToHash) -> Agreed:
+        """Hold the file in storage to the narinfo, here, where the proxy cannot touch it.
+
+        Refused or Malformed if it is not what the narinfo says. Blocks.
+        """
+        info, file = waiting.info, waiting.file
         match = _FILE.fullmatch(file or "")
         if not match or self._config.storage is None or (match[1] or "") not in _BY_SUFFIX:
             raise Refused("unsigned", f"{info.store_path}: there is no file to hash as evidence")
@@ -214,6 +234,7 @@ class Desk:
             while data := opened.read(_CHUNK):
                 inspection.feed(data)
         inspection.finish()
+        return waiting.agreed
 
     def _evidence_of_realisation(self, request: RealisationRequest) -> str:
         for signature in request.entry.signatures[:_MAX_VERIFICATIONS]:
