@@ -28,6 +28,8 @@ PACKAGES = {
     "strace": "strace",
     "openssl": "openssl",
     "promtool": "prometheus",
+    "softhsm2-util": "softhsm2",
+    "pkcs11-tool": "opensc",
 }
 _IN_ROOT = ("nix-bin", "cosign", "ca-certificates", "curl")
 # procfs and a pty are wanted by nix-build; the mounts vanish with the namespace

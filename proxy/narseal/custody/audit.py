@@ -43,7 +43,12 @@ class AuditLog:
             raise ConfigError(f"{file}: another signer writes to it") from error
         except OSError as error:
             raise ConfigError(f"{file}: cannot be opened: {error.strerror}") from error
-        self.count, self._last = self._resume()
+        try:
+            self.count, self._last = self._resume()
+        except ConfigError:
+            os.close(self._log)
+            os.close(self._head)
+            raise
         self._since_checkpoint = 0
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:

@@ -7,12 +7,11 @@ the public one is read from it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,68 +73,81 @@ class TokenUrl:
 
 
 class Token:
-    """A logged-in session on a token, opened when it is needed, and anew when it was away.
-
-    Its methods block; one at a time works with it.
-    """
+    """One key of a token. Its methods block."""
 
     def __init__(self, url: TokenUrl, key_type: KeyType) -> None:
         self._url = url
-        self._key_type = key_type
-        self._lock = threading.Lock()
-        self._session: Any = None
-        self._key: Any = None
+        self._module = _module(url.module)
+        self._which: dict[str, Any] = {"key_type": key_type}
+        if url.label is not None:
+            self._which["label"] = url.label
+        if url.id is not None:
+            self._which["id"] = url.id
 
     def sign(self, data: bytes, mechanism: Mechanism) -> bytes:
         """The raw signature; Unavailable if the token cannot be used."""
-        with self._lock, _said(self._url):
-            if self._key is None:
-                self._open()
-            try:
-                return bytes(self._key.sign(data, mechanism=mechanism))
-            except pkcs11.PKCS11Error:
-                self._forget()
-                self._open(anew=True)
-                return bytes(self._key.sign(data, mechanism=mechanism))
+        return self._work(
+            ObjectClass.PRIVATE_KEY, lambda key: bytes(key.sign(data, mechanism=mechanism))
+        )
 
     def public_point(self) -> bytes:
         """The public key as the token has it: the bytes of the EC point."""
-        with self._lock, _said(self._url):
-            self._open()
-            key = self._session.get_key(
-                object_class=ObjectClass.PUBLIC_KEY, key_type=self._key_type, **self._which()
-            )
-            return bytes(key[Attribute.EC_POINT])
+        return self._work(ObjectClass.PUBLIC_KEY, lambda key: bytes(key[Attribute.EC_POINT]))
 
-    def close(self) -> None:
-        """End the session."""
+    def _work(self, kind: ObjectClass, work: Callable[[Any], bytes]) -> bytes:
+        try:
+            return self._module.work(self._url, {"object_class": kind, **self._which}, work)
+        except (pkcs11.PKCS11Error, RuntimeError) as error:
+            what = type(error).__name__ + (f" {error}" if str(error) else "")
+            raise Unavailable(f"{self._url}: the token cannot be used: {what}") from error
+
+
+class _Module:
+    """A PKCS#11 module of this process: one login for each token, made anew when it was away."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._sessions: dict[str, Any] = {}
+        self._keys: dict[tuple[object, ...], Any] = {}
+
+    def work(self, url: TokenUrl, which: dict[str, Any], work: Callable[[Any], bytes]) -> bytes:
+        """Do something with a key; once more from the beginning if that fails."""
         with self._lock:
-            self._forget()
+            try:
+                return work(self._key(url, which))
+            except (pkcs11.NoSuchKey, pkcs11.PinIncorrect):
+                raise
+            except pkcs11.PKCS11Error:
+                self._begin_anew()
+                return work(self._key(url, which))
 
-    def _open(self, *, anew: bool = False) -> None:
-        library = pkcs11.lib(self._url.module)
-        if anew:
-            library.reinitialize()
-        pin = read_private(Path(expand(self._url.pin_file))).strip() if self._url.pin_file else None
-        token = library.get_token(token_label=self._url.token)
-        self._session = token.open(user_pin=pin) if pin else token.open()
-        self._key = self._session.get_key(
-            object_class=ObjectClass.PRIVATE_KEY, key_type=self._key_type, **self._which()
-        )
+    def _key(self, url: TokenUrl, which: dict[str, Any]) -> Any:
+        name = (url.token, *which.items())
+        if name not in self._keys:
+            self._keys[name] = self._session(url).get_key(**which)
+        return self._keys[name]
 
-    def _forget(self) -> None:
-        session, self._session, self._key = self._session, None, None
-        with contextlib.suppress(pkcs11.PKCS11Error):
-            if session is not None:
-                session.close()
+    def _session(self, url: TokenUrl) -> Any:
+        if url.token not in self._sessions:
+            pin = read_private(Path(expand(url.pin_file))).strip() if url.pin_file else None
+            token = pkcs11.lib(self._path).get_token(token_label=url.token)
+            self._sessions[url.token] = token.open(user_pin=pin) if pin else token.open()
+        return self._sessions[url.token]
 
-    def _which(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if self._url.label is not None:
-            found["label"] = self._url.label
-        if self._url.id is not None:
-            found["id"] = self._url.id
-        return found
+    def _begin_anew(self) -> None:
+        """Whoever has a key of this module finds it again."""
+        self._sessions.clear()
+        self._keys.clear()
+        pkcs11.lib(self._path).reinitialize()
+
+
+_MODULES: dict[str, _Module] = {}
+
+
+def _module(path: str) -> _Module:
+    """A module is loaded and logged into once a process, whoever uses it."""
+    return _MODULES.setdefault(path, _Module(path))
 
 
 class Pkcs11Key:
@@ -161,9 +173,8 @@ class Pkcs11Key:
         return Signature(self.public.name, self._token.sign(message, Mechanism.EDDSA))
 
     def close(self) -> None:
-        """End the session."""
+        """Sign no more; the token's session is the process's."""
         self._thread.shutdown()
-        self._token.close()
 
 
 class Pkcs11CosignKey:
@@ -219,16 +230,6 @@ def main() -> None:
         sys.stdout.write(json.dumps({"point": point.hex()}))
     except (ConfigError, Unavailable) as error:
         sys.stdout.write(json.dumps({"error": str(error)}))
-
-
-@contextlib.contextmanager
-def _said(url: TokenUrl) -> Iterator[None]:
-    """The module's errors as ours."""
-    try:
-        yield
-    except (pkcs11.PKCS11Error, RuntimeError) as error:
-        what = type(error).__name__ + (f" {error}" if str(error) else "")
-        raise Unavailable(f"{url}: the token cannot be used: {what}") from error
 
 
 def _attributes(url: str, text: str, separator: str, known: set[str]) -> dict[str, str]:

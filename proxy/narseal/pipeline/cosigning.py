@@ -39,7 +39,8 @@ class Cosigning:
     def per_file(self) -> bool:
         """Whether files are signed on their own too."""
         if self.config.per_file == "auto":
-            return self.config.mode == "key" and not self.config.log
+            at_a_signer = (self.config.key or "").startswith("agent:")  # it may sign no files
+            return self.config.mode == "key" and not self.config.log and not at_a_signer
         return self.config.per_file == "yes"
 
     @property

@@ -1,0 +1,145 @@
+"""Keys in a SoftHSM token, made by OpenSC's own tool: Nix and cosign accept what it signs."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from narseal.cosign import statement
+from narseal.custody.pkcs11 import TokenUrl
+from narseal.errors import ConfigError
+from narseal.nix.keys import PublicKey
+from tests.tools.cache import entry
+from tests.tools.command import narseal_command
+from tests.tools.cosign import Cosign
+from tests.tools.narseal import UPSTREAM, narseal_process, render_toml, settings
+from tests.tools.nix import nix
+from tests.tools.signer import MODULE, SoftHsm
+from tests.tools.upstream import FakeCache
+
+pytestmark = pytest.mark.real
+
+ITEM = entry("token-1", b"x", compression="zstd").signed(UPSTREAM)
+
+
+@pytest.fixture
+def hsm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SoftHsm:
+    folder = tmp_path / "hsm"
+    folder.mkdir()
+    token = SoftHsm(folder)
+    for name, value in token.environment.items():
+        monkeypatch.setenv(name, value)
+    return token
+
+
+async def test_nix_and_cosign_accept_what_the_token_signs(
+    hsm: SoftHsm, cosign: Cosign, tmp_path: Path, upstream: FakeCache
+) -> None:
+    upstream.add(ITEM)
+    there = {"url": upstream.url}
+    signing = {"key": [{"url": hsm.url("hsm-1")}]}
+    by_token = {"mode": "key", "key": hsm.url("release"), "batch_max_age": "100ms"}
+    with narseal_process(tmp_path / "n", there, signing=signing, cosign=by_token) as process:
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"{process.url}/pubkey") as response:
+                public = PublicKey.parse(await response.text())
+            assert public.name == "hsm-1"
+            with nix() as client:
+                client.config["trusted-public-keys"] = str(public)
+                await asyncio.to_thread(
+                    client.run, "nix", "copy", "--from", process.url, "--to",
+                    f"local?root={client.path('store')}", f"/nix/store/{ITEM.info.store_path}",
+                )  # fmt: skip
+            file, bundle, pub = (cosign.folder / name for name in ("x", "b.json", "cosign.pub"))
+            file.write_bytes(ITEM.file)
+            for address, target in (
+                ("cosign.pub", pub),
+                (f"{ITEM.info.url}.sigstore.json", bundle),
+            ):
+                for _ in range(100):
+                    async with session.get(f"{process.url}/{address}") as response:
+                        target.write_bytes(await response.read())
+                        if response.status == 200:
+                            break
+                    await asyncio.sleep(0.1)
+                assert response.status == 200, process.log.read_text()
+            cosign.run(
+                "verify-blob", "--key", pub, "--bundle", bundle, "--insecure-ignore-tlog", file
+            )
+            async with session.get(
+                f"{process.url}/attestations/sha256:{ITEM.info.nar_hash.digest.hex()}"
+            ) as response:
+                bundle.write_bytes(await response.read())
+            cosign.run(
+                "verify-blob-attestation", "--key", pub, "--bundle", bundle, "--type",
+                statement.PREDICATE_TYPE, "--insecure-ignore-tlog", file,
+            )  # fmt: skip
+        assert hsm.pin not in process.log.read_text()
+
+
+async def test_a_token_that_was_away_is_logged_into_again(
+    hsm: SoftHsm, tmp_path: Path, upstream: FakeCache
+) -> None:
+    items = [entry(f"t{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(6)]
+    upstream.add(*items)
+    signing = {"key": [{"url": hsm.url("hsm-1")}]}
+    with narseal_process(tmp_path / "n", {"url": upstream.url}, signing=signing) as process:
+        async with aiohttp.ClientSession() as session:
+
+            async def status(number: int) -> int:
+                async with session.get(f"{process.url}/{items[number].hash}.narinfo") as response:
+                    if response.status == 503:
+                        assert response.headers["Retry-After"]
+                    elif response.status == 200:
+                        assert "Sig: hsm-1:" in await response.text()
+                    return response.status
+
+            assert await status(0) == 200
+            tokens, away = hsm.folder / "tokens", hsm.folder / "away"
+            tokens.rename(away)
+            assert await status(1) in (200, 503)  # SoftHSM may still have it in memory
+            tokens.mkdir()
+            assert await status(2) == 503
+            assert await status(0) == 200  # what was signed is served on
+            tokens.rmdir()
+            away.rename(tokens)
+            assert [await status(n) for n in range(6)] == [200] * 6
+
+
+def test_what_is_said_of_a_token_that_cannot_be_used(hsm: SoftHsm, tmp_path: Path) -> None:
+    good = hsm.url("hsm-1")
+    for url, sentence in [
+        (good.replace("object=hsm-1", "object=nobody"), "NoSuchKey"),
+        (good.replace("token=narseal", "token=other"), "NoSuchToken"),
+        (good.replace(MODULE, "/nowhere.so"), "the token cannot be used"),
+        (good.replace(str(hsm.pin_file), "/nowhere"), "/nowhere: cannot be read"),
+        (good.replace("object=hsm-1;", "").replace(";object=hsm-1", ""), "object or id"),
+        (good + "&key=a%20b", "not a key name"),
+        (good + "&pin-value=1234", "a PIN is in a file"),
+        ("pkcs11:object=x?module-path=/x", "token is missing"),
+        ("pkcs11:token=x;object=x", "module-path is missing"),
+    ]:
+        file = tmp_path / "narseal.toml"
+        file.write_text(render_toml(settings(tmp_path, signing={"key": [{"url": url}]})))
+        done = narseal_command("check-config", "--config", file)
+        assert done.returncode in (2, 3), (url, done.stderr)
+        assert sentence in done.stderr, (url, done.stderr)
+        assert "1234" not in done.stderr
+        assert hsm.pin not in done.stderr
+    hsm.pin_file.chmod(0o644)
+    file = tmp_path / "narseal.toml"
+    file.write_text(render_toml(settings(tmp_path, signing={"key": [{"url": good}]})))
+    assert "lets others read it" in narseal_command("check-config", "--config", file).stderr
+
+
+def test_token_urls() -> None:
+    found = TokenUrl.parse(
+        "pkcs11:token=my%20token;id=%01%ff?module-path=/m.so&pin-source=file:/p&key=a-1"
+    )
+    assert (found.token, found.id, found.label) == ("my token", b"\x01\xff", None)
+    assert (found.module, found.pin_file, found.name) == ("/m.so", "/p", "a-1")
+    with pytest.raises(ConfigError, match="twice"):
+        TokenUrl.parse("pkcs11:token=a;token=b;object=x?module-path=/m")
