@@ -14,6 +14,7 @@ from narseal.cli.fetch import fetch
 from narseal.cli.index import index
 from narseal.cli.key import key
 from narseal.cli.policy import policy
+from narseal.cli.revoke import revoke
 from narseal.cli.serve import serve
 from narseal.cli.sign import sign
 from narseal.cli.signer import signer
@@ -45,6 +46,7 @@ narseal.add_command(status)
 narseal.add_command(token)
 narseal.add_command(signer)
 narseal.add_command(audit)
+narseal.add_command(revoke)
 narseal.add_command(index)
 
 

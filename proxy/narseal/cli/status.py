@@ -9,21 +9,41 @@ import click
 
 
 @click.command()
-@click.argument("path")
+@click.argument("path", required=False)
 @click.option("--from", "url", default="http://127.0.0.1:8080", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-def status(path: str, url: str, as_json: bool) -> None:
-    """Show what the narseal at URL knows of a store PATH: evidence, policy, attestations."""
+def status(path: str | None, url: str, as_json: bool) -> None:
+    """Show what the narseal at URL knows of a store PATH: evidence, policy, attestations.
+
+    Without PATH: its keys, how many paths lack a signature, what waits, what is revoked; for
+    callers of its own machine.
+    """
     from narseal.pipeline import delivery
 
-    tree = delivery.status(url, path.rpartition("/")[2])
+    tree = delivery.status(url, path.rpartition("/")[2] if path else None)
     if as_json:
         click.echo(json.dumps(tree))
-        return
-    _show(tree)
+    elif path:
+        _show_path(tree)
+    else:
+        _show(tree)
 
 
 def _show(tree: dict[str, Any]) -> None:
+    cosign = tree["cosign"]
+    click.echo(f"narseal {tree['version']}: {tree['paths']} paths, {tree['storedBytes']} bytes")
+    for key in tree["keys"]:
+        times = [f"{word} {key[name]}" for word, name in (("from", "notBefore"), ("until", "notAfter"))
+                 if key[name]]  # fmt: skip
+        state = "signs" if key["active"] else "signs no more, or not yet"
+        click.echo(f"  key         {key['name']}: {', '.join([state, *times])}")
+    click.echo(f"  unsigned    {tree['lackSignatures']} paths lack the signature of an active key")
+    click.echo(f"  cosign      {cosign['mode']}: {cosign['waiting']} paths wait")
+    for item in tree["revoked"]:
+        click.echo(f"  revoked     {item['name']}: {item['reason']}")
+
+
+def _show_path(tree: dict[str, Any]) -> None:
     policy = tree["policy"]
     word = "served" if policy["allowed"] else "kept back"
     rows = [

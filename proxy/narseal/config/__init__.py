@@ -129,6 +129,8 @@ class SigningConfig(Section):
     """`[signing]`."""
 
     key: tuple[SigningKeyConfig, ...] = ()
+    #: Admitted paths a second that get the signatures of keys that came later.
+    resign_rate: Annotated[float, Field(gt=0)] = 200.0
 
 
 class CosignConfig(Section):

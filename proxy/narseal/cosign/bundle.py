@@ -49,6 +49,8 @@ class Bundle:
     #: RFC 3161 responses, DER.
     timestamps: tuple[bytes, ...]
     text: bytes
+    #: How it names the key; "" with a certificate.
+    hint: str = ""
 
     @classmethod
     def parse(cls, data: bytes) -> Bundle:
@@ -66,7 +68,9 @@ class Bundle:
             raise MalformedAttestation("the bundle's tlogEntries are no list of entries")
         if len(entries) > 1:
             raise MalformedAttestation("the bundle has more than one log entry")
-        return cls(_content(tree), certificate, tuple(entries), _timestamps(material), data)
+        named = material.get("publicKey")
+        hint = str(named.get("hint", "")) if isinstance(named, dict) else ""
+        return cls(_content(tree), certificate, tuple(entries), _timestamps(material), data, hint)
 
 
 def render(

@@ -23,6 +23,7 @@ from cryptography.x509 import (
     RFC822Name,
     SubjectAlternativeName,
     UniformResourceIdentifier,
+    load_der_x509_certificate,
 )
 from rfc3161_client import decode_timestamp_response
 from sigstore._internal.trust import KeyringPurpose
@@ -73,6 +74,8 @@ class Verified:
     log_index: int | None
     #: Of the log entry's proof alone.
     log_seconds: float
+    #: Unix time at which the certificate began; 0 with a key.
+    signed_at: float = 0.0
 
 
 class Verifier:
@@ -139,7 +142,8 @@ class Verifier:
             else:
                 hashed = Hashed(algorithm=HashAlgorithm.SHA2_256, digest=signed)
                 self._sigstore.verify_artifact(hashed, whole, policy)
-        return Verified(_statement(bundle), policy.found, index, seconds)
+        began = load_der_x509_certificate(bundle.certificate).not_valid_before_utc
+        return Verified(_statement(bundle), policy.found, index, seconds, began.timestamp())
 
     def _check_log(self, bundle: Bundle) -> tuple[int, float]:
         """The inclusion proof and the signed checkpoint; returns the index and the seconds."""
@@ -189,6 +193,18 @@ class _Policy:
         self.found = next((name for name in names if matches(name)), "")
         if not self.found:
             raise _refused(f"it is signed by {', '.join(names)[:300]}")
+
+
+def names_of(certificate: bytes) -> tuple[list[str], list[str], float]:
+    """A certificate's identities and issuers, unverified, and the Unix time at which it began."""
+    parsed = load_der_x509_certificate(certificate)
+    issuers = []
+    for oid in (OIDCIssuerV2.oid, OIDCIssuer.oid):
+        if _has(parsed, oid):
+            raw = parsed.extensions.get_extension_for_oid(oid).value.public_bytes()
+            # V2 is a DER UTF8String, the older form the bare text
+            issuers.append((raw[2:] if oid == OIDCIssuerV2.oid else raw).decode("utf-8", "replace"))
+    return _names(parsed), issuers, parsed.not_valid_before_utc.timestamp()
 
 
 def _has(cert: Certificate, oid: Any) -> bool:

@@ -51,6 +51,13 @@ class AgentKey:
             raise Unavailable("the signer's signature is not by the key that it named at the start")
         return signature
 
+    async def note(self, kind: str, name: str, reason: str) -> None:
+        """Have a revocation written down."""
+        tree = {"kind": "revocation", "of": kind, "name": name, "reason": reason}
+        answer = await self._line.ask(tree | {"key": self.public.name})
+        if "noted" not in answer:
+            _signature(answer)
+
     def close(self) -> None:
         """Let go of the line."""
         self._line.close()

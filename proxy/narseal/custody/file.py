@@ -48,6 +48,9 @@ class FileKey:
         """The Ed25519 signature over what narseal verified."""
         return self.sign_message(request.message)
 
+    async def note(self, kind: str, name: str, reason: str) -> None:
+        """There is no audit log: the index says what is revoked."""
+
     def sign_message(self, message: bytes) -> Signature:
         """The Ed25519 signature over a message of narseal's own making."""
         signed = ffi.new("unsigned char[]", len(message) + 64)

@@ -27,6 +27,9 @@ class Custodian(Protocol):
     async def sign(self, request: Request) -> Signature:
         """The signature over what was verified; Refused if it will not, Unavailable if it cannot."""
 
+    async def note(self, kind: str, name: str, reason: str) -> None:
+        """Write a revocation into the audit log, where there is one."""
+
     def close(self) -> None:
         """Let go of the key."""
 

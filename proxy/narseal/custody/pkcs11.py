@@ -172,6 +172,9 @@ class Pkcs11Key:
         """The same over a message of narseal's own making. Blocks."""
         return Signature(self.public.name, self._token.sign(message, Mechanism.EDDSA))
 
+    async def note(self, kind: str, name: str, reason: str) -> None:
+        """There is no audit log: the index says what is revoked."""
+
     def close(self) -> None:
         """Sign no more; the token's session is the process's."""
         self._thread.shutdown()

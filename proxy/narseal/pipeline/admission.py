@@ -25,7 +25,7 @@ from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.ask import Answers, in_order
 from narseal.pipeline.countersign import Countersigner
 from narseal.pipeline.crew import Crew
-from narseal.pipeline.evidence import Evidence, weigh
+from narseal.pipeline.evidence import Evidence, check_content_address, weigh
 from narseal.pipeline.fetch import REFUSED_SECONDS, Fetcher
 from narseal.pipeline.flights import Flights
 from narseal.pipeline.inspection import Measured
@@ -115,7 +115,13 @@ class Admission:
         return await self._renewed(*found)
 
     async def _renewed(self, path: PathRecord, nar: NarRecord) -> Admitted:
-        """An admitted path, with the signatures of keys that came after its admission."""
+        """An admitted path, with the signatures of keys that came after its admission.
+
+        One that carries a revoked key's signature is signed anew only on evidence that holds.
+        """
+        revoked = (await self._index.revocations.now()).keys
+        if revoked and any(s.key_name in revoked for s in path.info.signatures):
+            await self._verify_anew(path, nar, revoked)
         signed = await self.sign(path.info, nar)
         if signed is path.info:
             return path, nar
@@ -124,6 +130,50 @@ class Admission:
         if nar.stored:
             await self._fetcher.write_narinfo(path, nar)
         return path, nar
+
+    async def renew(self, hash_part: str) -> None:
+        """Sign an admitted path anew, as if it had been asked for; see `path`.
+
+        NotFound if it is not admitted, or was withdrawn.
+        """
+        found = await self._index.path(hash_part)
+        if not found or found[0].withdrawn:
+            raise NotFound(f"{hash_part} was withdrawn: it had no other evidence")
+        await self._serve(found)
+
+    async def strip(self, hash_part: str) -> None:
+        """Take revoked keys' signatures off a path that is not served."""
+        revoked = (await self._index.revocations.now()).keys
+        if found := await self._index.path(hash_part):
+            kept = [s for s in found[0].info.signatures if s.key_name not in revoked]
+            await self._index.sign(hash_part, kept)
+            await self._fetcher.remove_narinfo(found[0].info)
+
+    async def _verify_anew(self, path: PathRecord, nar: NarRecord, revoked: frozenset[str]) -> None:
+        """Hold a path to an upstream's signature, its content address, or its bytes in storage.
+
+        Refused if nothing speaks for it any more: it is withdrawn, and may be admitted anew.
+        """
+        info = path.info
+        message = info.fingerprint()
+        pinned = [key for u in self._upstreams for key in u.config.public_keys]
+        pinned += self._config.upload.trusted_keys
+        signed = any(
+            key.verifies(message, signature)
+            for signature in info.signatures
+            for key in pinned
+            if key.name == signature.key_name and key.name not in revoked
+        )
+        try:
+            if not signed and not check_content_address(info):
+                await self._fetcher.verify_stored(info, nar)
+        except (Refused, Malformed) as error:
+            await self._index.withdraw_path(info.store_path.hash_part)
+            await self._fetcher.remove_narinfo(info)
+            self._epoch.advance()
+            raise Refused(
+                "unsigned", f"{info.store_path}: a key was revoked and nothing else speaks for it"
+            ) from error
 
     async def look(self, hash_part: str) -> tuple[Admitted, bool]:
         """A path as it is admitted, or as it would be, whatever policy says; and which of both.
@@ -193,6 +243,7 @@ class Admission:
             data = await upstream.get(f"{hash_part}.narinfo", limit=narinfo.MAX_BYTES)
         if data is None:
             raise NotFound(f"{upstream.config.url} has no {hash_part}.narinfo")
+        revoked = (await self._index.revocations.now()).keys
         with metrics.verifying("nix"):
             info = NarInfo.parse(data, store_dir=self._config.store_dir)
             info, evidence = weigh(
@@ -201,6 +252,7 @@ class Admission:
                 upstream=upstream.config,
                 own_keys=self._countersigner.public_keys,
                 max_nar_size=self._config.limits.nar_size,
+                revoked=revoked,
             )
         reason = await self._refusal(upstream.config.url, info.url, info.nar_hash)
         if reason is not None:

@@ -55,6 +55,7 @@ class Attester:
         self._cosigning = cosigning
         self._config = cosigning.config
         self._attestations = index.attestations
+        self._revocations = index.revocations
         self._storage = storage
         self._leadership = leadership
         # a service that hangs holds up this thread, and nothing else
@@ -154,7 +155,14 @@ class Attester:
             await self._attestations.drop(sorted(kept_back))
         return passing
 
+    async def _check_key(self) -> None:
+        """Unavailable if the configured key is revoked: what waits, waits for another."""
+        key = self._cosigning.key
+        if key and key.public.hint in (await self._revocations.now()).cosign_keys:
+            raise Unavailable("the cosign key is revoked: configure another (cosign.key)")
+
     async def _attest(self, batch: list[Admitted]) -> None:
+        await self._check_key()
         paths = [attested_path(admitted) for admitted in batch]
         signed = await self._run(self._sign, paths)
         digest = hashlib.sha256(signed.bundle).digest()

@@ -28,9 +28,9 @@ def leave(url: str, digest: bytes, bundle: bytes, *, token_file: Path | None) ->
     return answer.status_code == requests.codes.created
 
 
-def status(url: str, path: str) -> dict[str, Any]:
-    """What a narseal knows of a store path; NotFound, BadUpload or UpstreamTrouble. Blocks."""
-    tree = _ask("GET", f"{url.rstrip('/')}/status/{path}").json()
+def status(url: str, path: str | None) -> dict[str, Any]:
+    """What a narseal knows of a store path, or of itself; NotFound, BadUpload or UpstreamTrouble. Blocks."""
+    tree = _ask("GET", f"{url.rstrip('/')}/status{f'/{path}' if path else ''}").json()
     if not isinstance(tree, dict):
         raise UpstreamTrouble(f"{url} is no narseal: its status of {path} is no object")
     return tree

@@ -41,11 +41,12 @@ def weigh(
     upstream: UpstreamConfig,
     own_keys: Mapping[str, PublicKey],
     max_nar_size: int,
+    revoked: frozenset[str] = frozenset(),
 ) -> tuple[NarInfo, Evidence]:
     """The narinfo with only the signatures that are worth keeping, and the evidence for it.
 
     Kept are verified signatures and those by keys that nobody here knows; dropped are those that
-    claim a known name, ours or the upstream's, and do not verify. Refused if the narinfo is of
+    claim a known name, ours or the upstream's, and do not verify, and those by revoked keys. Refused if the narinfo is of
     another path, leaves its upstream, is too large, cannot be decoded, or has no evidence.
     """
     path = info.store_path
@@ -59,6 +60,7 @@ def weigh(
     decompressor(info.compression)
     by_address = check_content_address(info)
     message = info.fingerprint()
+    info = info.with_signatures(tuple(s for s in info.signatures if s.key_name not in revoked))
     pinned = {key.name: key for key in upstream.public_keys}
     good = _verified(info.signatures, pinned, message)
     ours = _verified(info.signatures, own_keys, message)

@@ -12,7 +12,7 @@ from narseal.errors import Malformed, NarsealError, Refused
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.blocking import Blocking
 from narseal.pipeline.crew import Crew
-from narseal.pipeline.inspection import Measured
+from narseal.pipeline.inspection import Measured, inspect_file
 from narseal.pipeline.memory import HotMap
 from narseal.pipeline.policy import Policy, content_digests
 from narseal.pipeline.recompress import Recompression
@@ -192,6 +192,21 @@ class Fetcher:
         text = served(path, nar).render()
         name = f"{path.info.store_path.hash_part}.narinfo"
         await self._blocking.run(self._storage.write, name, text)
+
+    async def remove_narinfo(self, info: NarInfo) -> None:
+        """Take a path's narinfo out of the folder."""
+        name = f"{info.store_path.hash_part}.narinfo"
+        await self._blocking.run(self._storage.remove, name)
+
+    async def verify_stored(self, info: NarInfo, nar: NarRecord) -> None:
+        """Hash a path's file in storage again; Refused or Malformed if it is not what it was."""
+        if not nar.stored:
+            raise Refused("unsigned", f"{info.store_path}: its content is not in storage")
+        path = self._storage.path(f"nar/{nar.file}")
+        found = replace(info, compression=nar.compression)
+        measured = await self._blocking.run_transfer(inspect_file, found, path)
+        if measured.file_hash != nar.file_hash:
+            raise Refused("content-mismatch", f"nar/{nar.file}: its hash is {measured.file_hash}")
 
     async def _end(self, transfer: Transfer) -> None:
         await transfer.settle()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from narseal.errors import ContentMismatch
+from narseal.errors import ContentMismatch, Refused
 from narseal.nix.compression import MAGIC, decompressor
 from narseal.nix.content_address import Method
 from narseal.nix.hashes import Hash
 from narseal.nix.nar import NarReader
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.references import HashModulo
+
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +124,16 @@ def _whole_digest(info: NarInfo) -> _Digest | HashModulo | None:
     if any(reference.hash_part == own for reference in info.references):
         return HashModulo(info.ca.hash.algorithm, own)
     return None if info.ca.hash == info.nar_hash else hashlib.new(info.ca.hash.algorithm)
+
+
+def inspect_file(info: NarInfo, path: Path) -> Measured:
+    """Hold a whole file on disk to a narinfo; Refused if it cannot be opened. Blocks."""
+    inspection = Inspection(info)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise Refused("unsigned", f"{path}: cannot be read: {error.strerror}") from error
+    with open(descriptor, "rb", buffering=0) as file:
+        while data := file.read(_CHUNK):
+            inspection.feed(data)
+    return inspection.finish()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from narseal.config import Config, PolicyConfig, RequirementConfig, Who
 from narseal.cosign.statement import Statement
+from narseal.cosign.verify import Verified
 from narseal.errors import (
     ConfigError,
     Denied,
@@ -25,7 +26,15 @@ from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.blocking import Blocking
 from narseal.pipeline.cosigning import Signers, verified
-from narseal.storage import Attestation, Attestations, LocalStorage, NarRecord, bundle_name
+from narseal.storage import (
+    Attestation,
+    Attestations,
+    LocalStorage,
+    NarRecord,
+    Revocations,
+    Revoked,
+    bundle_name,
+)
 from narseal.telemetry import metrics
 
 _log = logging.getLogger(__name__)
@@ -60,6 +69,7 @@ class Policy:
         *,
         own_keys: Mapping[str, PublicKey],
         attestations: Attestations,
+        revocations: Revocations,
         storage: LocalStorage,
         blocking: Blocking,
     ) -> None:
@@ -70,9 +80,11 @@ class Policy:
         self._keys = known_keys(config, own_keys.keys())
         self.signers = attesting_signers(config)
         self._attestations = attestations
+        self._revocations = revocations
         self._storage = storage
         self._blocking = blocking
         self._said: OrderedDict[tuple[Who, bytes, bytes], _Said | str] = OrderedDict()
+        self._revoked: Revoked | None = None
         self._told: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     async def check(self, info: NarInfo, digests: frozenset[bytes]) -> None:
@@ -117,7 +129,7 @@ class Policy:
         self, wanted: RequirementConfig, info: NarInfo, digests: frozenset[bytes]
     ) -> tuple[bool, str]:
         if wanted.require == "signature":
-            return self._is_signed(wanted, info)
+            return self._is_signed(wanted, info, (await self._revocations.now()).keys)
         if wanted.require == "attestation":
             return await self._is_attested(wanted, info, digests)
         reasons = []
@@ -128,11 +140,16 @@ class Policy:
             reasons.append(why)
         return wanted.require == "all", "; ".join(reasons)
 
-    def _is_signed(self, wanted: RequirementConfig, info: NarInfo) -> tuple[bool, str]:
+    def _is_signed(
+        self, wanted: RequirementConfig, info: NarInfo, revoked: frozenset[str]
+    ) -> tuple[bool, str]:
         message = info.fingerprint()
         names = []
         for text in wanted.keys:
             key = self._keys[text]
+            if key.name in revoked:
+                names.append(f"{key.name} (revoked)")
+                continue
             names.append(key.name)
             for signature in info.signatures:
                 if signature.key_name == key.name and key.verifies(message, signature):
@@ -163,6 +180,10 @@ class Policy:
     async def _say(self, who: Who, found: Attestation) -> _Said | str:
         """What a bundle says of its subject, if it is by `who`; else why not."""
         key = (who, found.digest, found.subject)
+        revoked = await self._revocations.now()
+        if revoked is not self._revoked:
+            self._said.clear()
+            self._revoked = revoked
         known = self._said.get(key)
         if known is None:
             verifier = await self._blocking.run(self.signers.verifier, who)
@@ -171,6 +192,7 @@ class Policy:
                 if data is None:
                     raise Refused("bad-bundle", "the bundle is not in storage any more")
                 result = await self._blocking.run(verified, verifier, data, found.subject)
+                check_not_revoked(result, who, revoked)
                 known = _of_subject(result.statement, found.subject)
             except (Refused, MalformedAttestation) as error:
                 known = str(error)
@@ -195,6 +217,14 @@ def content_digests(info: NarInfo, nar: NarRecord) -> frozenset[bytes]:
     if nar.stored and nar.file_hash:
         return frozenset((info.nar_hash.digest, nar.file_hash.digest))
     return frozenset((info.nar_hash.digest,))
+
+
+def check_not_revoked(found: Verified, who: Who, revoked: Revoked) -> None:
+    """Refused if what was verified is by a key or an identity that the operator revoked."""
+    if found.signer in revoked.cosign_keys:
+        raise Refused("bad-bundle", "its key is revoked")
+    if who.issuer and revoked.bars(found.signer, who.issuer, found.signed_at):
+        raise Refused("bad-bundle", f"{found.signer} is revoked since before it was signed")
 
 
 def attesters(config: Config) -> Iterator[tuple[Who, tuple[str, ...]]]:

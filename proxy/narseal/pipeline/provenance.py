@@ -25,8 +25,15 @@ from narseal.pipeline.admission import Admission
 from narseal.pipeline.blocking import Blocking
 from narseal.pipeline.cosigning import verified
 from narseal.pipeline.crew import Crew
-from narseal.pipeline.policy import Policy, attesters, content_digests
-from narseal.storage import Attestation, Attestations, Epoch, LocalStorage, bundle_name
+from narseal.pipeline.policy import Policy, attesters, check_not_revoked, content_digests
+from narseal.storage import (
+    Attestation,
+    Attestations,
+    Epoch,
+    LocalStorage,
+    Revocations,
+    bundle_name,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +48,7 @@ class Provenance:
         policy: Policy,
         admission: Admission,
         attestations: Attestations,
+        revocations: Revocations,
         storage: LocalStorage,
         blocking: Blocking,
         crew: Crew,
@@ -51,6 +59,7 @@ class Provenance:
         self._policy = policy
         self._admission = admission
         self._attestations = attestations
+        self._revocations = revocations
         self._storage = storage
         self._blocking = blocking
         self._crew = crew
@@ -143,6 +152,7 @@ class Provenance:
             verifier = await self._blocking.run(self._policy.signers.verifier, who)
             try:
                 found = await self._blocking.run(verified, verifier, data, digest)
+                check_not_revoked(found, who, await self._revocations.now())
             except (Refused, Malformed) as error:
                 reasons[f"{error}"] = None
                 continue

@@ -92,10 +92,13 @@ class Realisations:
         data = await upstream.get(name, limit=realisation.MAX_BYTES)
         if data is None:
             raise NotFound(f"{upstream.config.url} has no {name}")
+        revoked = (await self._index.revocations.now()).keys
         with metrics.verifying("nix"):
             entry = parse_at(name, data)
             message = entry.fingerprint()
-            pinned = {key.name: key for key in upstream.config.public_keys}
+            pinned = {
+                key.name: key for key in upstream.config.public_keys if key.name not in revoked
+            }
             known = pinned | self._countersigner.public_keys
             good = [
                 s

@@ -89,11 +89,19 @@ class Signatures:
             raise NotFound("no private Sigstore instance is used here; cosign knows the public one")
         return root
 
-    def keys(self) -> dict[str, Any]:
-        """Every public key, for people and programs."""
+    async def keys(self) -> dict[str, Any]:
+        """Every public key, for people and programs; revoked ones by name, with the reason."""
+        revoked = await self._index.revocations.now()
+        substituter = self._countersigner.public_keys.values()
         key = self._cosigning.key
+        if key and key.public.hint in revoked.cosign_keys:
+            key = None
         return {
-            "substituter": [str(key) for key in self._countersigner.public_keys.values()],
+            "substituter": [str(key) for key in substituter if key.name not in revoked.keys],
+            "revoked": [
+                {"kind": r.kind, "name": r.name, "issuer": r.issuer, "reason": r.reason}
+                for r in revoked.all
+            ],
             "cosign": {
                 "mode": self._cosigning.config.mode,
                 "publicKey": key.public.render() if key else None,

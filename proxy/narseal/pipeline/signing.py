@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import logging
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -32,10 +31,9 @@ from narseal.nix.compression import COMPRESSIONS
 from narseal.nix.keys import PublicKey, Signature
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.evidence import check_content_address
-from narseal.pipeline.inspection import Inspection
+from narseal.pipeline.inspection import inspect_file
 
 _log = logging.getLogger(__name__)
-_CHUNK = 1 << 20
 _MAX_NAR = 1 << 40
 _MAX_VERIFICATIONS = 8
 _FILE = re.compile(rf"{CHARS}{{52}}\.nar(\.[a-z0-9]{{2,4}})?", re.ASCII)
@@ -112,6 +110,8 @@ class Desk:
     def consider(self, tree: Mapping[str, Any], peer: Peer) -> Agreed | ToHash:
         """Whether a request is signed, and with what record; Refused or Malformed say why not."""
         kind, name = tree.get("kind"), tree.get("key")
+        if kind == "revocation":
+            return self._consider_revocation(dict(tree), peer)
         if kind in ("statement", "digest"):
             return self._consider_cosign(dict(tree), str(kind), name, peer)
         if not isinstance(name, str) or name not in self._keys:
@@ -160,7 +160,21 @@ class Desk:
         for key in self._keys.values():
             key.close()
 
+    def _consider_revocation(self, tree: dict[str, Any], peer: Peer) -> Agreed:
+        """Written down and no more: a proxy that was taken over must not end a good key."""
+        texts = [tree.get(name) for name in ("of", "name", "reason")]
+        if set(tree) != {"id", "kind", "key", "of", "name", "reason"} or not all(
+            isinstance(text, str) and text.isprintable() and len(text) <= _MAX_REASON
+            for text in texts
+        ):
+            raise Malformed("a revocation has of, name and reason, and no others")
+        record: dict[str, Any] = {"kind": "revocation", "of": texts[0], "subject": texts[1]}
+        record |= {"reason": texts[2], **_of(peer)}
+        return Agreed(tree.get("id"), "", record, b"", "revocation")
+
     def _signature(self, item: Agreed) -> bytes:
+        if item.kind == "revocation":
+            return b""
         if item.kind == "statement":
             return self._cosign[item.key].sign_statement(item.message)
         if item.kind == "digest":
@@ -224,16 +238,8 @@ class Desk:
         if not match or self._config.storage is None or (match[1] or "") not in _BY_SUFFIX:
             raise Refused("unsigned", f"{info.store_path}: there is no file to hash as evidence")
         compression = _BY_SUFFIX[match[1] or ""]
-        inspection = Inspection(replace(info, compression=compression))
         path = Path(self._config.storage.removeprefix("file://")) / "nar" / match[0]
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            raise Refused("unsigned", f"{path}: cannot be read: {error.strerror}") from error
-        with open(descriptor, "rb", buffering=0) as opened:
-            while data := opened.read(_CHUNK):
-                inspection.feed(data)
-        inspection.finish()
+        inspect_file(replace(info, compression=compression), path)
         return waiting.agreed
 
     def _evidence_of_realisation(self, request: RealisationRequest) -> str:

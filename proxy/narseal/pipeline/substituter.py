@@ -7,13 +7,15 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
+from narseal import __version__
 from narseal.config import Config
 from narseal.custody.operator import OperatorKey
 from narseal.errors import ConfigError, Denied, NotFound, Unavailable
 from narseal.nix.cache_info import CacheInfo
+from narseal.nix.keys import PublicKey
 from narseal.pipeline.admission import Admission
 from narseal.pipeline.attest import Attester
 from narseal.pipeline.blocking import Blocking
@@ -26,6 +28,8 @@ from narseal.pipeline.mending import mend
 from narseal.pipeline.policy import Policy, content_digests
 from narseal.pipeline.provenance import Provenance
 from narseal.pipeline.realisations import Realisations
+from narseal.pipeline.revoking import Revoking
+from narseal.pipeline.rotation import Rotation
 from narseal.pipeline.sidecars import Sidecars
 from narseal.pipeline.sidefiles import SideFile, SideFiles
 from narseal.pipeline.signatures import Signatures
@@ -67,6 +71,7 @@ class Substituter:
     ) -> None:
         self.config = config
         self._cosigning = cosigning
+        self._keys = keys
         self._epoch = epoch
         self._background: list[asyncio.Task[None]] = []
         self.crew = Crew()
@@ -80,17 +85,21 @@ class Substituter:
         self.cache_info = CacheInfo(
             config.store_dir, want_mass_query=True, priority=config.priority
         )
-        self.countersigner = Countersigner(keys)
         #: Stored files, so that one that is asked for again costs no question to the index.
         self._known: dict[str, NarRecord] = {}
         self._storage = LocalStorage(config.storage.url)
         self._index = Index(
-            config.storage.index, config.store_dir, attest=config.cosign.mode != "off"
+            config.storage.index,
+            config.store_dir,
+            attest=config.cosign.mode != "off",
+            epoch=epoch,
         )
+        self.countersigner = Countersigner(keys, self._index.revocations)
         self.policy = Policy(
             config,
             own_keys=self.countersigner.public_keys,
             attestations=self._index.attestations,
+            revocations=self._index.revocations,
             storage=self._storage,
             blocking=self.blocking,
         )
@@ -148,6 +157,7 @@ class Substituter:
             policy=self.policy,
             admission=self._admission,
             attestations=self._index.attestations,
+            revocations=self._index.revocations,
             storage=self._storage,
             blocking=self.blocking,
             crew=self.crew,
@@ -188,7 +198,12 @@ class Substituter:
             # without the index nothing can be served: if this ends, the worker ends
             group.create_task(substituter._index.run(), name="index")
             if serving:
-                works = [substituter._weigh_storage(), substituter._mend(), substituter._attest()]
+                works = [
+                    substituter._weigh_storage(),
+                    substituter._mend(),
+                    substituter._attest(),
+                    substituter._rotate(),
+                ]
                 substituter._background = [group.create_task(work) for work in works]
             try:
                 yield substituter
@@ -212,18 +227,34 @@ class Substituter:
     async def _attest(self) -> None:
         if self.config.cosign.mode == "off":
             return
-        lock = index_file(self.config.storage.index).with_suffix(".attest.lock")
         attester = Attester(
             self._cosigning,
             index=self._index,
             storage=self._storage,
-            leadership=Leadership(lock),
+            leadership=self._leadership("attest"),
             policy=self.policy,
         )
         try:
             await attester.run()
         finally:
             attester.close()
+
+    async def _rotate(self) -> None:
+        rotation = Rotation(
+            index=self._index,
+            admission=self._admission,
+            realisations=self.realisations,
+            countersigner=self.countersigner,
+            leadership=self._leadership("rotation"),
+            rate=self.config.signing.resign_rate,
+        )
+        try:
+            await rotation.run()
+        finally:
+            rotation.close()
+
+    def _leadership(self, of: str) -> Leadership:
+        return Leadership(index_file(self.config.storage.index).with_suffix(f".{of}.lock"))
 
     async def _mend(self) -> None:
         await mend(self._index, self._storage, self._fetcher, self.policy, self.blocking)
@@ -298,6 +329,44 @@ class Substituter:
         return await self._fetcher.start(
             record, info, lambda: self._admission.origins(record, info)
         )
+
+    async def public_keys(self) -> list[PublicKey]:
+        """The operator's, less revoked ones."""
+        revoked = (await self._index.revocations.now()).keys
+        return [k for k in self.countersigner.public_keys.values() if k.name not in revoked]
+
+    def revoking(self) -> Revoking:
+        """The work of `narseal revoke`."""
+        return Revoking(
+            index=self._index,
+            admission=self._admission,
+            storage=self._storage,
+            blocking=self.blocking,
+            epoch=self._epoch,
+        )
+
+    async def status(self) -> dict[str, Any]:
+        """How it stands with keys, signatures and queues, as JSON."""
+        revoked = await self._index.revocations.now()
+        active = {key.public.name for key in await self.countersigner.active()}
+        waiting, since = await self._index.attestations.queue()
+        return {
+            "version": __version__,
+            "paths": await self._index.count(),
+            "storedBytes": await self._index.stored_bytes(),
+            "keys": [
+                {
+                    "name": key.public.name,
+                    "active": key.public.name in active,
+                    "notBefore": key.not_before.isoformat() if key.not_before else None,
+                    "notAfter": key.not_after.isoformat() if key.not_after else None,
+                }
+                for key in self._keys
+            ],
+            "lackSignatures": await self._index.count_lacking(active) if active else 0,
+            "cosign": {"mode": self.config.cosign.mode, "waiting": waiting, "since": since},
+            "revoked": [asdict(revocation) for revocation in revoked.all],
+        }
 
     async def ready(self) -> None:
         """Raises Unavailable if the index cannot be read."""

@@ -127,7 +127,7 @@ class Uploads:
         """
         try:
             info = self._parsed(hash_part, data)
-            trusted = self._authorise(info, token)
+            trusted = await self._authorise(info, token)
             found = await self._index.path(hash_part)
             if found and not found[0].withdrawn:
                 await self._merge(found[0], found[1], info)
@@ -157,12 +157,13 @@ class Uploads:
             raise BadUpload(f"{info.store_path}: a NAR of {info.nar_size} bytes is too large")
         return info
 
-    def _authorise(self, info: NarInfo, token: Token) -> str | None:
+    async def _authorise(self, info: NarInfo, token: Token) -> str | None:
         """The trusted upload key that signed it, or None if the token itself covers the path."""
+        revoked = (await self._index.revocations.now()).keys
         message = info.fingerprint()
         for signature in info.signatures:
             key = self._trusted.get(signature.key_name)
-            if key and key.verifies(message, signature):
+            if key and key.name not in revoked and key.verifies(message, signature):
                 return key.name
         if not token.may(info.store_path.name):
             raise Forbidden(

@@ -132,7 +132,7 @@ class Answering:
 
     async def keys(self, _: web.Request) -> web.Response:
         """All public keys, as JSON."""
-        return web.json_response(self._substituter.signatures.keys(), headers=_cache(_SHORT))
+        return web.json_response(await self._substituter.signatures.keys(), headers=_cache(_SHORT))
 
     async def cosign_key(self, _: web.Request) -> web.Response:
         """The cosign.pub with which files and statements verify."""
@@ -152,6 +152,12 @@ class Answering:
         text = "".join(f"{hash_part}\n" for hash_part in found)
         return web.Response(text=text, headers=_cache("no-store"))
 
+    async def status_of_all(self, request: web.Request) -> web.Response:
+        """How it stands with keys, signatures and queues; for loopback callers."""
+        if not _is_loopback(request.remote):
+            raise web.HTTPNotFound(text="the status is for loopback callers\n")
+        return web.json_response(await self._substituter.status(), headers=_cache("no-store"))
+
     async def status_of(self, request: web.Request) -> web.Response:
         """What is known of a store path, and what policy says of it."""
         tree = await self._substituter.provenance.status(request.match_info["path"][:32])
@@ -170,7 +176,7 @@ class Answering:
 
     async def pubkey(self, _: web.Request) -> web.Response:
         """The operator's public keys, a line each, for trusted-public-keys."""
-        keys = self._substituter.countersigner.public_keys.values()
+        keys = await self._substituter.public_keys()
         return web.Response(text="".join(f"{key}\n" for key in keys), headers=_cache(_SHORT))
 
     async def metrics(self, _: web.Request) -> web.Response:
@@ -192,7 +198,7 @@ class Answering:
         page = self._page.render(
             version=__version__,
             url=f"{request.scheme}://{request.host}",
-            keys=[str(key) for key in substituter.countersigner.public_keys.values()],
+            keys=[str(key) for key in await substituter.public_keys()],
             upstreams=[upstream.config for upstream in substituter.upstreams],
             config=substituter.config,
         )

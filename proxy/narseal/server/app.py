@@ -57,6 +57,7 @@ def application(
         ("signature-pem", f"/nar/{_FILE}.pem", answering.certificate),
         ("attestations", "/attestations/{digest:sha256:[0-9a-z]{52,64}}", answering.attestations),
         ("attestations-of", f"/attestations/{{path:{_PATH}}}", answering.attestations),
+        ("status-of-all", "/status", answering.status_of_all),
         ("status-of", f"/status/{{path:{_PATH}}}", answering.status_of),
         ("keys", "/keys", answering.keys),
         ("cosign-pub", "/cosign.pub", answering.cosign_key),

@@ -154,7 +154,9 @@ class SignerServer:
             answers: dict[_Line, list[bytes]] = {}
             for (asked, item), outcome in zip(group, outcomes, strict=True):
                 answer: dict[str, Any] = {"id": item.number}
-                if isinstance(outcome, str):
+                if item.kind == "revocation" and not isinstance(outcome, str):
+                    answer["noted"] = True
+                elif isinstance(outcome, str):
                     answer["refused" if refused else "error"] = outcome
                 else:
                     answer["signature"] = base64.b64encode(outcome).decode()

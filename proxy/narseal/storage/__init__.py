@@ -7,6 +7,7 @@ from narseal.storage.index import Index
 from narseal.storage.leadership import Leadership
 from narseal.storage.local import LocalStorage, storage_errors
 from narseal.storage.records import Admitted, Attestation, NarRecord, PathRecord, file_name
+from narseal.storage.revocations import Revocation, Revocations, Revoked
 
 __all__ = [
     "Admitted",
@@ -18,6 +19,9 @@ __all__ = [
     "LocalStorage",
     "NarRecord",
     "PathRecord",
+    "Revocation",
+    "Revocations",
+    "Revoked",
     "bundle_name",
     "epoch_file",
     "file_name",

@@ -144,6 +144,35 @@ class Attestations:
 
         await self._engines.write(work)
 
+    async def forget(self, digest: bytes) -> None:
+        """Give a bundle out no more, and let the paths that it attested wait again."""
+        named = schema.attestation.c.digest == digest
+
+        async def work(connection: AsyncConnection) -> None:
+            for table in (schema.subject, schema.attested):
+                await connection.execute(delete(table).where(table.c.attestation == digest))
+            await connection.execute(delete(schema.attestation).where(named))
+
+        await self._engines.write(work)
+
+    async def singles(self, *, after: str, limit: int) -> list[tuple[str, bytes]]:
+        """Signatures of single files, with the files' names, in order, beyond one."""
+        table = schema.file_signature
+        query: Select[Any] = (
+            select(table).where(table.c.file > after).order_by(table.c.file).limit(limit)
+        )
+        return [(row.file, bytes(row.bundle)) for row in await self._ask(query)]
+
+    async def forget_single(self, file: str) -> None:
+        """Give a file's own signature out no more, and attest its paths anew."""
+        table = schema.file_signature
+
+        async def work(connection: AsyncConnection) -> None:
+            await connection.execute(delete(table).where(table.c.file == file))
+            await connection.execute(delete(schema.attested).where(schema.attested.c.file == file))
+
+        await self._engines.write(work)
+
     async def digests(self) -> list[bytes]:
         """Of every bundle over a statement."""
         return [bytes(row.digest) for row in await self._ask(select(schema.attestation.c.digest))]

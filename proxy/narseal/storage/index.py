@@ -8,7 +8,19 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Row, Select, bindparam, delete, select, update
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Row,
+    Select,
+    bindparam,
+    delete,
+    func,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -19,6 +31,7 @@ from narseal.nix.keys import Signature
 from narseal.storage import schema
 from narseal.storage.attestations import Attestations, enqueue, leave
 from narseal.storage.engine import Engines
+from narseal.storage.epoch import Epoch
 from narseal.storage.records import (
     PATHS,
     Admitted,
@@ -30,7 +43,14 @@ from narseal.storage.records import (
     nar_values,
     path_values,
 )
+from narseal.storage.revocations import Revocations
 from narseal.storage.together import Together
+
+
+def _carries(key_name: str) -> ColumnElement[bool]:
+    """Rows with a signature in this name."""
+    text = literal("\n") + schema.path.c.signatures
+    return text.contains(f"\n{key_name}:", autoescape=True)
 
 
 def _among(column: Column[Any]) -> ColumnElement[bool]:
@@ -54,7 +74,9 @@ _ADD_BYTES = update(schema.total).values(nar_bytes=schema.total.c.nar_bytes + bi
 class Index:
     """Reads by any number of callers, writes in groups. Unavailable when the database fails."""
 
-    def __init__(self, url: str, store_dir: str, *, attest: bool = False) -> None:
+    def __init__(
+        self, url: str, store_dir: str, *, attest: bool = False, epoch: Epoch | None = None
+    ) -> None:
         self._engines = Engines(url)
         self._store_dir = store_dir
         self._attest = attest
@@ -66,6 +88,7 @@ class Index:
             lambda group: self._engines.write(lambda c: self._admit_all(c, group))
         )
         self.attestations = Attestations(self._engines, self._queries.ask, store_dir, attest=attest)
+        self.revocations = Revocations(self._engines, self._queries.ask, epoch)
         self._asked = (
             self._by_hash,
             self._by_file,
@@ -166,6 +189,56 @@ class Index:
         row = insert_or(schema.refusal).values(**key, **values)
         row = row.on_conflict_do_update(list(key), set_=values)
         await self._engines.write(lambda c: c.execute(row))
+
+    async def withdraw_path(self, hash_part: str) -> None:
+        """Stop serving one path; its pin stays."""
+        change = (
+            update(schema.path).where(schema.path.c.hash_part == hash_part).values(withdrawn=True)
+        )
+        await self._engines.write(lambda c: c.execute(change))
+
+    async def signed_by(self, names: Iterable[str], *, after: str, limit: int) -> list[str]:
+        """Hash parts of paths, served or withdrawn, that carry a signature by one of some keys."""
+        query: Select[Any] = select(schema.path.c.hash_part).where(
+            or_(*(_carries(name) for name in names))
+        )
+        return await self._hash_parts(query, after, limit)
+
+    async def lacking(self, names: Iterable[str], *, after: str, limit: int) -> list[str]:
+        """Hash parts of served paths that lack a signature by one of some keys."""
+        query = select(schema.path.c.hash_part).where(
+            or_(*(~_carries(name) for name in names)), ~schema.path.c.withdrawn
+        )
+        return await self._hash_parts(query, after, limit)
+
+    async def count_lacking(self, names: Iterable[str]) -> int:
+        """How many there are of those."""
+        query: Any = (
+            select(func.count().label("paths"))
+            .select_from(schema.path)
+            .where(or_(*(~_carries(name) for name in names)), ~schema.path.c.withdrawn)
+        )
+        return int((await self._queries.ask(query))[0].paths)
+
+    async def count(self) -> int:
+        """How many paths are served."""
+        query: Any = (
+            select(func.count().label("paths"))
+            .select_from(schema.path)
+            .where(~schema.path.c.withdrawn)
+        )
+        return int((await self._queries.ask(query))[0].paths)
+
+    async def realisation_keys(self, *, after: str, limit: int) -> list[str]:
+        """The addresses of realisations, in order, beyond one."""
+        column = schema.realisation.c.key
+        query = select(column).where(column > after).order_by(column).limit(limit)
+        return [row.key for row in await self._queries.ask(query)]
+
+    async def _hash_parts(self, query: Select[Any], after: str, limit: int) -> list[str]:
+        column = schema.path.c.hash_part
+        rows = await self._queries.ask(query.where(column > after).order_by(column).limit(limit))
+        return [row.hash_part for row in rows]
 
     async def withdraw(self, file: str) -> list[str]:
         """Stop serving the narinfos that name a file; returns their hash parts. The pins stay."""

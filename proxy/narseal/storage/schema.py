@@ -133,3 +133,15 @@ file_signature = Table(
     Column("file", String(80), ForeignKey("nar.file"), primary_key=True),
     Column("bundle", LargeBinary, nullable=False),
 )
+
+#: What the operator revoked.
+revocation = Table(
+    "revocation",
+    metadata,
+    Column("kind", String(16), primary_key=True),
+    Column("name", String(2048), primary_key=True),
+    Column("issuer", String(2048), primary_key=True),
+    Column("since", Float, nullable=False),
+    Column("reason", String(400), nullable=False),
+    Column("revoked_at", Float, nullable=False),
+)

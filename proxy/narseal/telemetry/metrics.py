@@ -10,6 +10,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import product
 from time import perf_counter
 
 from prometheus_client import (
@@ -41,6 +42,7 @@ REASONS = (
     "nar-size",
     "policy",
     "refused-source",
+    "signer-refused",
     "too-large",
     "truncated",
     "unsigned",
@@ -127,6 +129,14 @@ attest_failures = Counter(
     "narseal_attest_failures_total", "Batches that could not be signed and are tried again."
 )
 worker_restarts = Counter("narseal_worker_restarts_total", "Workers that died and were restarted.")
+resign_waiting = Gauge(
+    "narseal_resign_waiting",
+    "Paths that lack the signature of an active key.",
+    multiprocess_mode="mostrecent",
+)
+resigned = Counter(
+    "narseal_resigned_total", "Paths that got signatures of keys that came later.", ["result"]
+)
 reload_successful = Gauge(
     "narseal_config_last_reload_successful",
     "1, or 0 while the last change of the configuration was refused.",
@@ -158,18 +168,17 @@ def prepare(upstreams: Sequence[str]) -> None:
         request_seconds.labels(route)
     for reason in REASONS:
         rejected.labels(reason)
-    for kind in VERIFICATIONS:
+    for kind, result in product(VERIFICATIONS, ("good", "bad")):
         verify_ms.labels(kind)
-        for result in ("good", "bad"):
-            verify_seconds.labels(kind, result)
-    for kind in SIGNATURES:
-        for result in ("good", "bad"):
-            sign_seconds.labels(kind, result)
+        verify_seconds.labels(kind, result)
+    for kind, result in product(SIGNATURES, ("good", "bad")):
+        sign_seconds.labels(kind, result)
     for source in ("storage", "memory", "upstream"):
         nar_bytes.labels(source)
-    for upstream in upstreams:
-        for result in ("found", "absent", "trouble"):
-            upstream_seconds.labels(upstream, result)
+    for upstream, result in product(upstreams, ("found", "absent", "trouble")):
+        upstream_seconds.labels(upstream, result)
+    for result in ("signed", "kept-back", "refused"):
+        resigned.labels(result)
     build_info.labels(__version__).set(1)
 
 

@@ -1,0 +1,118 @@
+"""What the operator revoked: nothing that rests on it is signed or served any more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Row, Select, delete, or_, select, update
+from sqlalchemy.dialects.sqlite import insert as insert_or
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from narseal.storage import schema
+from narseal.storage.engine import Engines
+from narseal.storage.epoch import Epoch
+
+Kind = Literal["key", "cosign", "identity"]
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """One of them."""
+
+    kind: Kind
+    #: A substituter key's name, a cosign key's hint, or an identity.
+    name: str
+    #: Of an identity.
+    issuer: str
+    #: Unix time from which on an identity's signatures are void; 0 for keys.
+    since: float
+    reason: str
+
+
+class Revoked:
+    """All of them, as looked up."""
+
+    def __init__(self, revocations: list[Revocation]) -> None:
+        self.all = tuple(revocations)
+        #: Names of Ed25519 keys, ours and others'.
+        self.keys = frozenset(r.name for r in revocations if r.kind == "key")
+        #: Hints of cosign keys.
+        self.cosign_keys = frozenset(r.name for r in revocations if r.kind == "cosign")
+
+    def bars(self, identity: str, issuer: str, signed_at: float) -> bool:
+        """Whether a signature of an identity at a time is void."""
+        return any(
+            r.kind == "identity"
+            and (r.name, r.issuer) == (identity, issuer)
+            and signed_at >= r.since
+            for r in self.all
+        )
+
+
+class Revocations:
+    """Looked up again whenever the epoch changed, so that every worker knows within a moment."""
+
+    def __init__(
+        self,
+        engines: Engines,
+        ask: Callable[[Select[Any]], Awaitable[list[Row[Any]]]],
+        epoch: Epoch | None,
+    ) -> None:
+        self._engines = engines
+        self._ask = ask
+        self._epoch = epoch
+        self._seen: int | None = None
+        self._known = Revoked([])
+
+    async def now(self) -> Revoked:
+        """What is revoked. Unavailable if it cannot be found out."""
+        epoch = self._epoch.read() if self._epoch else None
+        if epoch is None or epoch != self._seen:
+            table = schema.revocation.c
+            rows = await self._ask(select(schema.revocation).order_by(table.revoked_at))
+            found = [Revocation(r.kind, r.name, r.issuer, r.since, r.reason) for r in rows]
+            if tuple(found) != self._known.all:  # the same value means: nothing changed
+                self._known = Revoked(found)
+            self._seen = epoch
+        return self._known
+
+    async def add(self, revocation: Revocation) -> None:
+        """Revoke, in one transaction with the withdrawal of what had no other evidence.
+
+        What is withdrawn is admitted anew, if at all, on other evidence.
+        """
+
+        async def work(connection: AsyncConnection) -> None:
+            values = {
+                "kind": revocation.kind,
+                "name": revocation.name,
+                "issuer": revocation.issuer,
+                "since": revocation.since,
+                "reason": revocation.reason,
+                "revoked_at": time.time(),
+            }
+            row = insert_or(schema.revocation).values(**values)
+            keys = ["kind", "name", "issuer"]
+            await connection.execute(
+                row.on_conflict_do_update(
+                    keys, set_={"since": revocation.since, "reason": revocation.reason}
+                )
+            )
+            if revocation.kind != "key":
+                return
+            rests = f"signature {revocation.name}"
+            evidence = schema.path.c.evidence
+            await connection.execute(
+                update(schema.path)
+                .where(or_(evidence == rests, evidence.endswith(f" {rests}", autoescape=True)))
+                .where(~schema.path.c.withdrawn)
+                .values(withdrawn=True)
+            )
+            await connection.execute(
+                delete(schema.realisation).where(schema.realisation.c.evidence == rests)
+            )
+
+        await self._engines.write(work)
