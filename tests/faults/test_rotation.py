@@ -1,0 +1,290 @@
+"""Keys that come, go and are revoked, while clients read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from narseal.custody import write_private
+from narseal.nix.narinfo import NarInfo
+from tests.faults.test_reload import logged, write
+from tests.faults.test_uploads import Uploader, add
+from tests.tools.cache import Entry, entry, key
+from tests.tools.command import narseal_command
+from tests.tools.narseal import (
+    OPERATOR,
+    UPSTREAM,
+    Client,
+    Process,
+    narseal,
+    narseal_process,
+)
+from tests.tools.upstream import FakeCache
+
+NEW = key("operator-2")
+
+
+def both(folder: Path, **new: Any) -> dict[str, Any]:
+    """The operator's key and the next one."""
+    if not (folder / "new.secret").exists():
+        write_private(folder / "new.secret", NEW.render())
+    first = {"url": f"file:{folder}/operator.secret"}
+    return {"key": [first, {"url": f"file:{folder}/new.secret"} | new]}
+
+
+def only_new(folder: Path) -> dict[str, Any]:
+    return {"key": both(folder)["key"][1:]}
+
+
+def signers(body: bytes) -> set[str]:
+    info = NarInfo.parse(body)
+    message = info.fingerprint()
+    for signature in info.signatures:
+        for known in (OPERATOR, NEW, UPSTREAM):
+            if known.public.name == signature.key_name:
+                assert known.public.verifies(message, signature)
+    return {s.key_name for s in info.signatures}
+
+
+def in_folder(folder: Path) -> list[set[str]]:
+    return [signers(p.read_bytes()) for p in (folder / "storage").glob("*.narinfo")]
+
+
+async def test_a_new_key_signs_everything_in_the_background(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    items = [entry(f"r{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(120)]
+    upstream.add(*items)
+    there = {"url": upstream.url}
+    with narseal_process(tmp_path, there, workers=2) as process:
+        async with aiohttp.ClientSession() as session:
+            client = Client(process.url, session, tmp_path / "storage")
+            for item in items:
+                info = await client.narinfo(item.hash)
+                await client.get(info.url)
+            signing = both(tmp_path) | {"resign_rate": 100}
+            write(process, there, workers=2, signing=signing)
+            logged(process, "is in force")
+            begun = time.monotonic()
+            seen = set()
+            while True:
+                status = json.loads((await client.get("status"))[1])
+                seen.add(status["lackSignatures"])
+                if status["lackSignatures"] == 0:
+                    break
+                assert time.monotonic() - begun < 30
+                await asyncio.sleep(0.05)
+            took = time.monotonic() - begun
+            assert took > 0.8  # 120 paths at 100 a second
+            assert len(seen) > 5  # progress can be seen
+            # nobody asked for them: the folder has them
+            for _ in range(100):
+                if in_folder(tmp_path) == [{"upstream-1", "operator-1", "operator-2"}] * 120:
+                    break
+                await asyncio.sleep(0.05)
+            assert in_folder(tmp_path) == [{"upstream-1", "operator-1", "operator-2"}] * 120
+            metrics = (await client.get("metrics"))[1].decode()
+            assert 'narseal_resigned_total{result="signed"} 120.0' in metrics
+            assert "narseal_resign_waiting 0.0" in metrics
+            shown = await asyncio.to_thread(narseal_command, "status", "--from", process.url)
+            assert "operator-2: signs" in shown.stdout
+            assert "0 paths lack" in shown.stdout
+
+
+async def test_keys_sign_from_their_beginning_to_their_end(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    items = [entry(f"w{n}", b"%d" % n).signed(UPSTREAM) for n in range(3)]
+    upstream.add(*items)
+    now = datetime.now(UTC)
+    tmp_path.mkdir(exist_ok=True)
+    write_private(tmp_path / "operator.secret", OPERATOR.render())
+    keys = both(tmp_path, not_before=now + timedelta(seconds=2))
+    keys["key"][0]["not_after"] = now + timedelta(seconds=4)
+    async with narseal(tmp_path, {"url": upstream.url}, signing=keys) as client:
+
+        async def names(item: Entry) -> set[str]:
+            return signers((await client.get(f"{item.hash}.narinfo"))[1]) - {"upstream-1"}
+
+        assert await names(items[0]) == {"operator-1"}
+        await asyncio.sleep(2.2 - (datetime.now(UTC) - now).total_seconds())
+        assert await names(items[1]) == {"operator-1", "operator-2"}
+        await asyncio.sleep(4.2 - (datetime.now(UTC) - now).total_seconds())
+        assert await names(items[2]) == {"operator-2"}
+        await asyncio.sleep(2)  # the background has seen to the first one
+        status = json.loads((await client.get("status"))[1])
+        assert [k["active"] for k in status["keys"]] == [False, True]
+
+
+async def test_without_any_active_key_nothing_is_served_unsigned(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    item = entry("u", b"u").signed(UPSTREAM)
+    upstream.add(item)
+    tmp_path.mkdir(exist_ok=True)
+    write_private(tmp_path / "operator.secret", OPERATOR.render())
+    past = [{"url": f"file:{tmp_path}/operator.secret", "not_after": "2020-01-01T00:00:00Z"}]
+    async with narseal(tmp_path, {"url": upstream.url}, signing={"key": past}) as client:
+        status, body, headers = await client.get(f"{item.hash}.narinfo")
+        assert (status, headers["Retry-After"]) == (503, "5")
+        assert b"no key of the operator's is active" in body
+
+
+@contextmanager
+def filled(folder: Path, upstream: FakeCache, items: list[Entry], **more: Any) -> Iterator[Process]:
+    there = {"url": upstream.url}
+    add_token = folder / "tokens"
+    folder.mkdir(exist_ok=True)
+    upload = {"enabled": True, "tokens_file": str(add_token)}
+    with narseal_process(folder, there, workers=2, upload=upload, **more) as process:
+        yield process
+
+
+async def test_revoked_while_64_readers_read(tmp_path: Path, upstream: FakeCache) -> None:
+    """After the command returned, not one answer carries the revoked key's signature."""
+    items = [entry(f"v{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(60)]
+    upstream.add(*items)
+    token = add(tmp_path)
+    write_private(tmp_path / "operator.secret", OPERATOR.render())
+    signing = both(tmp_path)
+    with filled(tmp_path, upstream, items, signing=signing) as process:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            client = Client(process.url, session, tmp_path / "storage")
+            uploaded = entry("uploaded", b"uploaded", compression="none")
+            rotten = entry("rotten", b"rotten", compression="none")
+            for item in (uploaded, rotten):
+                assert (await Uploader(client, token).path(item))[0] == 201
+            for item in items:
+                await client.get((await client.narinfo(item.hash)).url)
+            # nothing speaks for this one any more: its bytes in storage are not what they were
+            (client.storage / rotten.info.url).write_bytes(b"\0" * len(rotten.file))
+            revoked_at = float("inf")
+            late: list[str] = []
+            counts = {"before": 0, "after": 0}
+            done = asyncio.Event()
+
+            async def read(number: int) -> None:
+                while not done.is_set():
+                    for item in items:
+                        asked = time.monotonic()
+                        status, body, _ = await client.get(f"{item.hash}.narinfo")
+                        assert status == 200, body
+                        names = signers(body)
+                        assert "operator-2" in names
+                        if asked > revoked_at and "operator-1" in names:
+                            late.append(item.hash)
+                        counts["after" if asked > revoked_at else "before"] += 1
+
+            readers = [asyncio.create_task(read(n)) for n in range(64)]
+            await asyncio.sleep(1)
+            outcome = await asyncio.to_thread(
+                narseal_command, "revoke", "operator-1", "--reason", "stolen", "--json",
+                "--config", tmp_path / "narseal.toml",
+            )  # fmt: skip
+            revoked_at = time.monotonic()
+            await asyncio.sleep(1)
+            done.set()
+            await asyncio.gather(*readers)
+            assert late == []
+            assert counts["before"] > 100
+            assert counts["after"] > 100
+            tree = json.loads(outcome.stdout)
+            assert (outcome.returncode, tree["stripped"], tree["signed"]) == (1, 62, 61), tree
+            [lost] = tree["withdrawn"]
+            assert lost["path"] == rotten.hash
+            assert "nothing else speaks for it" in lost["why"]
+            assert (await client.get(f"{rotten.hash}.narinfo"))[0] == 404
+            body = (await client.get(f"{uploaded.hash}.narinfo"))[1]
+            assert signers(body) == {"operator-2"}
+            assert all("operator-1" not in names for names in in_folder(tmp_path))
+            keys = json.loads((await client.get("keys"))[1])
+            assert [k.split(":")[0] for k in keys["substituter"]] == ["operator-2"]
+            assert keys["revoked"][0]["reason"] == "stolen"
+            assert (await client.get("pubkey"))[1].startswith(b"operator-2:")
+            # a key of that name is not taken from anybody any more
+            stolen = entry("stolen", b"evil", compression="none").signed(OPERATOR)
+            upstream.add(stolen)
+            assert await client.refusal(f"{stolen.hash}.narinfo") == "unsigned"
+            checked = await asyncio.to_thread(
+                narseal_command, "index", "check", "--config", tmp_path / "narseal.toml"
+            )
+            assert checked.returncode == 0, checked.stderr
+
+
+async def test_the_only_key_is_revoked_and_another_follows(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    items = [entry(f"o{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(5)]
+    upstream.add(*items)
+    there = {"url": upstream.url}
+    with narseal_process(tmp_path, there) as process:
+        async with aiohttp.ClientSession() as session:
+            client = Client(process.url, session, tmp_path / "storage")
+            for item in items:
+                await client.get((await client.narinfo(item.hash)).url)
+            done = await asyncio.to_thread(
+                narseal_command, "revoke", "operator-1", "--reason", "lost",
+                "--config", tmp_path / "narseal.toml",
+            )  # fmt: skip
+            assert done.returncode == 1
+            assert "no key of the operator's is active" in done.stderr
+            assert "taken off 5 paths, 0 of them signed anew" in done.stdout
+            assert (await client.get(f"{items[0].hash}.narinfo"))[0] == 503
+            assert not list((tmp_path / "storage").glob("*.narinfo"))
+            write(process, there, signing=only_new(tmp_path))
+            logged(process, "is in force")
+            for item in items:
+                body = (await client.get(f"{item.hash}.narinfo"))[1]
+                assert signers(body) == {"upstream-1", "operator-2"}
+            await client.until(lambda: len(in_folder(tmp_path)) == 5)
+
+
+async def test_an_upstreams_key_is_revoked(tmp_path: Path, upstream: FakeCache) -> None:
+    """What only that key spoke for is not served any more; what others speak for is."""
+    other = key("upstream-2")
+    one = entry("one", b"1", compression="none").signed(UPSTREAM)
+    two = entry("two", b"2", compression="none").signed(UPSTREAM, other)
+    upstream.add(one, two)
+    there = {"url": upstream.url, "public_keys": [str(UPSTREAM.public), str(other.public)]}
+    with narseal_process(tmp_path, there, workers=2) as process:
+        async with aiohttp.ClientSession() as session:
+            client = Client(process.url, session, tmp_path / "storage")
+            for item in (one, two):
+                await client.narinfo(item.hash)
+            done = await asyncio.to_thread(
+                narseal_command, "revoke", "upstream-1", "--reason", "theirs was stolen",
+                "--config", tmp_path / "narseal.toml",
+            )  # fmt: skip
+            assert "withdrawn" in done.stderr, done.stderr
+            assert await client.refusal(f"{one.hash}.narinfo") == "unsigned"
+            body = (await client.get(f"{two.hash}.narinfo"))[1]
+            assert signers(body) == {"upstream-2", "operator-1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "one of KEY"),
+        (["a-1", "--identity", "x"], "one of KEY"),
+        (["a-1:AAAA"], "without the part behind the colon"),
+        (["--identity", "x"], "needs --issuer and --since"),
+        (["--identity", "x", "--issuer", "y", "--since", "yesterday"], "--since"),
+        (["--identity", "x", "--issuer", "y", "--since", "2026-01-01"], "needs a time zone"),
+        (["--identity", "x", "--issuer", "y", "--since", "2999-01-01T00:00:00Z"], "in the future"),
+        (["a-1", "--since", "2026-01-01T00:00:00Z"], "belong to --identity"),
+        (["--cosign-key", "/nowhere/cosign.pub"], "/nowhere/cosign.pub"),
+    ],
+)
+def test_what_revoke_says_when_it_is_not_clear(words: list[str], sentence: str) -> None:
+    done = narseal_command("revoke", *words, "--reason", "x")
+    assert done.returncode == 2
+    assert sentence in done.stderr
