@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from narseal.cli.load import config_option, load
 from narseal.config import Config
+from narseal.nix.keys import PublicKey
+
+if TYPE_CHECKING:
+    from narseal.storage import Index
 
 
 @click.group()
@@ -34,18 +41,82 @@ def check(config_file: Path, content: bool, as_json: bool) -> None:
     sys.exit(1 if found else 0)
 
 
-async def _check(config: Config, *, content: bool) -> list[str]:
-    from narseal.pipeline.checking import problems
-    from narseal.pipeline.substituter import load_keys
-    from narseal.storage import Index, LocalStorage, migrate
+@index.command()
+@config_option
+def rebuild(config_file: Path) -> None:
+    """Put back into the index what the storage folder has and the index has not.
+
+    For a lost index, or one from an older backup; narseal must not run. Each file is hashed; a path is
+    taken on the word of a key of yours that is not revoked.
+    """
+    done, failed = asyncio.run(_rebuild(load(config_file)))
+    for name, why in failed:
+        click.echo(f"not put back: {name}: {why}", err=True)
+    click.echo(f"put back {done} paths, {len(failed)} could not be")
+    sys.exit(1 if failed else 0)
+
+
+@index.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@config_option
+def backup(file: Path, config_file: Path) -> None:
+    """Copy the index into FILE, also while narseal serves."""
+    from narseal.storage import backup as copy
+
+    copy(load(config_file).storage.index, file)
+    click.echo(f"wrote {file}")
+
+
+@asynccontextmanager
+async def _opened(config: Config) -> AsyncIterator[Index]:
+    from narseal.storage import Index, migrate
 
     migrate(config.storage.index)
     opened = Index(config.storage.index, config.store_dir)
-    keys = {key.public.name: key.public for key in load_keys(config)}
     async with asyncio.TaskGroup() as group:
         group.create_task(opened.run())
         try:
-            storage = LocalStorage(config.storage.url)
-            return [sentence async for sentence in problems(opened, storage, keys, content=content)]
+            yield opened
         finally:
             await opened.close()
+
+
+async def _check(config: Config, *, content: bool) -> list[str]:
+    from narseal.pipeline.checking import problems
+    from narseal.storage import LocalStorage
+
+    keys = _public_keys(config)
+    async with _opened(config) as opened:
+        storage = LocalStorage(config.storage.url)
+        return [sentence async for sentence in problems(opened, storage, keys, content=content)]
+
+
+async def _rebuild(config: Config) -> tuple[int, list[tuple[str, str]]]:
+    from narseal.nix.cache_info import CacheInfo
+    from narseal.pipeline.blocking import Blocking
+    from narseal.pipeline.rebuilding import Rebuilding
+    from narseal.storage import LocalStorage
+
+    storage = LocalStorage(config.storage.url)
+    storage.prepare(CacheInfo(config.store_dir, want_mass_query=True, priority=config.priority))
+    blocking = Blocking(transfers=2)
+    done, failed = 0, []
+    keys = _public_keys(config)
+    async with _opened(config) as opened:
+        work = Rebuilding(index=opened, storage=storage, keys=keys, blocking=blocking)
+        async for name, error in work.run():
+            if error:
+                failed.append((name, str(error)))
+            else:
+                done += 1
+    blocking.close()
+    return done, failed
+
+
+def _public_keys(config: Config) -> dict[str, PublicKey]:
+    from narseal.pipeline.substituter import load_keys
+
+    keys = load_keys(config)
+    for key in keys:
+        key.custodian.close()
+    return {key.public.name: key.public for key in keys}

@@ -1,7 +1,7 @@
 """Blobs and the index."""
 
 from narseal.storage.attestations import Attestations, bundle_name
-from narseal.storage.engine import epoch_file, index_file, migrate
+from narseal.storage.engine import backup, epoch_file, index_file, migrate
 from narseal.storage.epoch import Epoch
 from narseal.storage.index import Index
 from narseal.storage.leadership import Leadership
@@ -22,6 +22,7 @@ __all__ = [
     "Revocation",
     "Revocations",
     "Revoked",
+    "backup",
     "bundle_name",
     "epoch_file",
     "file_name",

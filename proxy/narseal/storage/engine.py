@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,18 @@ def migrate(url: str) -> None:
         engine.dispose()
     except (OSError, SQLAlchemyError, alembic.util.CommandError) as error:
         raise ConfigError(f"storage.index {file}: {error}") from error
+
+
+def backup(url: str, target: Path) -> None:
+    """Copy the index into a new file, whole, also while narseal serves; ConfigError if it cannot be."""
+    try:
+        with closing(sqlite3.connect(index_file(url))) as source:
+            if target.exists():
+                raise ConfigError(f"{target} is there already")
+            with closing(sqlite3.connect(target)) as copy:
+                source.backup(copy)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(f"{target}: {error}") from error
 
 
 def _prepare(engine: Engine) -> None:

@@ -78,7 +78,8 @@ class Index:
         self, url: str, store_dir: str, *, attest: bool = False, epoch: Epoch | None = None
     ) -> None:
         self._engines = Engines(url)
-        self._store_dir = store_dir
+        #: Of all paths in it.
+        self.store_dir = store_dir
         self._attest = attest
         self._by_hash: Together[str, Admitted | None] = Together(self._paths)
         self._by_file: Together[str, list[Admitted]] = Together(self._paths_of)
@@ -263,7 +264,7 @@ class Index:
             .order_by(schema.path.c.hash_part)
             .limit(limit)
         )
-        return [admitted_of(row, self._store_dir) for row in await self._queries.ask(query)]
+        return [admitted_of(row, self.store_dir) for row in await self._queries.ask(query)]
 
     async def with_stored_nar(self, *, after: str, limit: int) -> list[str]:
         """Hash parts of admitted paths whose NAR is stored, in order, beyond one."""
@@ -304,13 +305,13 @@ class Index:
 
     async def _paths(self, hash_parts: list[str]) -> list[Admitted | Exception | None]:
         rows = await self._query(_PATHS_BY_HASH, hash_parts)
-        found = {row.hash_part: admitted_of(row, self._store_dir) for row in rows}
+        found = {row.hash_part: admitted_of(row, self.store_dir) for row in rows}
         return [found.get(hash_part) for hash_part in hash_parts]
 
     async def _paths_of(self, files: list[str]) -> list[list[Admitted] | Exception]:
         found: dict[str, list[Admitted]] = {file: [] for file in files}
         for row in await self._query(_PATHS_BY_FILE, files):
-            found[row.nar_file].append(admitted_of(row, self._store_dir))
+            found[row.nar_file].append(admitted_of(row, self.store_dir))
         return [found[file] for file in files]
 
     async def _nars_named(self, files: list[str]) -> list[NarRecord | Exception | None]:
@@ -340,7 +341,7 @@ class Index:
             await connection.execute(_NEW_PATH, [path_values(path) for path, _ in admitted])
         hash_parts = [path.info.store_path.hash_part for path, _ in admitted]
         pinned = {
-            row.hash_part: admitted_of(row, self._store_dir)
+            row.hash_part: admitted_of(row, self.store_dir)
             for row in await connection.execute(_PATHS_BY_HASH, {"among": hash_parts})
         }
         pins = [

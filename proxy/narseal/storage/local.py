@@ -103,6 +103,10 @@ class LocalStorage:
         except FileNotFoundError:
             return None
 
+    def narinfos(self) -> list[str]:
+        """The names of all narinfo files, in order."""
+        return sorted(path.name for path in self.root.glob("*.narinfo"))
+
     def remove(self, name: str) -> None:
         """Take a file away; nothing if there is none."""
         self.path(name).unlink(missing_ok=True)
