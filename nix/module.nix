@@ -56,7 +56,7 @@ let
   signingKey = types.submodule {
     freeformType = types.attrsOf value;
     options.url = mkOption {
-      type = types.strMatching "file:.+";
+      type = types.strMatching "(file|agent|pkcs11):.+";
       description = "Where the secret key is; `file:$CREDENTIALS_DIRECTORY/NAME` with signKeyPaths.";
     };
   };

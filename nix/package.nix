@@ -28,6 +28,7 @@ python3Packages.buildPythonApplication {
     pydantic-settings
     pyjwt
     pynacl
+    python-pkcs11
     pyyaml
     requests
     rfc3161-client

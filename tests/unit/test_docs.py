@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from narseal.cli import narseal
 from narseal.config import Config
+from narseal.config.signer import SignerConfig
 from narseal.telemetry import metrics
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -21,7 +22,7 @@ METRICS = (PROJECT / "docs/metrics.md").read_text()
 SECURITY = (PROJECT / "docs/security.md").read_text()
 #: Rows of the threat model that are built; each must have a test.
 ROWS = [*(f"U{n}" for n in range(1, 13)), "C1", "C2", "C3", "C4", "C5", "C6", "C6d", "C6e", "C6f", "C7", "C8", "I1", "I2", "I3",
-        "I5", "I6", "K6"]  # fmt: skip
+        "I4", "I5", "I6", "K1", "K2", "K3", "K4", "K5", "K6"]  # fmt: skip
 
 
 def keys(model: type[BaseModel], within: tuple[type[BaseModel], ...] = ()) -> list[str]:
@@ -38,9 +39,10 @@ def keys(model: type[BaseModel], within: tuple[type[BaseModel], ...] = ()) -> li
 
 def _models() -> list[type[BaseModel]]:
     import narseal.config as module
+    from narseal.config import signer
 
     return [
-        value for value in vars(module).values()
+        value for value in (*vars(module).values(), *vars(signer).values())
         if isinstance(value, type) and issubclass(value, BaseModel)
     ]  # fmt: skip
 
@@ -49,6 +51,13 @@ def test_every_setting_is_documented() -> None:
     assert len(keys(Config)) > 35
     missing = [k for k in keys(Config) if f"`{k}`" not in OPERATING and f".{k}`" not in OPERATING]
     assert missing == []
+
+
+def test_every_setting_of_the_signer_is_documented() -> None:
+    text = (PROJECT / "docs/custody.md").read_text()
+    assert [k for k in keys(SignerConfig) if f"`{k}`" not in text and f".{k}`" not in text] == []
+    [block] = re.findall(r"^```toml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    SignerConfig.parse(block)
 
 
 def commands(group: Group, prefix: str) -> list[str]:

@@ -115,7 +115,7 @@ class Desk:
         if kind in ("statement", "digest"):
             return self._consider_cosign(dict(tree), str(kind), name, peer)
         if not isinstance(name, str) or name not in self._keys:
-            raise Refused("no-key", f"there is no substituter key {str(name)[:60]!r}")
+            raise Refused("signer-refused", f"there is no substituter key {str(name)[:60]!r}")
         request = requests.parse(dict(tree), store_dir=self._config.store_dir)
         if isinstance(request, PathRequest):
             evidence, needs_hash = self._evidence_of_path(request)
@@ -183,7 +183,7 @@ class Desk:
 
     def _consider_cosign(self, tree: dict[str, Any], kind: str, name: object, peer: Peer) -> Agreed:
         if not isinstance(name, str) or name not in self._cosign:
-            raise Refused("no-key", f"there is no cosign key {str(name)[:60]!r}")
+            raise Refused("signer-refused", f"there is no cosign key {str(name)[:60]!r}")
         if set(tree) != {"id", "kind", "key", kind}:
             raise Malformed(f"a request of this kind has the field {kind}, and no others")
         text = tree[kind]
@@ -191,13 +191,13 @@ class Desk:
             raise Malformed(f"{kind} is a text")
         if kind == "digest":
             if not self._config.blobs:
-                raise Refused("blobs", "digests of files are not signed here (blobs = false)")
+                raise Refused("signer-refused", "digests of files are not signed here (blobs = false)")
             if not _DIGEST.fullmatch(text):
                 raise Malformed("digest is not 64 hex digits")
             message, digest, subject = bytes.fromhex(text), text, "a file"
         else:
             if not self._config.statements:
-                raise Refused("statements", "statements are not signed here (statements = false)")
+                raise Refused("signer-refused", "statements are not signed here (statements = false)")
             message, subject, digest = _own_statement(text, self._config.store_dir)
         record: dict[str, Any] = {"kind": kind, "subject": subject, "digest": f"sha256:{digest}"}
         record |= {"key": name, "evidence": "form", **_of(peer)}
@@ -277,9 +277,9 @@ class _Rate:
         if day != self._day:
             self._day, self._today = day, 0
         if self._rate and count > self._left:
-            raise Refused("rate", f"more than {self._rate} signatures a second (rate)")
+            raise Refused("signer-refused", f"more than {self._rate} signatures a second (rate)")
         if self._per_day and self._today + count > self._per_day:
-            raise Refused("rate", f"more than {self._per_day} signatures today (per_day)")
+            raise Refused("signer-refused", f"more than {self._per_day} signatures today (per_day)")
         self._left -= count
         self._today += count
 
