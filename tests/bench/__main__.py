@@ -1,7 +1,7 @@
 """`make bench`: narseal beside nginx in one run on this machine, as ratios.
 
 Prints a Markdown table (docs/benchmarks.md holds one) and exits 1 if an aim is missed by far.
-Names on the command line choose: narinfo, storage, relay, copy, upload, memory, cosign.
+Names on the command line choose: narinfo, storage, relay, copy, upload, memory, cosign, custody.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from tests.bench import copying, cosigning, memory, narinfo, nars, uploading
+from tests.bench import copying, cosigning, custody, memory, narinfo, nars, uploading
 from tests.bench.table import Row, render
 
 SUITES: dict[str, Callable[[], list[Row]]] = {
@@ -20,6 +20,7 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
     "upload": uploading.measure,
     "memory": memory.measure,
     "cosign": cosigning.measure,
+    "custody": custody.measure,
 }
 
 

@@ -8,11 +8,16 @@ import secrets
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from narseal.custody import write_private
+from tests.faults.test_reload import logged, write
+from tests.tools.cache import key
+from tests.tools.command import narseal_command
 from tests.tools.narseal import OPERATOR, Process, narseal_process
 from tests.tools.nix import Nix, nix
 
@@ -235,3 +240,58 @@ class cutting_line:
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def test_keys_rotate_under_clients_with_the_old_both_and_the_new(
+    built: Built, proxy: Process
+) -> None:
+    """A second key comes, signs what is there, and the first goes; no client sees an error."""
+    folder = built.client.folder / "rotating"
+    upstream = {"url": f"file://{built.client.folder}/cache", "public_keys": [built.public_key]}
+    new = key("rotated-2")
+    folder.mkdir()
+    write_private(folder / "new.secret", new.render())
+    first = {"url": f"file:{folder}/operator.secret"}
+    second = {"url": f"file:{folder}/new.secret"}
+    trusting = {
+        "old": str(OPERATOR.public),
+        "both": f"{OPERATOR.public} {new.public}",
+        "new": str(new.public),
+    }
+    with narseal_process(folder, upstream, workers=2, signing={"key": [first]}) as running:
+
+        def copies(*who: str) -> None:
+            """Each client installs the closure, all at the same time."""
+
+            def install(name: str) -> None:
+                with nix() as other:
+                    other.config["trusted-public-keys"] = trusting[name]
+                    store = f"local?root={other.path('store')}"
+                    other.run("nix", "copy", "--from", running.url, "--to", store, built.all)
+                    other.run(
+                        "nix", "store", "verify", "--store", store, "-r", "--sigs-needed", "1",
+                        built.all,
+                    )  # fmt: skip
+
+            with ThreadPoolExecutor(len(who)) as pool:
+                list(pool.map(install, who))
+
+        copies("old", "both")
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(copies, "old", "both")
+            write(running, upstream, workers=2, signing={"key": [first, second]})
+            logged(running, "is in force")
+            reading.result()
+        for _ in range(600):
+            done = narseal_command("status", "--from", running.url)
+            if " 0 paths lack" in done.stdout:
+                break
+            time.sleep(0.1)
+        assert " 0 paths lack" in done.stdout
+        copies("old", "both", "new")
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(copies, "both", "new")
+            write(running, upstream, workers=2, signing={"key": [second]})
+            logged(running, "is in force")
+            reading.result()
+        copies("both", "new")

@@ -191,13 +191,17 @@ class Desk:
             raise Malformed(f"{kind} is a text")
         if kind == "digest":
             if not self._config.blobs:
-                raise Refused("signer-refused", "digests of files are not signed here (blobs = false)")
+                raise Refused(
+                    "signer-refused", "digests of files are not signed here (blobs = false)"
+                )
             if not _DIGEST.fullmatch(text):
                 raise Malformed("digest is not 64 hex digits")
             message, digest, subject = bytes.fromhex(text), text, "a file"
         else:
             if not self._config.statements:
-                raise Refused("signer-refused", "statements are not signed here (statements = false)")
+                raise Refused(
+                    "signer-refused", "statements are not signed here (statements = false)"
+                )
             message, subject, digest = _own_statement(text, self._config.store_dir)
         record: dict[str, Any] = {"kind": kind, "subject": subject, "digest": f"sha256:{digest}"}
         record |= {"key": name, "evidence": "form", **_of(peer)}

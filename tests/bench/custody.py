@@ -1,0 +1,128 @@
+"""Custody: signatures a second by file, agent and token, and cold narinfos with each."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import uvloop
+from nacl.signing import SigningKey
+
+from narseal.custody import write_private
+from narseal.custody.agent import AgentKey
+from narseal.custody.file import FileKey
+from narseal.custody.operator import Custodian
+from narseal.custody.pkcs11 import Pkcs11Key
+from narseal.custody.requests import PathRequest
+from tests.bench.table import Row
+from tests.tools.cache import Entry, entry, write_cache
+from tests.tools.narseal import OPERATOR, UPSTREAM, narseal_process
+from tests.tools.signer import SoftHsm, signer
+
+_SIGNATURES = 4000
+_ON_THEIR_WAY = 512
+_ROUNDS = 3
+_COLD = 600
+
+
+def measure() -> list[Row]:
+    """Each beside pynacl in this process, and beside a key in a file."""
+    items = [
+        entry(f"c{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(_SIGNATURES)
+    ]
+    with tempfile.TemporaryDirectory() as name, _keys(Path(name)) as urls:
+        return [*_signing(items, urls), *_cold(Path(name), items[:_COLD], urls)]
+
+
+@contextmanager
+def _keys(folder: Path) -> Iterator[dict[str, str]]:
+    folder.chmod(0o755)
+    write_private(folder / "operator.secret", OPERATOR.render())
+    (folder / "hsm").mkdir()
+    hsm = SoftHsm(folder / "hsm")
+    os.environ |= hsm.environment
+    with signer() as running:
+        yield {
+            "file": f"file:{folder}/operator.secret",
+            "agent": f"{running.url}?key=operator-1",
+            "SoftHSM": hsm.url("hsm-1"),
+        }
+
+
+def _signing(items: list[Entry], urls: dict[str, str]) -> list[Row]:
+    requests = [PathRequest(item.info, None) for item in items]
+    messages = [request.message for request in requests]
+    plain = SigningKey.generate()
+    start = time.perf_counter()
+    for message in messages:
+        plain.sign(message)
+    pynacl = len(messages) / (time.perf_counter() - start)
+    open_ = {"file": FileKey.load, "agent": AgentKey, "SoftHSM": Pkcs11Key}
+    rows = []
+    for name, url in urls.items():
+        rate = uvloop.run(_rate(open_[name](url), requests))  # type: ignore[operator]
+        aim = "≥ 0.3" if name == "agent" else ""
+        rows.append(
+            Row(f"signatures a second, {name}, {_ON_THEIR_WAY} on their way, against pynacl",
+                f"{rate:,.0f}/s", f"{pynacl:,.0f}/s", rate / pynacl, aim)
+        )  # fmt: skip
+    return rows
+
+
+async def _rate(key: Custodian, requests: list[PathRequest]) -> float:
+    slots = asyncio.Semaphore(_ON_THEIR_WAY)
+
+    async def one(request: PathRequest) -> None:
+        async with slots:
+            await key.sign(request)
+
+    rates = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        await asyncio.gather(*map(one, requests))
+        rates.append(len(requests) / (time.perf_counter() - start))
+    key.close()
+    return statistics.median(rates)
+
+
+def _cold(folder: Path, items: list[Entry], urls: dict[str, str]) -> list[Row]:
+    cache = folder / "upstream"
+    write_cache(cache, *items)
+    rates: dict[str, list[float]] = {name: [] for name in urls}
+    for round_ in range(_ROUNDS):
+        for name, url in urls.items():
+            place = folder / f"{name}-{round_}"
+            keys = {"key": [{"url": url}]}
+            with narseal_process(place, {"url": f"file://{cache}"}, signing=keys) as process:
+                rates[name].append(asyncio.run(_read(process.url, items)))
+    file = statistics.median(rates["file"])
+    return [
+        Row(f"cold narinfos a second, 64 readers, key by {name}, against a file",
+            f"{statistics.median(found):,.0f}/s", f"{file:,.0f}/s",
+            statistics.median(found) / file, "")
+        for name, found in rates.items()
+        if name != "file"
+    ]  # fmt: skip
+
+
+async def _read(url: str, items: list[Entry]) -> float:
+    waiting = iter(items)
+
+    async def read(session: aiohttp.ClientSession) -> None:
+        for item in waiting:
+            async with session.get(f"{url}/{item.hash}.narinfo") as response:
+                assert response.status == 200, await response.text()
+
+    connector: Any = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        start = time.perf_counter()
+        await asyncio.gather(*(read(session) for _ in range(64)))
+        return len(items) / (time.perf_counter() - start)
