@@ -468,3 +468,40 @@ async def test_below_upload_no_upstream_is_asked(tmp_path: Path, upstream: FakeC
             assert (await client.get(f"{prefix}{info.url}"))[1] == ITEM.file
     async with narseal(tmp_path) as client:  # nobody uploads here
         assert (await client.get("upload/nix-cache-info"))[0] == 404
+
+
+async def test_signatures_of_strangers_are_bounded_and_leave_room_for_ours(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    strangers = [key(f"stranger-{n:02}") for n in range(40)]
+    theirs = entry("crowded-1", b"crowded").signed(UPSTREAM, *strangers[:31])
+    upstream.add(theirs)
+    async with uploading(tmp_path, {"url": upstream.url}) as uploader:
+        info = await uploader.client.narinfo(theirs.hash)
+        assert len(info.signatures) <= 32
+        assert "upstream-1" in {s.key_name for s in info.signatures}
+        assert await uploader.path(ITEM.signed(*strangers[:31])) == (201, "")
+        answers = [
+            await uploader.put(f"{ITEM.hash}.narinfo", ITEM.signed(stranger).info.render())
+            for stranger in strangers[31:]
+        ]
+        assert {status for status, _ in answers} == {422}
+        assert "signatures already" in answers[0][1]
+        assert len((await uploader.client.narinfo(ITEM.hash)).signatures) <= 32
+
+
+async def test_no_signature_is_lost_that_comes_with_others_at_the_same_time(
+    tmp_path: Path,
+) -> None:
+    strangers = [key(f"stranger-{n:02}") for n in range(16)]
+    async with uploading(tmp_path) as uploader:
+        assert await uploader.path(ITEM) == (201, "")
+        answers = await asyncio.gather(
+            *(
+                uploader.put(f"{ITEM.hash}.narinfo", ITEM.signed(stranger).info.render())
+                for stranger in strangers
+            )
+        )
+        assert {status for status, _ in answers} == {200}
+        names = {s.key_name for s in (await uploader.client.narinfo(ITEM.hash)).signatures}
+        assert names == {"operator-1", *(s.public.name for s in strangers)}

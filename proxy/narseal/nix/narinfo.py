@@ -28,6 +28,8 @@ from narseal.nix.store_path import StorePath
 MAX_BYTES = 1 << 20
 MAX_REFERENCES = 20_000
 MAX_SIGNATURES = 32
+#: Signatures that are kept of others, so that there is room for the operator's.
+MOST_BUT_OURS = 24
 MAX_EXTRA = 32
 
 _INTEGER = re.compile(r"[0-9]{1,20}", re.ASCII)

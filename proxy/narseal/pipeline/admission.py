@@ -125,8 +125,9 @@ class Admission:
         signed = await self.sign(path.info, nar)
         if signed is path.info:
             return path, nar
-        path = replace(path, info=signed)
-        await self._index.sign(signed.store_path.hash_part, signed.signatures)
+        hash_part = signed.store_path.hash_part
+        united = await self._index.sign(hash_part, signed.signatures, without=revoked)
+        path = replace(path, info=signed.with_signatures(united))
         if nar.stored:
             await self._fetcher.write_narinfo(path, nar)
         return path, nar
@@ -145,8 +146,7 @@ class Admission:
         """Take revoked keys' signatures off a path that is not served."""
         revoked = (await self._index.revocations.now()).keys
         if found := await self._index.path(hash_part):
-            kept = [s for s in found[0].info.signatures if s.key_name not in revoked]
-            await self._index.sign(hash_part, kept)
+            await self._index.sign(hash_part, (), without=revoked)
             await self._fetcher.remove_narinfo(found[0].info)
 
     async def _verify_anew(self, path: PathRecord, nar: NarRecord, revoked: frozenset[str]) -> None:

@@ -17,7 +17,7 @@ from narseal.errors import Refused
 from narseal.nix.compression import decompressor
 from narseal.nix.content_address import Method
 from narseal.nix.keys import PublicKey, Signature
-from narseal.nix.narinfo import NarInfo
+from narseal.nix.narinfo import MOST_BUT_OURS, NarInfo
 
 _MAX_VERIFICATIONS = 4
 _ENCODED = re.compile(r"%(2e|2f|5c|25|[01][0-9a-f]|7f)", re.IGNORECASE)
@@ -67,7 +67,10 @@ def weigh(
     foreign = [
         s for s in info.signatures if s.key_name not in pinned and s.key_name not in own_keys
     ]
-    kept = info.with_signatures(tuple(sorted({*good, *ours, *foreign})))
+    known = {*good, *ours}
+    kept = info.with_signatures(
+        tuple(sorted({*known, *foreign[: max(0, MOST_BUT_OURS - len(known))]}))
+    )
     content_first = upstream.sign_when == "content" or upstream.verify != "signature"
     if good:
         return kept, Evidence(f"signature {good[0].key_name}", content_first)

@@ -48,9 +48,9 @@ class Rotation:
         while True:
             try:
                 names = frozenset(k.public.name for k in await self._countersigner.active())
-                metrics.resign_waiting.set(await self._index.count_lacking(names) if names else 0)
                 if names and names != done:
                     await self._sign_all(names)
+                    metrics.resign_waiting.set(await self._index.count_lacking(names))
                     done = names
             except Unavailable as error:
                 _log.warning("signing with new keys waits: %s", error)

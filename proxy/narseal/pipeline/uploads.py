@@ -31,7 +31,7 @@ from narseal.nix.base32 import CHARS
 from narseal.nix.compression import COMPRESSIONS
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature, plausible
-from narseal.nix.narinfo import NarInfo
+from narseal.nix.narinfo import MOST_BUT_OURS, NarInfo
 from narseal.nix.references import ReferenceScanner
 from narseal.pipeline.admission import Admission
 from narseal.pipeline.blocking import Blocking
@@ -179,11 +179,13 @@ class Uploads:
                 f"{info.store_path} is here with NarHash {path.info.nar_hash}, and nothing is"
                 f" overwritten; the upload says {info.nar_hash}"
             )
-        union = tuple(sorted({*path.info.signatures, *self._kept(info)}))
-        if union == path.info.signatures:
+        more = set(self._kept(info)) - set(path.info.signatures)
+        if not more:
             return
-        merged = replace(path, info=path.info.with_signatures(union))
-        await self._index.sign(info.store_path.hash_part, union)
+        if len(more) + len(path.info.signatures) > MOST_BUT_OURS:
+            raise BadUpload(f"{info.store_path} has {len(path.info.signatures)} signatures already")
+        united = await self._index.sign(info.store_path.hash_part, more)
+        merged = replace(path, info=path.info.with_signatures(united))
         if nar.stored:
             await self._fetcher.write_narinfo(merged, nar)
         self._epoch.advance()
@@ -260,7 +262,7 @@ class Uploads:
         self, info: NarInfo, arrived: _Arrived, token: Token, trusted: str | None
     ) -> None:
         evidence = f"upload {token.id}" + (f" signature {trusted}" if trusted else "")
-        kept = info.with_signatures(tuple(sorted(set(self._kept(info)))))
+        kept = info.with_signatures(tuple(sorted(set(self._kept(info)))[:MOST_BUT_OURS]))
         record = arrived.record
         if arrived.incoming:
             try:

@@ -25,9 +25,10 @@ from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from narseal.errors import Refused, Unavailable
+from narseal.errors import BadUpload, Refused, Unavailable
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature
+from narseal.nix.narinfo import MAX_SIGNATURES
 from narseal.storage import schema
 from narseal.storage.attestations import Attestations, enqueue, leave
 from narseal.storage.engine import Engines
@@ -150,18 +151,35 @@ class Index:
         """Bind a file name to a NAR, or find the name that this NAR has; see `admit`."""
         return await self._engines.write(lambda c: self._bind(c, nar))  # type: ignore[no-any-return]
 
-    async def sign(self, hash_part: str, signatures: Iterable[Signature]) -> None:
-        """Replace a path's signatures; where it was not attested, it waits for that."""
-        text = "\n".join(map(str, signatures))
+    async def sign(
+        self,
+        hash_part: str,
+        signatures: Iterable[Signature],
+        *,
+        without: frozenset[str] = frozenset(),
+    ) -> tuple[Signature, ...]:
+        """Add signatures to a path's and take those of some keys away; returns what it has then.
+
+        Whoever else adds some at the same time loses none. Where the path was not attested, it
+        waits for that.
+        """
         named = schema.path.c.hash_part == hash_part
 
-        async def work(connection: AsyncConnection) -> None:
+        async def work(connection: AsyncConnection) -> tuple[Signature, ...]:
+            query = select(schema.path.c.signatures, schema.path.c.nar_file).where(named)
+            row = (await connection.execute(query)).one()
+            present = map(Signature.parse, filter(None, row.signatures.split("\n")))
+            united = {s for s in (*present, *signatures) if s.key_name not in without}
+            found = tuple(sorted(united))
+            if len(found) > MAX_SIGNATURES:
+                raise BadUpload(f"{hash_part} has too many signatures: {len(found)}")
+            text = "\n".join(map(str, found))
             await connection.execute(update(schema.path).where(named).values(signatures=text))
             if self._attest:
-                file = await connection.execute(select(schema.path.c.nar_file).where(named))
-                await enqueue(connection, [row.nar_file for row in file])
+                await enqueue(connection, [row.nar_file])
+            return found
 
-        await self._engines.write(work)
+        return await self._engines.write(work)  # type: ignore[no-any-return]
 
     async def publish(self, claimed: NarRecord, true: NarRecord) -> None:
         """Record that a NAR's bytes are in storage, under `true.file`, a bound name.
