@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from narseal.errors import MalformedKey
+from narseal.cli.sigstore import Expectation, expectation_options
+from narseal.errors import ConfigError, MalformedKey
 from narseal.nix.keys import PublicKey
+
+if TYPE_CHECKING:
+    from narseal.cosign.statement import AuditHead
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -22,16 +27,28 @@ def audit() -> None:
 @audit.command()
 @click.argument("log", type=_FILE)
 @click.option("--public-key", help="name:base64 of the audit key; without it, only the chain.")
+@click.option("--anchors", type=_FILE, help="Bundles that anchor it, a line each; with who signed.")
+@expectation_options
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
-def verify(log: Path, public_key: str | None, as_json: bool) -> None:
-    """Find lines of LOG that were removed, changed, put elsewhere or cut off."""
+def verify(
+    log: Path,
+    public_key: str | None,
+    anchors: Path | None,
+    expectation: Expectation,
+    as_json: bool,
+) -> None:
+    """Find lines of LOG that were removed, changed, put elsewhere or cut off.
+
+    With --anchors, also what was changed by one who has the audit key: bundles of
+    /attestations/sha256:HEAD, which --key or --identity must have signed.
+    """
     from narseal.custody import audit as logs
 
     try:
         key = PublicKey.parse(public_key) if public_key else None
     except MalformedKey as error:
         raise click.UsageError(f"--public-key: {error}") from error
-    report = logs.verify(log, key)
+    report = logs.verify(log, key, _anchored(anchors, expectation) if anchors else ())
     if as_json:
         found = {"lines": report.lines, "checkpoints": report.checkpoints, "last": report.last}
         click.echo(json.dumps({**found, "problems": report.problems}))
@@ -65,3 +82,25 @@ def show(log: Path, path: str | None, key: str | None, since: str | None, as_jso
                 f"{record.get('n'):>8} {record.get('time')} {record.get('kind')} {subject}"
                 f" {name} {record.get('evidence', '')}".rstrip()
             )
+
+
+def _anchored(file: Path, expectation: Expectation) -> list[AuditHead]:
+    """The heads that verified bundles anchor."""
+    from narseal.cosign.bundle import Bundle, Envelope
+    from narseal.cosign.statement import Statement, audit_heads
+
+    who = expectation.verifier()
+    if who is None:
+        raise click.UsageError("--anchors: say who must have signed: --key, or --identity")
+    found = []
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+    for line in lines:
+        bundle = Bundle.parse(line)
+        if isinstance(bundle.content, Envelope):
+            statement = Statement.parse(bundle.content.payload)
+            who.verify(bundle, statement.subjects[0].digest)
+            found += audit_heads(statement)
+    return found

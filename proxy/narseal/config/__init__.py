@@ -154,6 +154,8 @@ class CosignConfig(Section):
     batch_max_subjects: Annotated[int, Field(ge=2, le=1024)] = 1024
     #: How long a path waits for others to fill its batch.
     batch_max_age: Duration = 30.0
+    #: Put the head of each signer's audit log into every batch.
+    anchor_audit: bool = False
     #: Sign each file on its own too; auto: where that needs no service.
     per_file: Literal["auto", "yes", "no"] = "auto"
     #: For one answer of one service.

@@ -28,6 +28,8 @@ _TYPE = "https://in-toto.io/Statement/v1"
 #: What is verified: cosign attest-blob still makes the older one, of the same shape.
 _TYPES = (_TYPE, "https://in-toto.io/Statement/v0.1")
 _HEX = re.compile("[0-9a-f]{64}", re.ASCII)
+_AUDIT = "narseal-audit-log:"
+_AUDIT_NAME = re.compile(rf"{_AUDIT}[1-9][0-9]{{0,18}}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +109,42 @@ class AttestedPath:
         }
 
 
-def render(paths: Iterable[AttestedPath]) -> bytes:
-    """The statement of a batch; its subjects are each path's file digest and NAR digest."""
+@dataclass(frozen=True, slots=True)
+class AuditHead:
+    """How long a signer's audit log was, and the SHA-256 of its last line."""
+
+    lines: int
+    digest: bytes
+
+    @property
+    def subject(self) -> Subject:
+        """As a statement anchors it."""
+        return Subject(f"{_AUDIT}{self.lines}", self.digest)
+
+
+def render(paths: Iterable[AttestedPath], heads: Iterable[AuditHead] = ()) -> bytes:
+    """The statement of a batch; its subjects are each path's file digest and NAR digest.
+
+    `heads` of audit logs are anchored in it as further subjects.
+    """
     subjects: dict[bytes, str] = {}
     facts = []
     for path in paths:
         subjects.setdefault(path.file_hash.digest, f"nar/{path.file}")
         subjects.setdefault(path.info.nar_hash.digest, str(path.info.store_path))
         facts.append(path.facts())
-    named = (Subject(name, digest) for digest, name in subjects.items())
+    named = [Subject(name, digest) for digest, name in subjects.items()]
+    named += [head.subject for head in heads]
     return render_statement(named, PREDICATE_TYPE, {"paths": facts})
+
+
+def audit_heads(statement: Statement) -> list[AuditHead]:
+    """The heads of audit logs that a statement anchors."""
+    return [
+        AuditHead(int(subject.name.removeprefix(_AUDIT)), subject.digest)
+        for subject in statement.subjects
+        if _AUDIT_NAME.fullmatch(subject.name)
+    ]
 
 
 def render_statement(
@@ -132,10 +160,11 @@ def render_statement(
     return json.dumps(tree, separators=(",", ":")).encode()
 
 
-def check_own(data: bytes, *, store_dir: str) -> tuple[int, bytes]:
+def check_own(data: bytes, *, store_dir: str) -> tuple[int, list[AuditHead]]:
     """A statement that narseal could have made of paths of its store, byte for byte.
 
-    Returns how many paths it is of, and its SHA-256; MalformedAttestation if it is anything else.
+    Returns how many paths it is of, and the heads that it anchors; MalformedAttestation if it is
+    anything else.
     """
     statement = Statement.parse(data)
     paths = statement.predicate.get("paths")
@@ -148,10 +177,12 @@ def check_own(data: bytes, *, store_dir: str) -> tuple[int, bytes]:
         subjects.setdefault(file.digest, f"nar/{name}")
         subjects.setdefault(nar.digest, str(path))
         facts.append({field: item[field] for field in _FACTS})
-    named = (Subject(name, digest) for digest, name in subjects.items())
+    heads = audit_heads(statement)
+    named = [Subject(name, digest) for digest, name in subjects.items()]
+    named += [head.subject for head in heads]
     if render_statement(named, PREDICATE_TYPE, {"paths": facts}) != data:
         raise MalformedAttestation("the statement is not, byte for byte, as narseal makes it")
-    return len(paths), hashlib.sha256(data).digest()
+    return len(paths), heads
 
 
 _FACTS = ("storePath", "narHash", "narSize", "references", "deriver", "file")

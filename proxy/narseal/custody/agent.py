@@ -13,6 +13,7 @@ from typing import Any, cast
 from urllib.parse import parse_qs, unquote
 
 from narseal.cosign.keys import CosignPublicKey
+from narseal.cosign.statement import AuditHead
 from narseal.custody import wire
 from narseal.custody.requests import Request
 from narseal.errors import ConfigError, Malformed, MalformedKey, Refused, Unavailable
@@ -50,6 +51,15 @@ class AgentKey:
         if not self.public.verifies(request.message, signature):
             raise Unavailable("the signer's signature is not by the key that it named at the start")
         return signature
+
+    async def head(self) -> AuditHead | None:
+        """Where the signer's audit log stands; None while it is empty."""
+        answer = await self._line.ask({"kind": "head"})
+        try:
+            lines, text = answer["lines"], answer["hash"]
+            return AuditHead(int(lines), bytes.fromhex(text)) if lines else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise Unavailable(f"the signer's answer cannot be read: {error!r}") from error
 
     async def note(self, kind: str, name: str, reason: str) -> None:
         """Have a revocation written down."""

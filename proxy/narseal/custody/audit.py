@@ -12,12 +12,14 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from narseal.cosign.statement import AuditHead
 from narseal.custody.file import FileKey
 from narseal.errors import ConfigError, MalformedKey
 from narseal.nix.keys import PublicKey, Signature
@@ -26,6 +28,7 @@ _START = "0" * 64
 _CHECKPOINT = "checkpoint"
 _MAX_LINE = 64 << 10
 _TAIL = 128 << 10
+_HEADS = 64
 
 
 class AuditLog:
@@ -50,6 +53,7 @@ class AuditLog:
             os.close(self._head)
             raise
         self._since_checkpoint = 0
+        self._heads: OrderedDict[AuditHead, None] = OrderedDict()
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Add a line for each record and return when they are on disk. OSError if they are not."""
@@ -80,6 +84,20 @@ class AuditLog:
         self._since_checkpoint = 0
         os.fsync(self._head)
         return True
+
+    def head(self) -> AuditHead | None:
+        """Where the log stands, to be anchored elsewhere; None while it is empty."""
+        if not self.count:
+            return None
+        head = AuditHead(self.count, bytes.fromhex(self._last))
+        self._heads[head] = None
+        while len(self._heads) > _HEADS:
+            self._heads.popitem(last=False)
+        return head
+
+    def had(self, head: AuditHead) -> bool:
+        """Whether that is one of the last heads that were given out."""
+        return head in self._heads
 
     def close(self) -> None:
         """A last checkpoint, and let go of the file."""
@@ -131,16 +149,18 @@ class Report:
     problems: tuple[str, ...]
 
 
-def verify(file: Path, public_key: PublicKey | None) -> Report:
+def verify(file: Path, public_key: PublicKey | None, anchors: Collection[AuditHead] = ()) -> Report:
     """Look for lines that were removed, changed, put elsewhere or cut off; ConfigError if unreadable.
 
     Without the audit key's public half, checkpoints and the head are not held to their signatures.
+    `anchors` are heads that the log had, as a transparency log says.
     """
     problems: list[str] = []
     count = checkpoints = 0
     last, trusted = _START, 0
     head = _read_head(file)
     at_head: str | None = None
+    anchored = {anchor.lines: anchor.digest.hex() for anchor in anchors}
     for number, line, record in _lines(file):
         if record is None:
             problems.append(f"line {number}: no record")
@@ -162,6 +182,11 @@ def verify(file: Path, public_key: PublicKey | None) -> Report:
         last = hashlib.sha256(line).hexdigest()
         if head and count == head[0]:
             at_head = last
+        if anchored.pop(count, last) != last:
+            problems.append(
+                f"line {number}: it is not what was anchored; what is before it changed"
+            )
+    problems += [f"line {n}: it was anchored, and is not there" for n in sorted(anchored)]
     problems += _against_head(head, count, at_head, public_key)
     return Report(count, checkpoints, last, tuple(problems))
 

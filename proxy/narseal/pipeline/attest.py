@@ -12,13 +12,13 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 from narseal.cosign import statement
-from narseal.cosign.statement import AttestedPath
+from narseal.cosign.statement import AttestedPath, AuditHead
 from narseal.errors import NarsealError, Unavailable
 from narseal.pipeline.cosigning import Cosigning
 from narseal.pipeline.policy import Policy, content_digests
@@ -31,6 +31,7 @@ _LOOK = 1.0  # seconds between two looks at the queue
 _FIRST_PAUSE = 1.0
 #: Bytes of what one statement says, so that a bundle stays within what clients take.
 _MAX_FACTS = 4 << 20
+_MOST_HEADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ class Attester:
         storage: LocalStorage,
         leadership: Leadership,
         policy: Policy,
+        heads: Callable[[], Awaitable[list[AuditHead]]],
     ) -> None:
+        self._heads = heads
         self._policy = policy
         self._cosigning = cosigning
         self._config = cosigning.config
@@ -129,7 +132,7 @@ class Attester:
     async def _step(self) -> bool:
         """Sign a batch if one is due; whether another may follow at once."""
         count, age = await self._look()
-        most = self._cosigning.batch_subjects
+        most = self._cosigning.batch_subjects - (_MOST_HEADS if self._config.anchor_audit else 0)
         if not count or (count * 2 < most and age < self._config.batch_max_age):
             return False
         batch, is_full = _batch(await self._passing(await self._attestations.oldest(most)), most)
@@ -164,21 +167,24 @@ class Attester:
     async def _attest(self, batch: list[Admitted]) -> None:
         await self._check_key()
         paths = [attested_path(admitted) for admitted in batch]
-        signed = await self._run(self._sign, paths)
+        heads = await self._heads() if self._config.anchor_audit else []
+        signed = await self._run(self._sign, paths, heads)
         digest = hashlib.sha256(signed.bundle).digest()
         await self._run(self._storage.write, bundle_name(digest), signed.bundle)
-        subjects = frozenset().union(*(path.digests() for path in paths))
+        subjects = frozenset(head.digest for head in heads).union(
+            *(path.digests() for path in paths)
+        )
         await self._attestations.commit(
             digest, statement.PREDICATE_TYPE, batch, subjects, signed.singles
         )
         metrics.attest_batch_subjects.observe(len(subjects))
         await self._look()
 
-    def _sign(self, paths: list[AttestedPath]) -> _Signed:
+    def _sign(self, paths: list[AttestedPath], heads: list[AuditHead]) -> _Signed:
         """In the thread."""
         signer = self._cosigning.signer()
         with metrics.signing("batch"):
-            bundle = signer.sign_statement(statement.render(paths))
+            bundle = signer.sign_statement(statement.render(paths, heads))
         singles: dict[str, bytes] = {}
         for path in paths if self._cosigning.per_file else ():
             if path.file not in singles:

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from narseal.cosign.statement import AuditHead
+from narseal.custody.agent import AgentKey
 from narseal.custody.operator import OperatorKey
 from narseal.custody.requests import Request
 from narseal.errors import Refused, Unavailable
@@ -57,6 +59,12 @@ class Countersigner:
         if refusal:
             _log.warning("%s", refusal)
         return tuple(sorted([*kept, *made])) if made else kept
+
+    async def heads(self) -> list[AuditHead]:
+        """Where the audit logs of the signers stand."""
+        agents = [k.custodian for k in self._keys if isinstance(k.custodian, AgentKey)]
+        found = [await agent.head() for agent in agents]
+        return list(dict.fromkeys(head for head in found if head))
 
     async def note(self, kind: str, name: str, reason: str) -> None:
         """Have a revocation written into the audit logs of the signers."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import logging
 import re
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from narseal.config.signer import SignerConfig
-from narseal.cosign.statement import MAX_BYTES, check_own
+from narseal.cosign.statement import MAX_BYTES, AuditHead, check_own
 from narseal.custody import requests
 from narseal.custody.audit import AuditLog
 from narseal.custody.file import FileKey
@@ -202,7 +203,10 @@ class Desk:
                 raise Refused(
                     "signer-refused", "statements are not signed here (statements = false)"
                 )
-            message, subject, digest = _own_statement(text, self._config.store_dir)
+            message, subject, heads = _own_statement(text, self._config.store_dir)
+            if not all(self.audit.had(head) for head in heads):
+                raise Malformed("the statement anchors a head that this audit log never had")
+            digest = hashlib.sha256(message).hexdigest()
         record: dict[str, Any] = {"kind": kind, "subject": subject, "digest": f"sha256:{digest}"}
         record |= {"key": name, "evidence": "form", **_of(peer)}
         return Agreed(tree.get("id"), name, record, message, kind)
@@ -308,16 +312,16 @@ def _open(url: str) -> _MessageKey:
     return FileKey.load(url)
 
 
-def _own_statement(text: str, store_dir: str) -> tuple[bytes, str, str]:
-    """The bytes, what it is of, and the digest of a statement of narseal's."""
+def _own_statement(text: str, store_dir: str) -> tuple[bytes, str, list[AuditHead]]:
+    """The bytes, what it is of, and which heads a statement of narseal's anchors."""
     if len(text) > MAX_BYTES * 4 // 3 + 4:
         raise Malformed(f"a statement of more than {MAX_BYTES} bytes")
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise Malformed("statement is not base-64") from error
-    count, digest = check_own(data, store_dir=store_dir)
-    return data, f"{count} paths", digest.hex()
+    count, heads = check_own(data, store_dir=store_dir)
+    return data, f"{count} paths", heads
 
 
 def _of(peer: Peer) -> dict[str, int]:

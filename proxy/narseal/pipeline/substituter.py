@@ -233,6 +233,7 @@ class Substituter:
             storage=self._storage,
             leadership=self._leadership("attest"),
             policy=self.policy,
+            heads=self.countersigner.heads,
         )
         try:
             await attester.run()

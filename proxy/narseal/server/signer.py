@@ -122,6 +122,10 @@ class SignerServer:
             tree = wire.decode(asked.body)
             if tree.get("kind") == "keys":
                 return {"id": tree.get("id"), "keys": self._desk.public_keys()}
+            if tree.get("kind") == "head":
+                head = self._desk.audit.head()
+                found = {"lines": head.lines, "hash": head.digest.hex()} if head else {"lines": 0}
+                return {"id": tree.get("id"), "hash": "", **found}
             return self._desk.consider(tree, asked.line.peer)
         except Exception as error:  # whatever it is, nothing is signed, and the next is served
             return self._refusal(tree, asked.line.peer, error)
