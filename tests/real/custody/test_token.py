@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import aiohttp
@@ -107,6 +108,49 @@ async def test_a_token_that_was_away_is_logged_into_again(
             tokens.rmdir()
             away.rename(tokens)
             assert [await status(n) for n in range(6)] == [200] * 6
+
+
+async def test_a_token_goes_and_comes_back_under_load(
+    hsm: SoftHsm, tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Requests get 503 with Retry-After meanwhile; none is served unsigned, all in the end."""
+    items = [entry(f"u{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(300)]
+    upstream.add(*items)
+    signing = {"key": [{"url": hsm.url("hsm-1")}]}
+    with narseal_process(tmp_path / "n", {"url": upstream.url}, signing=signing) as process:
+        async with aiohttp.ClientSession() as session:
+            waiting = iter(items)
+            statuses: list[int] = []
+
+            async def read() -> None:
+                for item in waiting:
+                    while True:
+                        async with session.get(f"{process.url}/{item.hash}.narinfo") as response:
+                            statuses.append(response.status)
+                            if response.status == 200:
+                                assert "Sig: hsm-1:" in await response.text()
+                                break
+                            assert response.status == 503
+                            assert response.headers["Retry-After"]
+                        await asyncio.sleep(0.05)
+
+            async def away() -> float:
+                await asyncio.sleep(0.1)
+                tokens, gone = hsm.folder / "tokens", hsm.folder / "gone"
+                tokens.rename(gone)
+                tokens.mkdir()
+                await asyncio.sleep(0.5)
+                tokens.rmdir()
+                gone.rename(tokens)
+                back = time.monotonic()
+                async with session.get(f"{process.url}/{items[-1].hash}.narinfo") as response:
+                    assert response.status == 200
+                return time.monotonic() - back
+
+            trouble = asyncio.create_task(away())
+            await asyncio.gather(*(read() for _ in range(16)))
+            assert await trouble < 1
+            assert statuses.count(200) == len(items)
 
 
 def test_what_is_said_of_a_token_that_cannot_be_used(hsm: SoftHsm, tmp_path: Path) -> None:
