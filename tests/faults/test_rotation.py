@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from tests.tools.narseal import (
     OPERATOR,
     UPSTREAM,
     Client,
-    Process,
     narseal,
     narseal_process,
 )
@@ -139,16 +136,6 @@ async def test_without_any_active_key_nothing_is_served_unsigned(
         assert b"no key of the operator's is active" in body
 
 
-@contextmanager
-def filled(folder: Path, upstream: FakeCache, items: list[Entry], **more: Any) -> Iterator[Process]:
-    there = {"url": upstream.url}
-    add_token = folder / "tokens"
-    folder.mkdir(exist_ok=True)
-    upload = {"enabled": True, "tokens_file": str(add_token)}
-    with narseal_process(folder, there, workers=2, upload=upload, **more) as process:
-        yield process
-
-
 async def test_revoked_while_64_readers_read(tmp_path: Path, upstream: FakeCache) -> None:
     """After the command returned, not one answer carries the revoked key's signature."""
     items = [entry(f"v{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(60)]
@@ -156,7 +143,9 @@ async def test_revoked_while_64_readers_read(tmp_path: Path, upstream: FakeCache
     token = add(tmp_path)
     write_private(tmp_path / "operator.secret", OPERATOR.render())
     signing = both(tmp_path)
-    with filled(tmp_path, upstream, items, signing=signing) as process:
+    there = {"url": upstream.url}
+    upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
+    with narseal_process(tmp_path, there, workers=2, upload=upload, signing=signing) as process:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             client = Client(process.url, session, tmp_path / "storage")
             uploaded = entry("uploaded", b"uploaded", compression="none")

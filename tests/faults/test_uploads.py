@@ -505,3 +505,25 @@ async def test_no_signature_is_lost_that_comes_with_others_at_the_same_time(
         assert {status for status, _ in answers} == {200}
         names = {s.key_name for s in (await uploader.client.narinfo(ITEM.hash)).signatures}
         assert names == {"operator-1", *(s.public.name for s in strangers)}
+
+
+async def test_upload_whose_file_name_an_upstream_claimed_for_another_nar(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """The upstream's narinfo gave the name away; the upload is served under its NAR's."""
+    assert ITEM.info.file_hash
+    lie = entry("lie-1", b"lie", compression="zstd").signed(UPSTREAM)
+    lie = lie.but(file_hash=ITEM.info.file_hash, file_size=ITEM.info.file_size, url=ITEM.info.url)
+    upstream.add(lie)
+    async with uploading(tmp_path, {"url": upstream.url}) as uploader:
+        client = uploader.client
+        assert (await client.narinfo(lie.hash)).url == ITEM.info.url
+        assert await uploader.path(ITEM) == (201, "")
+        info = await client.narinfo(ITEM.hash)
+        assert info.url == f"nar/{ITEM.info.nar_hash.nix32}.nar.zst"
+        assert (await client.get(info.url))[1] == ITEM.file
+        assert (await client.get(ITEM.info.url))[1] == lie.file  # whose name it is
+        again = entry("copy-1", b"uploaded", compression="zstd")
+        assert again.info.nar_hash == ITEM.info.nar_hash
+        assert await uploader.path(again) == (201, "")
+        assert (await client.narinfo(again.hash)).url == info.url

@@ -40,7 +40,15 @@ from narseal.pipeline.evidence import check_content_address
 from narseal.pipeline.fetch import Fetcher
 from narseal.pipeline.inspection import Inspection, Measured
 from narseal.pipeline.policy import Policy, content_digests
-from narseal.storage import Epoch, Index, LocalStorage, NarRecord, PathRecord, storage_errors
+from narseal.storage import (
+    Admitted,
+    Epoch,
+    Index,
+    LocalStorage,
+    NarRecord,
+    PathRecord,
+    storage_errors,
+)
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 19
@@ -263,21 +271,18 @@ class Uploads:
     ) -> None:
         evidence = f"upload {token.id}" + (f" signature {trusted}" if trusted else "")
         kept = info.with_signatures(tuple(sorted(set(self._kept(info)))[:MOST_BUT_OURS]))
-        record = arrived.record
+        record = replace(arrived.record, stored=True)
         if arrived.incoming:
-            try:
-                bound = await self._index.bind(record)
+            try:  # its name is its own hash: whatever is there under it is the same
                 await self._blocking.run(
-                    self._storage.publish, *arrived.incoming, f"nar/{bound.file}"
+                    self._storage.publish, *arrived.incoming, f"nar/{record.file}"
                 )
-                record = replace(record, file=bound.file, stored=True)
-                await self._index.publish(bound, record)
             finally:
                 await self._blocking.run(self._storage.discard, arrived.incoming)
         passes = await self._policy.passes(kept, content_digests(kept, record))
         if passes:
             kept = await self._admission.sign(kept, record)
-        path, nar = await self._index.admit(PathRecord(kept, record.file, evidence), record)
+        path, nar = await self._pin(PathRecord(kept, record.file, evidence), record)
         await self._fetcher.write_narinfo(path, nar)
         await self._blocking.run(self._storage.discard_upload, info.url.removeprefix("nar/"))
         self._epoch.arrive()
@@ -286,6 +291,17 @@ class Uploads:
             info.store_path,
             extra={"token": token.name, "evidence": evidence, "kept_back": not passes},
         )
+
+    async def _pin(self, path: PathRecord, record: NarRecord) -> Admitted:
+        """Bring both into the index."""
+        if admitted := await self._index.admit_stored(path, record):
+            return admitted
+        bound = await self._index.bind(replace(record, stored=False))
+        if bound.file != record.file:  # an upstream's lie has the name
+            await self._blocking.run(self._storage.link, f"nar/{record.file}", f"nar/{bound.file}")
+        record = replace(record, file=bound.file)
+        await self._index.publish(bound, record)
+        return await self._index.admit(replace(path, nar_file=bound.file), record)
 
     def _make_room(self, size: int) -> None:
         """In a thread: drop uploads that nobody claimed in time; StorageFull if it is not enough."""

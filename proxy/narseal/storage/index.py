@@ -89,6 +89,9 @@ class Index:
         self._admissions: Together[Admitted, Admitted] = Together(
             lambda group: self._engines.write(lambda c: self._admit_all(c, group))
         )
+        self._arrivals: Together[Admitted, Admitted | None] = Together(
+            lambda group: self._engines.write(lambda c: self._admit_stored_all(c, group))
+        )
         self.attestations = Attestations(self._engines, self._queries.ask, store_dir, attest=attest)
         self.revocations = Revocations(self._engines, self._queries.ask, epoch)
         self._asked = (
@@ -97,6 +100,7 @@ class Index:
             self._nars,
             self._queries,
             self._admissions,
+            self._arrivals,
         )
 
     async def run(self) -> None:
@@ -146,6 +150,14 @@ class Index:
         stands for another NAR is not used: the NAR hash's name is taken instead.
         """
         return await self._admissions.ask((path, nar))
+
+    async def admit_stored(self, path: PathRecord, nar: NarRecord) -> Admitted | None:
+        """The same, in one transaction, for a NAR whose file is published under its own hash.
+
+        None if the name stands for another NAR, or for one that is not stored: then `bind`,
+        `publish` and `admit` sort it out.
+        """
+        return await self._arrivals.ask((path, nar))
 
     async def bind(self, nar: NarRecord) -> NarRecord:
         """Bind a file name to a NAR, or find the name that this NAR has; see `admit`."""
@@ -373,6 +385,21 @@ class Index:
             await enqueue(connection, sorted(stored))
         return pins
 
+    async def _admit_stored_all(
+        self, connection: AsyncConnection, group: list[Admitted]
+    ) -> list[Admitted | Exception | None]:
+        files = [nar.file for _, nar in group]
+        rows = await connection.execute(_NARS_BY_FILE, {"among": files})
+        named = {row.file: nar_of(row) for row in rows}
+        fresh = {nar.file: nar for _, nar in group if nar.file not in named}
+        if fresh:
+            await connection.execute(_NEW_NAR, [nar_values(nar) for nar in fresh.values()])
+            await _add_bytes(connection, sum(nar.file_size or 0 for nar in fresh.values()))
+        named |= fresh
+        taken = [(path, named[nar.file]) for path, nar in group if _is_same(named[nar.file], nar)]
+        outcomes = iter(await self._admit_all(connection, taken) if taken else [])
+        return [next(outcomes) if _is_same(named[nar.file], nar) else None for _, nar in group]
+
     async def _pin(
         self, connection: AsyncConnection, wanted: Admitted, pins: dict[str, Admitted]
     ) -> Admitted | Exception:
@@ -463,6 +490,16 @@ class Index:
         await connection.execute(update(schema.path).where(named).values(withdrawn=True))
         await leave(connection, file)
         return hash_parts
+
+
+def _is_same(bound: NarRecord, nar: NarRecord) -> bool:
+    """Whether a name already stands for a stored NAR."""
+    return (
+        bound.stored
+        and bound.published_as is None
+        and (bound.nar_hash, bound.nar_size, bound.compression, bound.file_hash)
+        == (nar.nar_hash, nar.nar_size, nar.compression, nar.file_hash)
+    )
 
 
 async def _add_bytes(connection: AsyncConnection, size: int) -> None:

@@ -82,6 +82,17 @@ class LocalStorage:
             finally:
                 os.close(folder)
 
+    def link(self, name: str, other: str) -> None:
+        """Give a published file another name, too."""
+        incoming = self._incoming / f"{os.getpid()}-{secrets.token_hex(16)}"
+        with storage_errors():
+            os.link(self.path(name), incoming)
+            descriptor = os.open(incoming, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.publish(descriptor, incoming, other)
+        finally:
+            os.close(descriptor)
+
     def write(self, name: str, data: bytes) -> None:
         """Publish a small file, over an older one of its name if need be."""
         descriptor, incoming = self.incoming()
