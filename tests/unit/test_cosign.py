@@ -208,7 +208,7 @@ def test_key_smuggled_as_certificate_is_refused() -> None:
 
 
 def test_log_entry_of_another_signature_is_refused_even_without_a_trusted_root() -> None:
-    other = base64.b64encode(KEY.sign(DIGEST)).decode()
+    other = base64.b64encode(KEY.sign_digest(DIGEST)).decode()
     body = {
         "kind": "hashedrekord",
         "apiVersion": "0.0.2",
@@ -225,7 +225,7 @@ def test_log_entry_of_another_signature_is_refused_even_without_a_trusted_root()
         },
     }
     canonical = base64.b64encode(json.dumps(body).encode()).decode()
-    content = MessageSignature(DIGEST, KEY.sign(DIGEST))
+    content = MessageSignature(DIGEST, KEY.sign_digest(DIGEST))
     data = bundle.render(content, hint=KEY.public.hint, log_entry={"canonicalizedBody": canonical})
     with pytest.raises(Refused, match="another signature"):
         Verifier(ByKey((KEY.public,)), None).verify(Bundle.parse(data), DIGEST)
