@@ -78,7 +78,7 @@ class Signer:
 
 
 @contextmanager
-def signer(**more: Any) -> Iterator[Signer]:
+def signer(*, checkpoint: str = "1h", **more: Any) -> Iterator[Signer]:
     """A signer with the operator's key and a cosign key, which trusts the upstream's key.
 
     It answers this process's user.
@@ -95,8 +95,9 @@ def signer(**more: Any) -> Iterator[Signer]:
         "trusted_keys": [str(UPSTREAM.public)],
         "key": [{"url": f"file:{folder}/operator.secret"}],
         "cosign_key": [{"url": f"file:{folder}/cosign.key", "name": "release"}],
-        "audit": {"log": str(found.log), "key": f"file:{folder}/audit.secret"},
-    } | more
+        "audit": {"log": str(found.log), "key": f"file:{folder}/audit.secret",
+                  "checkpoint": checkpoint},
+    } | more  # fmt: skip
     (folder / "signer.toml").write_text(render_toml(tree))
     folder.chmod(0o755)
     if os.geteuid() == 0:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -31,6 +32,7 @@ from narseal.custody.requests import PathRequest
 from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from tests.tools.cache import Entry, entry, key, store_path
+from tests.tools.command import narseal_command
 from tests.tools.cosign import Cosign
 from tests.tools.narseal import OPERATOR, UPSTREAM, narseal, narseal_process
 from tests.tools.nix import nix
@@ -489,3 +491,57 @@ async def test_agent_signs_as_the_file_does(running: Signer) -> None:
     signature = await asyncio.to_thread(cosign.sign_statement, data)
     assert cosign.public.verifies(statement.envelope_digest(data), signature)
     assert render(Envelope(PAYLOAD_TYPE, data, signature), hint=cosign.public.hint)
+
+
+async def test_a_revocation_is_written_down_and_does_not_end_a_good_key(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """The proxy strips; the signer keeps the record. Its own key goes when its operator says so."""
+    upstream.add(ITEM)
+    with signer() as found:
+        keys = {"key": [{"url": f"{found.url}?key=operator-1"}]}
+        with narseal_process(tmp_path, {"url": upstream.url}, signing=keys) as process:
+            async with aiohttp.ClientSession() as session:
+                address = f"{process.url}/{ITEM.hash}.narinfo"
+                async with session.get(address) as response:
+                    assert b"Sig: operator-1:" in await response.read()
+                done = await asyncio.to_thread(
+                    narseal_command, "revoke", "operator-1", "--reason", "drill", "--config",
+                    tmp_path / "narseal.toml",
+                )  # fmt: skip
+                assert "revoked operator-1: taken off 1 paths, 0 of them signed" in done.stdout
+                async with session.get(address) as response:
+                    assert response.status == 503
+        last = json.loads(running_lines(found)[-1])
+        assert (last["kind"], last["subject"], last["reason"]) == (
+            "revocation", "operator-1", "drill",
+        )  # fmt: skip
+        assert "signature" in Asking(found).ask(**path(ITEM))
+
+
+def test_checkpoints_are_written_on_a_schedule() -> None:
+    with signer(checkpoint="1s") as found:
+        line = Asking(found)
+        for _ in range(2):
+            assert "signature" in line.ask(**path(ITEM))
+            time.sleep(1.6)
+        kinds = [json.loads(text)["kind"] for text in running_lines(found)]
+        assert kinds == ["path", "checkpoint", "path", "checkpoint"]
+        time.sleep(1.2)  # nothing new, no checkpoint
+        assert len(running_lines(found)) == 4
+
+
+def test_no_key_is_in_what_the_program_shows_of_itself(running: Signer) -> None:
+    key_ = FileKey.load(f"file:{running.folder}/operator.secret")
+    assert running.process is not None
+    shown = [repr(key_), repr(vars(key_)), str(key_), running.errors.read_text()]
+    for name in ("cmdline", "environ"):
+        done = subprocess.run(
+            ["cat", f"/proc/{running.process.pid}/{name}"], capture_output=True, text=True
+        )
+        shown.append(done.stdout)
+    with pytest.raises(TypeError, match="not copied"):
+        pickle.dumps(key_)
+    assert not [text for text in shown if TEXT.decode() in text or SEED.hex() in text]
+    key_.close()
+    assert set(key_._secret.view) == {0}
