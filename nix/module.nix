@@ -141,7 +141,7 @@ in
       }
     ] ++ map
       (u: {
-        assertion = u.verify == "content" || u.public_keys != [ ];
+        assertion = u.verify != "signature" || u.public_keys != [ ];
         message = "services.narseal: the upstream ${u.url} has no public_keys.";
       })
       cfg.settings.upstream;
@@ -163,6 +163,7 @@ in
         Type = "notify";
         ExecStartPre = "${cfg.package}/bin/narseal check-config --config ${file}";
         ExecStart = "${cfg.package}/bin/narseal serve --config ${file}";
+        ExecReload = "/bin/sh -c 'kill -HUP $MAINPID'";
         Restart = "on-failure";
         TimeoutStopSec = 90;
         DynamicUser = true;

@@ -60,12 +60,8 @@ class Rebuilding:
         signer = await self._signer(info)
         path = self._storage.path(info.url)
         measured = await self._blocking.run_transfer(inspect_file, info, path)
-        record = replace(
-            NarRecord.of(info, ""),
-            url="",
-            file=match[1],
-            file_hash=measured.file_hash,
-            file_size=measured.file_size,
+        record = NarRecord.brought(
+            info, match[1], file_hash=measured.file_hash, file_size=measured.file_size
         )
         bound = await self._index.bind(record)
         if bound.file != record.file:

@@ -240,12 +240,8 @@ class Uploads:
             await self._blocking.run(self._storage.discard, incoming)
             await self._blocking.run(self._storage.discard_upload, file)
             raise
-        record = replace(
-            NarRecord.of(info, ""),
-            url="",
-            file=file,
-            file_hash=measured.file_hash,
-            file_size=measured.file_size,
+        record = NarRecord.brought(
+            info, file, file_hash=measured.file_hash, file_size=measured.file_size
         )
         return _Arrived(record, incoming)
 

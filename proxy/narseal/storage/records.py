@@ -48,6 +48,20 @@ class NarRecord:
             url=info.url,
         )
 
+    @classmethod
+    def brought(cls, info: NarInfo, file: str, *, file_hash: Hash, file_size: int) -> NarRecord:
+        """The record of a file that no upstream has: its hash and size were measured."""
+        return cls(
+            file=file,
+            nar_hash=info.nar_hash,
+            nar_size=info.nar_size,
+            compression=info.compression,
+            file_hash=file_hash,
+            file_size=file_size,
+            upstream="",
+            url="",
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class PathRecord:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,10 +15,10 @@ import pytest
 
 from narseal.nix.hashes import Hash
 from narseal.pipeline.dump import nar_hash
-from tests.faults.test_policy import Pipeline, digest_of, kept_back
+from tests.faults.test_policy import Pipeline, digest_of, everywhere, kept_back
 from tests.faults.test_uploads import add
 from tests.real.sigstore.conftest import IDENTITY, PASSWORD, Signed
-from tests.tools.cache import Entry, entry
+from tests.tools.cache import entry
 from tests.tools.command import narseal_command
 from tests.tools.cosign import Cosign
 from tests.tools.narseal import Client, Process, narseal_process, render_toml, settings
@@ -66,21 +65,6 @@ async def guarded(
     with narseal_process(folder, **configuration(folder, policy)) as process:
         async with aiohttp.ClientSession() as session:
             yield process, Pipeline(Client(process.url, session, folder / "storage"), token)
-
-
-async def everywhere(process: Process, item: Entry, status: int) -> float:
-    """Seconds until every worker answers so: 40 fresh connections in a row."""
-    start = last = time.monotonic()
-    row = 0
-    while row < 40:
-        async with (
-            aiohttp.ClientSession() as fresh,
-            fresh.get(f"{process.url}/{item.hash}.narinfo") as response,
-        ):
-            row = row + 1 if response.status == status else 0
-            last = last if row else time.monotonic()
-        assert time.monotonic() - start < 10
-    return last - start
 
 
 def attest(
