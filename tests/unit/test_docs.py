@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -129,6 +130,23 @@ def test_examples_for_pipelines_are_yaml_and_their_rules_a_configuration() -> No
     lines = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
     config = Config.parse("\n".join(lines), environ={})
     assert len(config.policy) == len(config.upload.oidc) == 1
+
+
+def test_dashboard_asks_for_metrics_that_exist() -> None:
+    board = json.loads((PROJECT / "examples/grafana-dashboard.json").read_text())
+    asked = {
+        name
+        for panel in board["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"\b(?:narseal|sigstore)_[a-z_]+", target["expr"])
+    }
+    known = {s.name for m in REGISTRY.collect() for s in m.samples} | {
+        m.name + suffix
+        for m in REGISTRY.collect()
+        for suffix in ("", "_total", "_bucket", "_count", "_sum")
+    }
+    assert len(asked) > 10
+    assert asked <= known
 
 
 def test_no_machine_is_named_in_the_project() -> None:
