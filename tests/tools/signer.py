@@ -17,6 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
 from narseal.cosign.keys import CosignKey
 from narseal.custody import write_private
 from tests.tools.cache import key
@@ -139,6 +142,18 @@ class SoftHsm:
                 "pkcs11-tool", "--module", MODULE, "--token-label", "narseal", "--login", "--pin",
                 self.pin, "--keypairgen", "--key-type", kind, "--label", label, "--id", number,
             )  # fmt: skip
+
+    def bring(self, label: str, seed: bytes) -> None:
+        """Put a known Ed25519 key into the token, so that one can look for it elsewhere."""
+        private = Ed25519PrivateKey.from_private_bytes(seed)
+        file = self.folder / f"{label}.pem"
+        form = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        write_private(file, private.private_bytes(*form).decode())
+        self._run(
+            "softhsm2-util", "--import", str(file), "--token", "narseal", "--label", label,
+            "--id", "0a", "--pin", self.pin,
+        )  # fmt: skip
+        file.unlink()
 
     def url(self, label: str) -> str:
         """Of one of its keys."""

@@ -34,6 +34,7 @@ from narseal.nix.hashes import Hash
 from tests.tools.cache import Entry, entry, key, store_path
 from tests.tools.command import narseal_command
 from tests.tools.cosign import Cosign
+from tests.tools.memory import in_memory
 from tests.tools.narseal import OPERATOR, UPSTREAM, narseal, narseal_process
 from tests.tools.nix import nix
 from tests.tools.signer import AUDIT, USER, Signer, as_user, signer
@@ -367,21 +368,6 @@ async def test_nix_and_cosign_accept_what_it_signs(
         words: list[str | Path] = ["verify-blob-attestation", "--key", pub, "--bundle", bundle]
         words += ["--type", statement.PREDICATE_TYPE, "--insecure-ignore-tlog"]
         cosign.run(*words, file)
-
-
-def in_memory(pid: int, *needles: bytes) -> list[int]:
-    """How often each is in what a process can read of its memory."""
-    counts = [0] * len(needles)
-    maps = Path(f"/proc/{pid}/maps").read_text()
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        for start, end in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) r", maps, re.MULTILINE):
-            try:
-                memory.seek(int(start, 16))
-                data = memory.read(int(end, 16) - int(start, 16))
-            except (OSError, ValueError, OverflowError):
-                continue
-            counts = [n + data.count(needle) for n, needle in zip(counts, needles, strict=True)]
-    return counts
 
 
 SEED = base64.b64decode(OPERATOR.render().split(":")[1])[:32]

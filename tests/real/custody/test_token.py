@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from narseal.nix.keys import PublicKey
 from tests.tools.cache import entry
 from tests.tools.command import narseal_command
 from tests.tools.cosign import Cosign
+from tests.tools.memory import in_memory
 from tests.tools.narseal import UPSTREAM, narseal_process, render_toml, settings
 from tests.tools.nix import nix
 from tests.tools.signer import MODULE, SoftHsm
@@ -79,6 +82,25 @@ async def test_nix_and_cosign_accept_what_the_token_signs(
                 statement.PREDICATE_TYPE, "--insecure-ignore-tlog", file,
             )  # fmt: skip
         assert hsm.pin not in process.log.read_text()
+
+
+async def test_key_of_a_token_is_not_in_the_proxy(
+    hsm: SoftHsm, tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Even SoftHSM, which is a library of the very process, shows it nowhere between signatures."""
+    upstream.add(ITEM)
+    seed = hashlib.sha256(b"a key that is looked for").digest()
+    hsm.bring("known-1", seed)
+    signing = {"key": [{"url": hsm.url("known-1")}]}
+    with narseal_process(tmp_path / "n", {"url": upstream.url}, signing=signing) as process:
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"{process.url}/{ITEM.hash}.narinfo") as response:
+                assert "Sig: known-1:" in await response.text()
+        text = base64.b64encode(seed)[:40]
+        for pid in (process.process.pid, *process.workers()):
+            assert in_memory(pid, seed, text, seed.hex().encode()) == [0, 0, 0]
+        shown = process.log.read_text()
+        assert text.decode() not in shown
 
 
 async def test_a_token_that_was_away_is_logged_into_again(
