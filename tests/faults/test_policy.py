@@ -196,8 +196,10 @@ async def test_denied_content_is_not_even_fetched(tmp_path: Path, upstream: Fake
     upstream.add(app)
     rules = [{"match": "my-app-*", "action": "deny"}]
     there = {"url": upstream.url, "sign_when": "content"}
+    rejected = metric("narseal_rejected_total", reason="policy")
     async with guarded(tmp_path, there, policy=rules) as pipeline:
         await kept_back(pipeline.client, app)
+        assert metric("narseal_rejected_total", reason="policy") == rejected + 1
         assert not [name for name in upstream.asked if name.startswith("nar/")]
 
 

@@ -91,10 +91,7 @@ class Policy:
         """Denied, with one line that says why, unless the rules let the path through."""
         if not self.active:
             return
-        verdict = await self.verdict(info, digests)
-        if not verdict.allowed:
-            self._tell(info.store_path, verdict)
-            raise Denied(f"{info.store_path}: {verdict.rule}: {verdict.why}")
+        self._enforce(info.store_path, await self.verdict(info, digests))
 
     async def passes(self, info: NarInfo, digests: frozenset[bytes]) -> bool:
         """Whether the rules let the path through."""
@@ -105,25 +102,38 @@ class Policy:
 
         Trouble if it cannot be found out.
         """
-        for number, rule in enumerate(self._rules):
-            if rule.matches(info.store_path.name):
-                return await self._judge(f"policy[{number}]", rule, info, digests)
-        allowed = self._default == "allow"
-        return Verdict(allowed, "policy_default", f'"{self._default}": no rule is about it')
+        label, rule = self._rule(info.store_path)
+        if (settled := self._settled(label, rule)) is not None:
+            return settled
+        assert rule is not None  # without a rule it is settled
+        allowed, why = await self._meets(rule, info, digests)
+        return Verdict(allowed, label, why)
 
     def check_name(self, path: StorePath) -> None:
         """Denied if no content and no signature could make the rules let the path through."""
-        rule = next((rule for rule in self._rules if rule.matches(path.name)), None)
-        if (rule.action if rule else self._default) == "deny":
-            raise Denied(f"{path}: {', '.join(rule.match) if rule else 'policy_default'}: denied")
+        if (settled := self._settled(*self._rule(path))) is not None:
+            self._enforce(path, settled)
 
-    async def _judge(
-        self, label: str, rule: PolicyConfig, info: NarInfo, digests: frozenset[bytes]
-    ) -> Verdict:
-        label = f"{label} ({', '.join(rule.match)})"
+    def _rule(self, path: StorePath) -> tuple[str, PolicyConfig | None]:
+        """The first rule that is about a path, and what to call it."""
+        for number, rule in enumerate(self._rules):
+            if rule.matches(path.name):
+                return f"policy[{number}] ({', '.join(rule.match)})", rule
+        return "policy_default", None
+
+    def _settled(self, label: str, rule: PolicyConfig | None) -> Verdict | None:
+        """The verdict of a rule that asks for nothing."""
+        if rule is None:
+            why = f'"{self._default}": no rule is about it'
+            return Verdict(self._default == "allow", label, why)
         if rule.action is not None:
             return Verdict(rule.action == "allow", label, f'action is "{rule.action}"')
-        return Verdict(*_named(await self._meets(rule, info, digests), label))
+        return None
+
+    def _enforce(self, path: StorePath, verdict: Verdict) -> None:
+        if not verdict.allowed:
+            self._tell(path, verdict)
+            raise Denied(f"{path}: {verdict.rule}: {verdict.why}")
 
     async def _meets(
         self, wanted: RequirementConfig, info: NarInfo, digests: frozenset[bytes]
@@ -240,10 +250,6 @@ def attesting_signers(config: Config) -> Signers:
     """Verifiers of attestations; ConfigError if a key or trust file cannot be used. Blocks."""
     who = [who for who, _ in attesters(config)]
     return Signers(who, trust_config=config.cosign.trust_config)
-
-
-def _named(outcome: tuple[bool, str], label: str) -> tuple[bool, str, str]:
-    return outcome[0], label, outcome[1]
 
 
 def _of_subject(statement: Statement | None, digest: bytes) -> _Said:
