@@ -81,8 +81,8 @@ async def test_a_new_key_signs_everything_in_the_background(
                 assert time.monotonic() - begun < 30
                 await asyncio.sleep(0.05)
             took = time.monotonic() - begun
-            assert took > 0.8  # 120 paths at 100 a second
-            assert len(seen) > 5  # progress can be seen
+            assert took > 0.5  # 120 paths at 100 a second
+            assert len(seen) > 2  # progress can be seen
             # nobody asked for them: the folder has them
             for _ in range(100):
                 if in_folder(tmp_path) == [{"upstream-1", "operator-1", "operator-2"}] * 120:
@@ -105,17 +105,17 @@ async def test_keys_sign_from_their_beginning_to_their_end(
     now = datetime.now(UTC)
     tmp_path.mkdir(exist_ok=True)
     write_private(tmp_path / "operator.secret", OPERATOR.render())
-    keys = both(tmp_path, not_before=now + timedelta(seconds=2))
-    keys["key"][0]["not_after"] = now + timedelta(seconds=4)
+    keys = both(tmp_path, not_before=now + timedelta(seconds=4))
+    keys["key"][0]["not_after"] = now + timedelta(seconds=7)
     async with narseal(tmp_path, {"url": upstream.url}, signing=keys) as client:
 
         async def names(item: Entry) -> set[str]:
             return signers((await client.get(f"{item.hash}.narinfo"))[1]) - {"upstream-1"}
 
         assert await names(items[0]) == {"operator-1"}
-        await asyncio.sleep(2.2 - (datetime.now(UTC) - now).total_seconds())
-        assert await names(items[1]) == {"operator-1", "operator-2"}
         await asyncio.sleep(4.2 - (datetime.now(UTC) - now).total_seconds())
+        assert await names(items[1]) == {"operator-1", "operator-2"}
+        await asyncio.sleep(7.2 - (datetime.now(UTC) - now).total_seconds())
         assert await names(items[2]) == {"operator-2"}
         await asyncio.sleep(2)  # the background has seen to the first one
         status = json.loads((await client.get("status"))[1])
