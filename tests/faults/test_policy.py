@@ -454,6 +454,8 @@ async def test_changed_rules_reach_every_worker_and_the_folder(tmp_path: Path) -
         ({"match": "*", "require": "any"}, "needs of"),
         ({"match": "*", "require": "any", "of": [{"require": "any"}]}, "needs of"),
         ({"match": "*", "require": "any", "of": [{}]}, "has a require"),
+        ({"match": "*", "require": "any", "of": [{"require": "all", "of": [{}]}]},
+         "has a require"),
         ({"match": "*", "require": "signature", "keys": ["a:b"]}, "not base-64"),
         ({"match": "*", "require": "signature", "keys": ["a-1"], "issuer": "x"},
          "belongs to require"),

@@ -27,7 +27,7 @@ from narseal.config.policy import (
     RequirementConfig,
     predicate_type,
 )
-from narseal.config.sections import Section, SignerSection, Who
+from narseal.config.sections import Section, SignerSection, Who, is_pem
 from narseal.config.values import Duration, Key, Listen, Size, with_scheme
 from narseal.errors import ConfigError
 from narseal.nix.store_path import check_store_dir
@@ -50,6 +50,7 @@ __all__ = [
     "UploadConfig",
     "UpstreamConfig",
     "Who",
+    "is_pem",
     "predicate_type",
 ]
 

@@ -94,10 +94,11 @@ class RequirementConfig(SignerSection):
                 'require = "attestation" needs to know who attests: identity and issuer, or'
                 " cosign_key"
             )
-        about_signer = {"identity", "identity_regex", "issuer", "cosign_key", "trust_config"}
-        stray = self.model_fields_set & (about_signer | {"predicate_types"})
+        stray = self.model_fields_set & {*SignerSection.model_fields, "predicate_types"}
         if self.require != "attestation" and stray:
             raise ValueError(f'{min(stray)} belongs to require = "attestation"')
+        if any(part.require is None for part in self.of):
+            raise ValueError("each part of `of` has a require")
         return self
 
     def attesters(self) -> Iterator[RequirementConfig]:
@@ -118,8 +119,6 @@ class PolicyConfig(RequirementConfig):
     def _decides(self) -> Self:
         if (self.require is None) == (self.action is None):
             raise ValueError('a rule has either require, or action = "allow" or "deny"')
-        if any(part.require is None for part in self.of):
-            raise ValueError("each part of `of` has a require")
         return self
 
     def matches(self, name: str) -> bool:

@@ -15,6 +15,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
+def is_pem(key: str) -> bool:
+    """Whether a `cosign_key` is the key's own text, not the path of its file."""
+    return key.lstrip().startswith("-----")
+
+
 @dataclass(frozen=True, slots=True)
 class Who:
     """One who signs with Sigstore: a key, or an identity that an issuer vouches for."""
@@ -30,8 +35,7 @@ class Who:
 
     def __str__(self) -> str:
         if self.cosign_key:
-            inline = self.cosign_key.lstrip().startswith("-----")
-            return "a cosign key" if inline else self.cosign_key
+            return "a cosign key" if is_pem(self.cosign_key) else self.cosign_key
         return f"{self.identity} of {self.issuer}"
 
 

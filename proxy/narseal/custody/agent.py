@@ -30,17 +30,10 @@ class AgentKey:
 
     def __init__(self, url: str) -> None:
         """ConfigError if the signer cannot be asked, or has no such key. Blocks."""
-        path, name = parse_url(url)
+        path, _, text = _ask_key(url, "ed25519")
         self._line = _Line(path)
-        found = _keys(path, url, "ed25519")
-        if name is None and len(found) == 1:
-            name = next(iter(found))
-        if name not in found:
-            raise ConfigError(
-                f"{url}: the signer's keys are {', '.join(found) or 'none'}: ?key=NAME"
-            )
         try:
-            self.public = PublicKey.parse(found[name])
+            self.public = PublicKey.parse(text)
         except MalformedKey as error:
             raise ConfigError(f"{url}: {error}") from error
 
@@ -78,17 +71,11 @@ class AgentCosignKey:
 
     def __init__(self, url: str) -> None:
         """ConfigError if the signer cannot be asked, or has no such key."""
-        self._path, name = parse_url(url)
-        found = _keys(self._path, url, "cosign")
-        if name is None and len(found) == 1:
-            name = next(iter(found))
-        if name not in found:
-            raise ConfigError(f"{url}: the signer's cosign keys are {', '.join(found) or 'none'}")
-        self._name = name
+        self._path, self._name, text = _ask_key(url, "cosign")
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         try:
-            self.public = CosignPublicKey.parse(found[name])
+            self.public = CosignPublicKey.parse(text)
         except MalformedKey as error:
             raise ConfigError(f"{url}: {error}") from error
 
@@ -222,14 +209,24 @@ def parse_url(url: str) -> tuple[str, str | None]:
     return unquote(path), options.get("key", [None])[0]
 
 
-def _keys(path: str, url: str, kind: str) -> dict[str, str]:
-    """The public keys of a signer, by name. Blocks."""
+def _ask_key(url: str, kind: str) -> tuple[str, str, str]:
+    """The socket of a signer, the name of its key and the public half. Blocks.
+
+    The name may be left out where there is one key of the kind.
+    """
+    path, name = parse_url(url)
     try:
         with _connect(path) as sock:
             answer = wire.ask(sock, {"id": 0, "kind": "keys"})
-        return {str(k["name"]): str(k["public"]) for k in answer["keys"] if k["type"] == kind}
+        found = {str(k["name"]): str(k["public"]) for k in answer["keys"] if k["type"] == kind}
     except (OSError, Malformed, KeyError, TypeError) as error:
         raise ConfigError(f"{url}: the signer cannot be asked; is it running? {error}") from error
+    if name is None and len(found) == 1:
+        name = next(iter(found))
+    if name is None or name not in found:
+        known = ", ".join(found) or "none"
+        raise ConfigError(f"{url}: the signer's {kind} keys are {known}: say which by ?key=NAME")
+    return path, name, found[name]
 
 
 def _connect(path: str) -> socket.socket:

@@ -16,7 +16,7 @@ class PathRequest:
     """A store path that was verified; its narinfo's signatures and CA are the evidence."""
 
     info: NarInfo
-    #: Its file below nar/, if that is in storage: evidence, too.
+    #: Its file below nar/, of the narinfo's compression, if that is in storage: evidence, too.
     file: str | None
 
     @property

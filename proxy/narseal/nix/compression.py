@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Protocol
 import brotli
 
 from narseal.errors import Refused
+from narseal.nix.base32 import CHARS
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -35,6 +37,18 @@ COMPRESSIONS = {
     "lzma": "",
     "compress": "",
 }
+_FILE = re.compile(rf"{CHARS}{{52}}\.nar(\.[a-z0-9]{{2,4}})?", re.ASCII)
+
+
+def is_file_name(file: str, compression: str) -> bool:
+    """Whether a file below nar/ may be called so, with this compression: `<nix32>.nar<suffix>`.
+
+    Several compressions have no suffix: the name alone does not say which it is.
+    """
+    match = _FILE.fullmatch(file)
+    return match is not None and (match[1] or "") == COMPRESSIONS.get(compression)
+
+
 #: First bytes of those formats that have them.
 MAGIC = {
     "xz": b"\xfd7zXZ\x00",

@@ -87,7 +87,8 @@ class Admission:
     async def path(self, hash_part: str, *, stored_only: bool = False) -> Admitted:
         """The admitted, countersigned path of a hash, which policy lets through.
 
-        With `stored_only`, no upstream is asked: NotFound unless its NAR is in storage. Raises NotFound, Refused or Malformed (all 404), Denied (403), Trouble (5xx).
+        With `stored_only`, no upstream is asked: NotFound unless its NAR is in storage. Raises
+        NotFound, Refused or Malformed (all 404), Denied (403), Trouble (5xx).
         """
         if stored_only:
             found = await self._index.path(hash_part)
@@ -296,7 +297,8 @@ class Admission:
 
     async def sign(self, info: NarInfo, nar: NarRecord) -> NarInfo:
         """Add the signatures of our active keys that are missing; the same value if none is."""
-        request = PathRequest(info, nar.file if nar.stored else None)
+        as_stored = replace(info, compression=nar.compression) if nar.stored else info
+        request = PathRequest(as_stored, nar.file if nar.stored else None)
         signatures = await self._countersigner.countersign(request, info.signatures)
         return info if signatures is info.signatures else info.with_signatures(signatures)
 

@@ -146,16 +146,15 @@ class Attester:
 
         They wait again when somebody attests them, and after each start.
         """
-        passing = [
-            (path, nar)
-            for path, nar in waiting
-            if await self._policy.passes(path.info, content_digests(path.info, nar))
-        ]
-        kept_back = {path.info.store_path.hash_part for path, _ in waiting} - {
-            path.info.store_path.hash_part for path, _ in passing
-        }
+        passing: list[Admitted] = []
+        kept_back: list[str] = []
+        for path, nar in waiting:
+            if await self._policy.passes(path.info, content_digests(path.info, nar)):
+                passing.append((path, nar))
+            else:
+                kept_back.append(path.info.store_path.hash_part)
         if kept_back:
-            await self._attestations.drop(sorted(kept_back))
+            await self._attestations.drop(kept_back)
         return passing
 
     async def _check_key(self) -> None:

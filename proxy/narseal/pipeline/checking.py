@@ -13,7 +13,6 @@ from narseal.pipeline.fetch import served
 from narseal.storage import Admitted, Index, LocalStorage, NarRecord, bundle_name
 
 _PAGE = 500
-_CHUNK = 1 << 20
 
 
 async def problems(
@@ -58,11 +57,9 @@ def _check_nar(file: Path, nar: NarRecord, *, content: bool) -> str | None:
     if file.stat().st_size != nar.file_size:
         return f"nar/{nar.file} has {file.stat().st_size} bytes, not {nar.file_size}"
     if content and nar.file_hash:
-        hasher = hashlib.sha256()
         with file.open("rb") as opened:
-            while data := opened.read(_CHUNK):
-                hasher.update(data)
-        if hasher.digest() != nar.file_hash.digest:
+            digest = hashlib.file_digest(opened, "sha256").digest()
+        if digest != nar.file_hash.digest:
             return f"nar/{nar.file} has other content than was verified"
     return None
 

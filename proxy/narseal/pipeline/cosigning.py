@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from narseal.config import Config, CosignConfig, Who
+from narseal.config import Config, CosignConfig, Who, is_pem
 from narseal.cosign import identity, trust
 from narseal.cosign.bundle import Bundle
 from narseal.cosign.identity import TokenSource
@@ -99,14 +99,13 @@ def verified(verifier: Verifier, data: bytes, digest: bytes) -> Verified:
 
 def read_public_key(key: str) -> CosignPublicKey:
     """A `cosign.pub`, by its path or as its text; ConfigError if it cannot be used."""
-    inline = key.lstrip().startswith("-----")
     try:
-        if inline:
+        if is_pem(key):
             return CosignPublicKey.parse(key.strip() + "\n")
         with Path(expand(key)).open(encoding="ascii") as opened:
             return CosignPublicKey.parse(opened.read(_MAX_PUBLIC))
     except (OSError, UnicodeDecodeError, MalformedKey) as error:
-        raise ConfigError(f"{'cosign_key' if inline else key}: {error}") from error
+        raise ConfigError(f"{'cosign_key' if is_pem(key) else key}: {error}") from error
 
 
 def token_source(config: CosignConfig) -> tuple[TokenSource, str]:

@@ -78,7 +78,7 @@ class Policy:
         #: Whether any path could be kept back.
         self.active = bool(config.policy) or config.policy_default == "deny"
         self._keys = known_keys(config, own_keys.keys())
-        self.signers = attesting_signers(config)
+        self._signers = attesting_signers(config)
         self._attestations = attestations
         self._revocations = revocations
         self._storage = storage
@@ -196,13 +196,11 @@ class Policy:
             self._revoked = revoked
         known = self._said.get(key)
         if known is None:
-            verifier = await self._blocking.run(self.signers.verifier, who)
             data = await self._blocking.run(self._storage.read, bundle_name(found.digest))
             try:
                 if data is None:
                     raise Refused("bad-bundle", "the bundle is not in storage any more")
-                result = await self._blocking.run(verified, verifier, data, found.subject)
-                check_not_revoked(result, who, revoked)
+                result = await self.verify(who, data, found.subject)
                 known = _of_subject(result.statement, found.subject)
             except (Refused, MalformedAttestation) as error:
                 known = str(error)
@@ -210,6 +208,20 @@ class Policy:
             while len(self._said) > _REMEMBERED:
                 self._said.popitem(last=False)
         return known
+
+    async def verify(self, who: Who, data: bytes, digest: bytes) -> Verified:
+        """What a bundle by `who` says of a digest; Refused or Malformed if it is not by them.
+
+        Nor may its key, or its identity at the time, be revoked.
+        """
+        verifier = await self._blocking.run(self._signers.verifier, who)
+        found = await self._blocking.run(verified, verifier, data, digest)
+        revoked = await self._revocations.now()
+        if found.signer in revoked.cosign_keys:
+            raise Refused("bad-bundle", "its key is revoked")
+        if who.issuer and revoked.bars(found.signer, who.issuer, found.signed_at):
+            raise Refused("bad-bundle", f"{found.signer} is revoked since before it was signed")
+        return found
 
     def _tell(self, path: StorePath, verdict: Verdict) -> None:
         """Count; say it once for each path and rule."""
@@ -227,14 +239,6 @@ def content_digests(info: NarInfo, nar: NarRecord) -> frozenset[bytes]:
     if nar.stored and nar.file_hash:
         return frozenset((info.nar_hash.digest, nar.file_hash.digest))
     return frozenset((info.nar_hash.digest,))
-
-
-def check_not_revoked(found: Verified, who: Who, revoked: Revoked) -> None:
-    """Refused if what was verified is by a key or an identity that the operator revoked."""
-    if found.signer in revoked.cosign_keys:
-        raise Refused("bad-bundle", "its key is revoked")
-    if who.issuer and revoked.bars(found.signer, who.issuer, found.signed_at):
-        raise Refused("bad-bundle", f"{found.signer} is revoked since before it was signed")
 
 
 def attesters(config: Config) -> Iterator[tuple[Who, tuple[str, ...]]]:

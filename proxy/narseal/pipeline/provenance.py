@@ -23,15 +23,13 @@ from narseal.errors import (
 )
 from narseal.pipeline.admission import Admission
 from narseal.pipeline.blocking import Blocking
-from narseal.pipeline.cosigning import verified
 from narseal.pipeline.crew import Crew
-from narseal.pipeline.policy import Policy, attesters, check_not_revoked, content_digests
+from narseal.pipeline.policy import Policy, attesters, content_digests
 from narseal.storage import (
     Attestation,
     Attestations,
     Epoch,
     LocalStorage,
-    Revocations,
     bundle_name,
 )
 
@@ -48,7 +46,6 @@ class Provenance:
         policy: Policy,
         admission: Admission,
         attestations: Attestations,
-        revocations: Revocations,
         storage: LocalStorage,
         blocking: Blocking,
         crew: Crew,
@@ -59,7 +56,6 @@ class Provenance:
         self._policy = policy
         self._admission = admission
         self._attestations = attestations
-        self._revocations = revocations
         self._storage = storage
         self._blocking = blocking
         self._crew = crew
@@ -149,10 +145,8 @@ class Provenance:
             if predicate_types and statement.predicate_type not in predicate_types:
                 reasons[f"{who} may not attest {statement.predicate_type}"] = None
                 continue
-            verifier = await self._blocking.run(self._policy.signers.verifier, who)
             try:
-                found = await self._blocking.run(verified, verifier, data, digest)
-                check_not_revoked(found, who, await self._revocations.now())
+                found = await self._policy.verify(who, data, digest)
             except (Refused, Malformed) as error:
                 reasons[f"{error}"] = None
                 continue

@@ -6,20 +6,16 @@ operator's key that is not revoked, and after its file was hashed; nothing is si
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 
 from narseal.errors import Malformed, NarsealError, Refused
-from narseal.nix.base32 import CHARS
-from narseal.nix.compression import COMPRESSIONS
+from narseal.nix.compression import is_file_name
 from narseal.nix.keys import PublicKey
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.blocking import Blocking
 from narseal.pipeline.inspection import inspect_file
 from narseal.storage import Index, LocalStorage, NarRecord, PathRecord
-
-_URL = re.compile(rf"nar/({CHARS}{{52}}\.nar(\.[a-z0-9]{{2,4}})?)", re.ASCII)
 
 
 class Rebuilding:
@@ -52,16 +48,16 @@ class Rebuilding:
     async def _put_back(self, name: str) -> None:
         data = await self._blocking.run(self._storage.read, name)
         info = NarInfo.parse(data or b"", store_dir=self._index.store_dir)
-        match = _URL.fullmatch(info.url)
-        if f"{info.store_path.hash_part}.narinfo" != name or not match:
+        folder, _, file = info.url.partition("/")
+        if f"{info.store_path.hash_part}.narinfo" != name or folder != "nar":
             raise Refused("wrong-path", f"{name} is of {info.store_path} at {info.url[:100]!r}")
-        if (match[2] or "") != COMPRESSIONS.get(info.compression):
+        if not is_file_name(file, info.compression):
             raise Refused("wrong-compression", f"{name}: {info.url} is not {info.compression}")
         signer = await self._signer(info)
         path = self._storage.path(info.url)
         measured = await self._blocking.run_transfer(inspect_file, info, path)
         record = NarRecord.brought(
-            info, match[1], file_hash=measured.file_hash, file_size=measured.file_size
+            info, file, file_hash=measured.file_hash, file_size=measured.file_size
         )
         bound = await self._index.bind(record)
         if bound.file != record.file:

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,8 +27,7 @@ from narseal.custody.file import FileKey
 from narseal.custody.operator import open_cosign_key
 from narseal.custody.requests import PathRequest, RealisationRequest
 from narseal.errors import ConfigError, Malformed, NarsealError, Refused
-from narseal.nix.base32 import CHARS
-from narseal.nix.compression import COMPRESSIONS
+from narseal.nix.compression import is_file_name
 from narseal.nix.keys import PublicKey, Signature
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.evidence import check_content_address
@@ -37,9 +36,7 @@ from narseal.pipeline.inspection import inspect_file
 _log = logging.getLogger(__name__)
 _MAX_NAR = 1 << 40
 _MAX_VERIFICATIONS = 8
-_FILE = re.compile(rf"{CHARS}{{52}}\.nar(\.[a-z0-9]{{2,4}})?", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_BY_SUFFIX = {suffix: name for name, suffix in COMPRESSIONS.items()}
 _MAX_REASON = 400
 
 
@@ -242,12 +239,10 @@ class Desk:
         Refused or Malformed if it is not what the narinfo says. Blocks.
         """
         info, file = waiting.info, waiting.file
-        match = _FILE.fullmatch(file or "")
-        if not match or self._config.storage is None or (match[1] or "") not in _BY_SUFFIX:
+        storage = self._config.storage
+        if storage is None or file is None or not is_file_name(file, info.compression):
             raise Refused("unsigned", f"{info.store_path}: there is no file to hash as evidence")
-        compression = _BY_SUFFIX[match[1] or ""]
-        path = Path(self._config.storage.removeprefix("file://")) / "nar" / match[0]
-        inspect_file(replace(info, compression=compression), path)
+        inspect_file(info, Path(storage.removeprefix("file://")) / "nar" / file)
         return waiting.agreed
 
     def _evidence_of_realisation(self, request: RealisationRequest) -> str:

@@ -157,7 +157,6 @@ class Substituter:
             policy=self.policy,
             admission=self._admission,
             attestations=self._index.attestations,
-            revocations=self._index.revocations,
             storage=self._storage,
             blocking=self.blocking,
             crew=self.crew,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +26,7 @@ from narseal.errors import (
     UploadConflict,
     UploadTooLarge,
 )
-from narseal.nix.base32 import CHARS
-from narseal.nix.compression import COMPRESSIONS
+from narseal.nix.compression import is_file_name
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature, plausible
 from narseal.nix.narinfo import MOST_BUT_OURS, NarInfo
@@ -52,7 +50,6 @@ from narseal.storage import (
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 19
-_URL = re.compile(rf"nar/({CHARS}{{52}})\.nar(\.[a-z0-9]{{2,4}})?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +152,8 @@ class Uploads:
         info = NarInfo.parse(data, store_dir=self._config.store_dir)
         if info.store_path.hash_part != hash_part:
             raise BadUpload(f"{hash_part}.narinfo is of {info.store_path}")
-        match = _URL.fullmatch(info.url)
-        if not match or (match[2] or "") != COMPRESSIONS.get(info.compression):
+        folder, _, file = info.url.partition("/")
+        if folder != "nar" or not is_file_name(file, info.compression):
             raise BadUpload(
                 f"{info.url[:100]!r} is not nar/<hash>.nar with the compression's suffix"
             )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from narseal.config import Config
+from narseal.config import Config, is_pem
 from narseal.custody import expand
 from narseal.custody.tokens import Tokens
 from narseal.errors import ConfigError
@@ -59,8 +59,9 @@ def named_files(config: Config) -> Iterator[Path]:
     signers = [who for who, _ in attesters(config)]
     signers += [u.who for u in config.upstream if u.verify == "bundle"]
     for who in signers:
-        inline = who.cosign_key and who.cosign_key.lstrip().startswith("-----")
-        texts += [who.trust_config, None if inline else who.cosign_key]
+        texts += [who.trust_config]
+        if who.cosign_key and not is_pem(who.cosign_key):
+            texts += [who.cosign_key]
     if config.tls:
         texts += [config.tls.certificate, config.tls.key]
     for text in texts:

@@ -54,6 +54,7 @@ def stored() -> Iterator[Path]:
     for name in ("mine-1", "other-1"):
         item = entry(name, b"content", compression="zstd")
         (folder / item.info.url).write_bytes(item.file)
+    (folder / PLAIN.info.url).write_bytes(PLAIN.file)
     wrong = entry("mine-wrong", b"right", compression="none")
     (folder / wrong.info.url).write_bytes(entry("mine-wrong", b"wrong", compression="none").file)
     (folder / "secret").write_text("not a NAR")
@@ -130,6 +131,7 @@ SELF = store_path("ca-1")
 FLAT = ContentAddress(Method.FLAT, Hash.sha256(b"flat"))
 CA_PATH = FLAT.store_path("ca-1", (), self_hash="", store_dir="/nix/store")
 MINE, OTHER = (entry(n, b"content", compression="zstd") for n in ("mine-1", "other-1"))
+PLAIN = entry("mine-plain", b"content", compression="none")
 WRONG = entry("mine-wrong", b"right", compression="none")
 BIG = "x" * (2 << 20)
 F = ITEM.info.fingerprint().decode()
@@ -248,6 +250,7 @@ def test_what_there_is_evidence_for_is_signed_and_written_down(
     good = [
         (path(ITEM), "signature upstream-1", ITEM.info.fingerprint()),
         (path(MINE, named(MINE)), "content", MINE.info.fingerprint()),
+        (path(PLAIN, named(PLAIN)), "content", PLAIN.info.fingerprint()),
         (path(ITEM.signed(OPERATOR)), "signature operator-1", ITEM.info.fingerprint()),
     ]
     for request, evidence, message in good:
