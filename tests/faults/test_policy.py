@@ -19,7 +19,7 @@ from narseal.cosign.sign import KeySigner
 from narseal.cosign.statement import Subject, render_statement
 from narseal.errors import ConfigError
 from narseal.nix.realisation import Realisation
-from narseal.pipeline.policy import known_keys
+from narseal.pipeline.trust.policy import known_keys
 from tests.faults.test_uploads import Uploader, add
 from tests.tools.cache import Entry, entry, key
 from tests.tools.command import narseal_command

@@ -15,7 +15,7 @@ import aiohttp
 
 from narseal.custody import tokens
 from narseal.nix.narinfo import NarInfo
-from narseal.pipeline.checking import problems
+from narseal.pipeline.upkeep.check import problems
 from narseal.storage import Index, LocalStorage
 from tests.tools.cache import Entry, entry
 from tests.tools.command import narseal_command

@@ -21,7 +21,7 @@ from narseal.nix.keys import Signature
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.references import HashModulo, ReferenceScanner
 from narseal.nix.store_path import StorePath
-from narseal.server.ranges import Span, Unsatisfiable, parse_range
+from narseal.server.conditional import Span, Unsatisfiable, parse_range
 from tests.tools.cache import COMPRESS
 
 hash_parts = st.text(base32.ALPHABET, min_size=32, max_size=32)

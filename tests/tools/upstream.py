@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from narseal.server.ranges import parse_range
+from narseal.server.conditional import parse_range
 from tests.tools.cache import Entry
 
 Fault = Callable[[web.Request], Awaitable[web.StreamResponse | None]]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from narseal.custody import audit, write_private
-from narseal.custody.audit import AuditLog
+from narseal.custody import write_private
 from narseal.custody.file import FileKey
 from narseal.errors import ConfigError
+from narseal.signer import audit
+from narseal.signer.audit import AuditLog
 from tests.tools.cache import key
 from tests.tools.command import narseal_command
 

@@ -13,6 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from narseal.client import release
 from narseal.config import Config
 from narseal.cosign import bundle, statement
 from narseal.cosign.bundle import Bundle, MessageSignature
@@ -28,7 +29,6 @@ from narseal.errors import (
     Refused,
 )
 from narseal.nix.hashes import Hash
-from narseal.pipeline import release
 from tests.tools.cache import Entry, entry
 from tests.tools.command import narseal_command
 

@@ -14,7 +14,7 @@ from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import SecretKey, Signature
 from narseal.nix.narinfo import NarInfo
-from narseal.pipeline.evidence import weigh
+from narseal.pipeline.trust.evidence import weigh
 from tests.tools.cache import entry, key, store_path
 
 A, B, OWN, STRANGER = (key(name) for name in ("a-1", "b-1", "own-1", "stranger-1"))

@@ -18,12 +18,12 @@ from narseal.errors import (
 from narseal.nix import nar
 from narseal.nix.cache_info import CacheInfo
 from narseal.nix.hashes import Hash
+from narseal.nix.inspection import Inspection
 from narseal.nix.keys import PublicKey, SecretKey, Signature
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.realisation import BuildTraceEntry, Realisation
 from narseal.nix.references import ReferenceScanner
 from narseal.nix.store_path import StorePath
-from narseal.pipeline.inspection import Inspection
 
 VECTORS = json.loads((Path(__file__).parent.parent / "vectors" / "nix.json").read_text())
 NARINFOS = VECTORS["narinfos"]

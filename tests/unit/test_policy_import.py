@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from narseal.client.cluster_image_policy import translate
 from narseal.config import Config
 from narseal.cosign.keys import CosignKey
 from narseal.errors import ConfigError
-from narseal.pipeline.cluster_policy import translate
 from tests.tools.command import narseal_command
 
 PEM = CosignKey.generate().public.render()

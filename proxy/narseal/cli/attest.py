@@ -46,10 +46,10 @@ def attest(
     The bundle is a DSSE envelope with an in-toto statement, which `cosign
     verify-blob-attestation` verifies, too. narseal takes it from those whom its policy names.
     """
+    from narseal.client import api
     from narseal.config import predicate_type as uri_of
     from narseal.cosign.statement import MAX_BYTES, Subject, read_json, render_statement
-    from narseal.pipeline import delivery
-    from narseal.pipeline.cosigning import Cosigning
+    from narseal.pipeline.trust.sigstore import SigstoreSetup
 
     if not url and not output:
         raise click.UsageError("say where it goes: --to URL, or --output FILE")
@@ -65,7 +65,7 @@ def attest(
         raise ConfigError(f"{predicate}: a predicate is a JSON object")
     subject = Subject(*_subject(path, digest, store_dir))
     statement = render_statement([subject], kind, said)
-    bundle = Cosigning(signing.config()).signer().sign_statement(statement)
+    bundle = SigstoreSetup(signing.config()).signer().sign_statement(statement)
     if output:
         try:
             output.write_bytes(bundle)
@@ -73,7 +73,7 @@ def attest(
             raise ConfigError(f"{output}: cannot be written: {error.strerror}") from error
         click.echo(f"wrote {output}")
     if url:
-        new = delivery.leave(url, subject.digest, bundle, token_file=token_file)
+        new = api.leave(url, subject.digest, bundle, token_file=token_file)
         click.echo(
             f"{'left' if new else 'is there already:'} {kind} of {subject.name}"
             f" (sha256:{subject.digest.hex()}) at {url}"
@@ -89,7 +89,7 @@ def _read(file: Path) -> bytes:
 
 def _subject(path: Path, digest: str | None, store_dir: str) -> tuple[str, bytes]:
     """Its name in the statement, and its digest."""
-    from narseal.pipeline import dump, release
+    from narseal.client import dump, release
 
     known = None
     if digest is not None:

@@ -42,7 +42,7 @@ def verify(
     With --anchors, also what was changed by one who has the audit key: bundles of
     /attestations/sha256:HEAD, which --key or --identity must have signed.
     """
-    from narseal.custody import audit as logs
+    from narseal.signer import audit as logs
 
     try:
         key = PublicKey.parse(public_key) if public_key else None
@@ -68,7 +68,7 @@ def verify(
 @click.option("--json", "as_json", is_flag=True, help="Print the lines as they are.")
 def show(log: Path, path: str | None, key: str | None, since: str | None, as_json: bool) -> None:
     """Print what LOG says was signed."""
-    from narseal.custody import audit as logs
+    from narseal.signer import audit as logs
 
     for record in logs.records(log):
         subject, name = str(record.get("subject", "")), str(record.get("key", ""))

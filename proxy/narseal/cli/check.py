@@ -13,7 +13,7 @@ from narseal.cli.load import config_option, load
 @config_option
 def check_config(config_file: Path) -> None:
     """Check the configuration file and the key files that it names, without serving."""
-    from narseal.pipeline.cosigning import token_source
+    from narseal.pipeline.trust.sigstore import token_source
     from narseal.server.check import check
 
     config = load(config_file)

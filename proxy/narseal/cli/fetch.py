@@ -32,7 +32,7 @@ def fetch(
 
     Say who must have signed it: --key, or --identity with --issuer. What does not verify is gone.
     """
-    from narseal.pipeline import download
+    from narseal.client import download
 
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:

@@ -82,7 +82,7 @@ async def _opened(config: Config) -> AsyncIterator[Index]:
 
 
 async def _check(config: Config, *, content: bool) -> list[str]:
-    from narseal.pipeline.checking import problems
+    from narseal.pipeline.upkeep.check import problems
     from narseal.storage import LocalStorage
 
     keys = _public_keys(config)
@@ -93,23 +93,23 @@ async def _check(config: Config, *, content: bool) -> list[str]:
 
 async def _rebuild(config: Config) -> tuple[int, list[tuple[str, str]]]:
     from narseal.nix.cache_info import CacheInfo
-    from narseal.pipeline.blocking import Blocking
-    from narseal.pipeline.rebuilding import Rebuilding
+    from narseal.pipeline.upkeep.rebuild import Rebuilding
+    from narseal.runtime.threads import ThreadPools
     from narseal.storage import LocalStorage
 
     storage = LocalStorage(config.storage.url)
     storage.prepare(CacheInfo(config.store_dir, want_mass_query=True, priority=config.priority))
-    blocking = Blocking(transfers=2)
+    threads = ThreadPools(transfers=2)
     done, failed = 0, []
     keys = _public_keys(config)
     async with _opened(config) as opened:
-        work = Rebuilding(index=opened, storage=storage, keys=keys, blocking=blocking)
+        work = Rebuilding(index=opened, storage=storage, keys=keys, threads=threads)
         async for name, error in work.run():
             if error:
                 failed.append((name, str(error)))
             else:
                 done += 1
-    blocking.close()
+    threads.close()
     return done, failed
 
 

@@ -57,7 +57,7 @@ def import_(file: Any, globs: tuple[str, ...], trust_config: str | None) -> None
 
     What cannot be said here is an error: a rule that asks for less is never written.
     """
-    from narseal.pipeline.cluster_policy import translate
+    from narseal.client.cluster_image_policy import translate
 
     click.echo(translate(file.read(1 << 20), globs=globs, trust_config=trust_config), nl=False)
 

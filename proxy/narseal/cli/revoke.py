@@ -17,7 +17,7 @@ from narseal.errors import ConfigError
 
 if TYPE_CHECKING:
     from narseal.config import Config
-    from narseal.pipeline.revoking import Outcome
+    from narseal.pipeline.upkeep.revocation import Outcome
     from narseal.storage import Revocation
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -81,7 +81,7 @@ def _revocation(
     since: str | None,
     reason: str,
 ) -> Revocation:
-    from narseal.pipeline.cosigning import read_public_key
+    from narseal.pipeline.trust.sigstore import read_public_key
     from narseal.storage import Revocation
 
     if sum(value is not None for value in (key, cosign_key, identity)) != 1:

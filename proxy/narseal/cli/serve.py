@@ -32,7 +32,7 @@ def serve(config_file: Path) -> None:
 
 
 def _run(config: Config, file: Path) -> int:
-    from narseal.server.sockets import url_of
+    from narseal.runtime.sockets import url_of
     from narseal.server.supervisor import Supervisor
 
     supervisor = Supervisor(config, file=file, load=lambda: load(file))

@@ -31,15 +31,15 @@ def sign(
 
     An OCI image layout is signed as its index.json, after every blob was held to its digest.
     """
-    from narseal.pipeline import release
-    from narseal.pipeline.cosigning import Cosigning
+    from narseal.client import release
+    from narseal.pipeline.trust.sigstore import SigstoreSetup
 
     config = signing.config()
     targets = [release.signable(file) for file in files]
     for target in targets:
         if _beside(target, ".sigstore.json").exists() and not force:
             raise ConfigError(f"{target}.sigstore.json is there already; --force replaces it")
-    signer = Cosigning(config).signer()
+    signer = SigstoreSetup(config).signer()
     total = sum(target.stat().st_size for target in targets)
     with progress(of_bytes=True, shown=not as_json) as bar:
         task = bar.add_task("signing", total=total)
@@ -65,7 +65,7 @@ def sign(
 
 def _write_legacy(target: Path, data: bytes) -> None:
     from narseal.cosign.bundle import Bundle
-    from narseal.pipeline.signatures import certificate_pem, signature_text
+    from narseal.pipeline.attest.bundles import certificate_pem, signature_text
 
     bundle = Bundle.parse(data)
     _write(_beside(target, ".sig"), signature_text(bundle))

@@ -24,14 +24,14 @@ def signer(config_file: Path, check: bool) -> None:
     """
     from narseal.cli.load import read
     from narseal.config.signer import SignerConfig
-    from narseal.pipeline.signing import Desk
-    from narseal.server.signer import run
+    from narseal.signer.rules import SigningRules
+    from narseal.signer.server import run
     from narseal.telemetry.logs import configure
 
     config = SignerConfig.parse(read(config_file), source=str(config_file))
     configure("info")
     if check:
-        desk = Desk(config)
+        desk = SigningRules(config)
         for key in desk.public_keys():
             click.echo(f"{key['type']:<8} {key['name']}")
         desk.close()

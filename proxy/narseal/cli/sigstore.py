@@ -44,7 +44,7 @@ class Expectation:
         """None if the options name nobody; UsageError if they contradict each other."""
         from narseal.cosign import trust
         from narseal.cosign.verify import ByIdentity, ByKey, Verifier
-        from narseal.pipeline.cosigning import read_public_key
+        from narseal.pipeline.trust.sigstore import read_public_key
 
         name = self.identity or self.identity_regex
         if self.key and (name or self.issuer):

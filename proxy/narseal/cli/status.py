@@ -18,9 +18,9 @@ def status(path: str | None, url: str, as_json: bool) -> None:
     Without PATH: its keys, how many paths lack a signature, what waits, what is revoked; for
     callers of its own machine.
     """
-    from narseal.pipeline import delivery
+    from narseal.client import api
 
-    tree = delivery.status(url, path.rpartition("/")[2] if path else None)
+    tree = api.status(url, path.rpartition("/")[2] if path else None)
     if as_json:
         click.echo(json.dumps(tree))
     elif path:

@@ -17,8 +17,8 @@ from narseal.nix.keys import PublicKey
 from narseal.nix.store_path import StorePath
 
 if TYPE_CHECKING:
+    from narseal.client.verification import Outcome
     from narseal.cosign.verify import Verifier
-    from narseal.pipeline.verification import Outcome
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _SHOWN = 20
@@ -108,9 +108,9 @@ def _file(
     predicate_type: str | None,
     advance: Any,
 ) -> dict[str, Any]:
+    from narseal.client import release
     from narseal.cosign.bundle import MAX_BYTES, Bundle
     from narseal.errors import Refused
-    from narseal.pipeline import release
 
     file = release.signable(target)
     place = bundle_file or file.with_name(file.name + ".sigstore.json")
@@ -140,7 +140,7 @@ async def _paths(
     *,
     as_json: bool,
 ) -> int:
-    from narseal.pipeline.verification import Verification, exit_code
+    from narseal.client.verification import Verification, exit_code
 
     outcomes: list[Outcome] = []
     start = time.monotonic()

@@ -79,7 +79,7 @@ class Verified:
 
 
 class Verifier:
-    """Holds bundles to an expectation. Blocking: some milliseconds of arithmetic, no network.
+    """Holds bundles to an expectation. ThreadPools: some milliseconds of arithmetic, no network.
 
     Without `trust`, signatures by key are verified without their log entry.
     """

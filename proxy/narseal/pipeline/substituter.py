@@ -16,25 +16,25 @@ from narseal.custody.operator import OperatorKey
 from narseal.errors import ConfigError, Denied, NotFound, Unavailable
 from narseal.nix.cache_info import CacheInfo
 from narseal.nix.keys import PublicKey
-from narseal.pipeline.admission import Admission
-from narseal.pipeline.attest import Attester
-from narseal.pipeline.blocking import Blocking
-from narseal.pipeline.cosigning import Cosigning, Signers, upstream_signers
-from narseal.pipeline.countersign import Countersigner
-from narseal.pipeline.crew import Crew
-from narseal.pipeline.fetch import Fetcher, served
-from narseal.pipeline.memory import HotMap
-from narseal.pipeline.mending import mend
-from narseal.pipeline.policy import Policy, content_digests
-from narseal.pipeline.provenance import Provenance
-from narseal.pipeline.realisations import Realisations
-from narseal.pipeline.revoking import Revoking
-from narseal.pipeline.rotation import Rotation
-from narseal.pipeline.sidecars import Sidecars
-from narseal.pipeline.sidefiles import SideFile, SideFiles
-from narseal.pipeline.signatures import Signatures
-from narseal.pipeline.transfer import Reader
-from narseal.pipeline.uploads import Uploads
+from narseal.pipeline.attest.batches import Attester
+from narseal.pipeline.attest.bundles import Signatures
+from narseal.pipeline.caches import HotMap
+from narseal.pipeline.nars.fetcher import Fetcher, served
+from narseal.pipeline.nars.transfer import Reader
+from narseal.pipeline.paths.admission import Admission
+from narseal.pipeline.paths.realisations import Realisations
+from narseal.pipeline.paths.side_files import SideFile, SideFiles
+from narseal.pipeline.trust.countersign import Countersigner
+from narseal.pipeline.trust.policy import Policy, content_digests
+from narseal.pipeline.trust.sigstore import ExpectedSigners, SigstoreSetup, upstream_signers
+from narseal.pipeline.trust.upstream_bundles import Sidecars
+from narseal.pipeline.upkeep.repair import mend
+from narseal.pipeline.upkeep.revocation import Revoking
+from narseal.pipeline.upkeep.rotation import Rotation
+from narseal.pipeline.uploads.attestations import Provenance
+from narseal.pipeline.uploads.paths import Uploads
+from narseal.runtime.tasks import BackgroundTasks
+from narseal.runtime.threads import ThreadPools
 from narseal.storage import Epoch, Index, Leadership, LocalStorage, NarRecord, index_file
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream, connect
@@ -66,16 +66,16 @@ class Substituter:
         keys: list[OperatorKey],
         upstreams: list[Upstream],
         epoch: Epoch,
-        cosigning: Cosigning,
-        signers: Signers,
+        cosigning: SigstoreSetup,
+        signers: ExpectedSigners,
     ) -> None:
         self.config = config
         self._cosigning = cosigning
         self._keys = keys
         self._epoch = epoch
         self._background: list[asyncio.Task[None]] = []
-        self.crew = Crew()
-        self.blocking = Blocking(transfers=config.limits.transfers)
+        self.tasks = BackgroundTasks()
+        self.threads = ThreadPools(transfers=config.limits.transfers)
         self.upstreams = upstreams
         self.hot = HotMap(
             # who may read is asked each time: nothing is answered from memory then
@@ -101,7 +101,7 @@ class Substituter:
             attestations=self._index.attestations,
             revocations=self._index.revocations,
             storage=self._storage,
-            blocking=self.blocking,
+            threads=self.threads,
         )
         self._fetcher = Fetcher(
             config,
@@ -109,8 +109,8 @@ class Substituter:
             index=self._index,
             epoch=epoch,
             hot=self.hot,
-            crew=self.crew,
-            blocking=self.blocking,
+            tasks=self.tasks,
+            threads=self.threads,
             policy=self.policy,
         )
         self._admission = Admission(
@@ -119,9 +119,9 @@ class Substituter:
             index=self._index,
             fetcher=self._fetcher,
             countersigner=self.countersigner,
-            crew=self.crew,
+            tasks=self.tasks,
             epoch=epoch,
-            sidecars=Sidecars(signers, self.blocking),
+            sidecars=Sidecars(signers, self.threads),
             policy=self.policy,
         )
         self.signatures = Signatures(
@@ -129,14 +129,14 @@ class Substituter:
             self.countersigner,
             index=self._index,
             storage=self._storage,
-            blocking=self.blocking,
+            threads=self.threads,
         )
         self.realisations = Realisations(
             config.limits,
             upstreams=upstreams,
             index=self._index,
             countersigner=self.countersigner,
-            crew=self.crew,
+            tasks=self.tasks,
             epoch=epoch,
             admission=self._admission,
             policy=self.policy,
@@ -148,7 +148,7 @@ class Substituter:
             admission=self._admission,
             fetcher=self._fetcher,
             countersigner=self.countersigner,
-            blocking=self.blocking,
+            threads=self.threads,
             epoch=epoch,
             policy=self.policy,
         )
@@ -158,8 +158,8 @@ class Substituter:
             admission=self._admission,
             attestations=self._index.attestations,
             storage=self._storage,
-            blocking=self.blocking,
-            crew=self.crew,
+            threads=self.threads,
+            tasks=self.tasks,
             epoch=epoch,
         )
         self._side_files = SideFiles(
@@ -167,8 +167,8 @@ class Substituter:
             upstreams=upstreams,
             storage=self._storage,
             index=self._index,
-            crew=self.crew,
-            blocking=self.blocking,
+            tasks=self.tasks,
+            threads=self.threads,
         )
 
     @classmethod
@@ -187,7 +187,7 @@ class Substituter:
             keys=keys,
             upstreams=upstreams,
             epoch=epoch,
-            cosigning=Cosigning(config.cosign),
+            cosigning=SigstoreSetup(config.cosign),
             signers=upstream_signers(config),
         )
         for key in keys:
@@ -208,13 +208,13 @@ class Substituter:
                 yield substituter
             finally:
                 await substituter.retire()
-                await substituter.crew.close(wait=config.limits.shutdown_timeout)
+                await substituter.tasks.close(wait=config.limits.shutdown_timeout)
                 for upstream in upstreams:
                     await upstream.close()
                 for key in keys:
                     key.custodian.close()
                 await substituter._index.close()
-                substituter.blocking.close()
+                substituter.threads.close()
 
     async def retire(self) -> None:
         """Do nothing any more of its own accord; what is asked is answered on."""
@@ -257,7 +257,7 @@ class Substituter:
         return Leadership(index_file(self.config.storage.index).with_suffix(f".{of}.lock"))
 
     async def _mend(self) -> None:
-        await mend(self._index, self._storage, self._fetcher, self.policy, self.blocking)
+        await mend(self._index, self._storage, self._fetcher, self.policy, self.threads)
 
     async def _weigh_storage(self) -> None:
         """Keep the metric of storage's size."""
@@ -341,7 +341,7 @@ class Substituter:
             index=self._index,
             admission=self._admission,
             storage=self._storage,
-            blocking=self.blocking,
+            threads=self.threads,
             epoch=self._epoch,
         )
 
@@ -375,7 +375,7 @@ class Substituter:
     async def _open(self, record: NarRecord) -> StoredNar | None:
         """The file of a record, None unless it is there with its size."""
         path = self._storage.path(f"nar/{record.file}")
-        stored = await self.blocking.run(_open, str(path))
+        stored = await self.threads.run(_open, str(path))
         if stored is None or stored.size == record.file_size:
             return stored
         stored.close()

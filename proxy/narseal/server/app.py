@@ -14,11 +14,11 @@ from aiohttp.typedefs import Middleware
 from narseal.errors import NarsealError
 from narseal.nix.base32 import CHARS
 from narseal.nix.compression import COMPRESSIONS
-from narseal.server.answers import UPLOAD, Answering, Broken
 from narseal.server.auth import Gate
 from narseal.server.failure import failure
-from narseal.server.putting import Putting
+from narseal.server.handlers import UPLOAD, Broken, ReadHandlers
 from narseal.server.tally import Tally
+from narseal.server.upload_handlers import UploadHandlers
 from narseal.telemetry.logs import request_id
 
 _log = logging.getLogger(__name__)
@@ -35,53 +35,53 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def application(
-    answering: Answering, tally: Tally, putting: Putting | None, gate: Gate | None
+    handlers: ReadHandlers, tally: Tally, putting: UploadHandlers | None, gate: Gate | None
 ) -> web.Application:
     """Every route of the substituter; what matches none is 404."""
 
     async def finish_head(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Server"] = "narseal"
         response.headers["X-Request-Id"] = request.get(_ID, "")
-        if answering.draining:
+        if handlers.draining:
             response.force_close()
 
     middlewares = [accounting(tally), *([reading(gate)] if gate else [])]
     app = web.Application(middlewares=middlewares, client_max_size=1 << 20)
     app.on_response_prepare.append(finish_head)
     table: list[tuple[str, str, Handler]] = [
-        ("nix-cache-info", "/nix-cache-info", answering.cache_info),
-        ("narinfo", f"/{{hash:{_HASH}}}.narinfo", answering.narinfo),
-        ("nar", f"/nar/{_FILE}", answering.nar),
-        ("signature", f"/nar/{_FILE}.sigstore.json", answering.bundle),
-        ("signature-sig", f"/nar/{_FILE}.sig", answering.signature),
-        ("signature-pem", f"/nar/{_FILE}.pem", answering.certificate),
-        ("attestations", "/attestations/{digest:sha256:[0-9a-z]{52,64}}", answering.attestations),
-        ("attestations-of", f"/attestations/{{path:{_PATH}}}", answering.attestations),
-        ("status-of-all", "/status", answering.status_of_all),
-        ("status-of", f"/status/{{path:{_PATH}}}", answering.status_of),
-        ("keys", "/keys", answering.keys),
-        ("cosign-pub", "/cosign.pub", answering.cosign_key),
-        ("trusted-root", "/trusted_root.json", answering.trusted_root),
-        ("paths", "/paths", answering.paths),
-        ("paths-after", f"/paths/{{after:{_HASH}}}", answering.paths),
-        ("ls", f"/{{name:{_HASH}\\.ls}}", answering.side_file),
-        ("log", f"/{{name:log/{_PATH}}}", answering.side_file),
-        ("debuginfo", r"/{name:debuginfo/[0-9a-f]{40}(\.debug)?}", answering.side_file),
+        ("nix-cache-info", "/nix-cache-info", handlers.cache_info),
+        ("narinfo", f"/{{hash:{_HASH}}}.narinfo", handlers.narinfo),
+        ("nar", f"/nar/{_FILE}", handlers.nar),
+        ("signature", f"/nar/{_FILE}.sigstore.json", handlers.bundle),
+        ("signature-sig", f"/nar/{_FILE}.sig", handlers.signature),
+        ("signature-pem", f"/nar/{_FILE}.pem", handlers.certificate),
+        ("attestations", "/attestations/{digest:sha256:[0-9a-z]{52,64}}", handlers.attestations),
+        ("attestations-of", f"/attestations/{{path:{_PATH}}}", handlers.attestations),
+        ("status-of-all", "/status", handlers.status_of_all),
+        ("status-of", f"/status/{{path:{_PATH}}}", handlers.status_of),
+        ("keys", "/keys", handlers.keys),
+        ("cosign-pub", "/cosign.pub", handlers.cosign_key),
+        ("trusted-root", "/trusted_root.json", handlers.trusted_root),
+        ("paths", "/paths", handlers.paths),
+        ("paths-after", f"/paths/{{after:{_HASH}}}", handlers.paths),
+        ("ls", f"/{{name:{_HASH}\\.ls}}", handlers.side_file),
+        ("log", f"/{{name:log/{_PATH}}}", handlers.side_file),
+        ("debuginfo", r"/{name:debuginfo/[0-9a-f]{40}(\.debug)?}", handlers.side_file),
         (
             "realisations",
             rf"/{{name:realisations/sha256:[0-9a-f]{{64}}!{_OUTPUT}\.doi}}",
-            answering.realisation,
+            handlers.realisation,
         ),
         (
             "build-trace-v2",
             rf"/{{name:build-trace-v2/{_PATH}/{_OUTPUT}\.doi}}",
-            answering.realisation,
+            handlers.realisation,
         ),
-        ("healthz", "/healthz", answering.healthz),
-        ("readyz", "/readyz", answering.readyz),
-        ("pubkey", "/pubkey", answering.pubkey),
-        ("metrics", "/metrics", answering.metrics_for_loopback),
-        ("status", "/", answering.status),
+        ("healthz", "/healthz", handlers.healthz),
+        ("readyz", "/readyz", handlers.readyz),
+        ("pubkey", "/pubkey", handlers.pubkey),
+        ("metrics", "/metrics", handlers.metrics_for_loopback),
+        ("status", "/", handlers.status),
     ]
     for name, pattern, handler in table:
         app.router.add_get(pattern, handler, name=name)
@@ -151,8 +151,8 @@ def accounting(tally: Tally) -> Middleware:
     return account
 
 
-def metrics_application(answering: Answering) -> web.Application:
+def metrics_application(handlers: ReadHandlers) -> web.Application:
     """/metrics alone, for a listener of its own."""
     app = web.Application()
-    app.router.add_get("/metrics", answering.metrics)
+    app.router.add_get("/metrics", handlers.metrics)
     return app

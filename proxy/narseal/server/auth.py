@@ -14,7 +14,7 @@ from aiohttp import web
 
 from narseal.custody.tokens import Token, Tokens
 from narseal.errors import Unauthorised
-from narseal.pipeline.blocking import Blocking
+from narseal.runtime.threads import ThreadPools
 from narseal.server.oidc import Oidc
 from narseal.telemetry import metrics
 
@@ -28,10 +28,10 @@ _MAX_TOKEN = 3500  # a head line has 4,096 bytes
 class Gate:
     """Checks tokens. A good one is remembered by a keyed hash for some seconds."""
 
-    def __init__(self, tokens: Tokens | None, oidc: Oidc | None, blocking: Blocking) -> None:
+    def __init__(self, tokens: Tokens | None, oidc: Oidc | None, threads: ThreadPools) -> None:
         self._tokens = tokens
         self._oidc = oidc
-        self._blocking = blocking
+        self._threads = threads
         self._salt = os.urandom(32)
         self._good: OrderedDict[bytes, tuple[Token, float]] = OrderedDict()
         self._failures: OrderedDict[str, int] = OrderedDict()
@@ -48,14 +48,14 @@ class Gate:
         if now - self._looked > _LOOK_SECONDS:
             self._looked = now
             if tokens is not None:
-                changed = await self._blocking.run(tokens.refresh)
+                changed = await self._threads.run(tokens.refresh)
                 if changed:
                     self._good.clear()
         key = hashlib.blake2b(text.encode(), key=self._salt).digest()
         known = self._good.get(key)
         if known and now < known[1] and (known[0].expires or time.time() + 1) > time.time():
             return known[0]
-        token = await self._blocking.run(self._check, text) if text else None
+        token = await self._threads.run(self._check, text) if text else None
         if token is None:
             await self._refuse(request.remote or "", given=bool(text))
             raise Unauthorised(

@@ -11,9 +11,9 @@ from narseal.custody import expand
 from narseal.custody.tokens import Tokens
 from narseal.errors import ConfigError
 from narseal.nix.keys import PublicKey
-from narseal.pipeline.cosigning import Cosigning, upstream_signers
-from narseal.pipeline.policy import attesters, attesting_signers, known_keys
 from narseal.pipeline.substituter import load_keys
+from narseal.pipeline.trust.policy import attesters, attesting_signers, known_keys
+from narseal.pipeline.trust.sigstore import SigstoreSetup, upstream_signers
 from narseal.server.tls import tls_context
 
 #: What the sockets and the index hang on.
@@ -25,7 +25,7 @@ class Checked:
     """What a good configuration signs with."""
 
     keys: list[PublicKey]
-    cosigning: Cosigning
+    cosigning: SigstoreSetup
 
 
 def check(config: Config) -> Checked:
@@ -39,7 +39,7 @@ def check(config: Config) -> Checked:
         Tokens(Path(expand(config.upload.tokens_file)))
     for key in keys:
         key.custodian.close()  # what is forked from here has no use for it
-    return Checked([key.public for key in keys], Cosigning(config.cosign))
+    return Checked([key.public for key in keys], SigstoreSetup(config.cosign))
 
 
 def check_change(old: Config, new: Config) -> None:

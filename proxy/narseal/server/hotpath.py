@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from narseal.config import LimitsConfig
-from narseal.pipeline.memory import HotMap
+from narseal.pipeline.caches import HotMap
 from narseal.server.tally import Tally
 
 _BEGIN = b"GET /"

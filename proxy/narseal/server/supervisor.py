@@ -27,9 +27,9 @@ from prometheus_client.multiprocess import mark_process_dead
 from narseal.config import Config
 from narseal.errors import NarsealError
 from narseal.nix.cache_info import CacheInfo
+from narseal.runtime.sockets import listen, notify_systemd
+from narseal.runtime.watching import Watch
 from narseal.server.check import check, check_change, named_files
-from narseal.server.sockets import listen, notify_systemd
-from narseal.server.watch import Watch
 from narseal.server.worker import Stop, work
 from narseal.storage import Epoch, LocalStorage, epoch_file, migrate
 from narseal.telemetry import metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from narseal.pipeline.memory import Hot
+from narseal.pipeline.caches import Hot
 from narseal.telemetry import metrics
 
 _log = logging.getLogger("narseal.access")

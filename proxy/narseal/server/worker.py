@@ -16,16 +16,16 @@ from narseal.config import Config, LimitsConfig
 from narseal.custody import expand
 from narseal.custody.tokens import Tokens
 from narseal.errors import ConfigError
-from narseal.pipeline.memory import HotMap
+from narseal.pipeline.caches import HotMap
 from narseal.pipeline.substituter import Substituter
-from narseal.server.answers import Answering
 from narseal.server.app import application, metrics_application
 from narseal.server.auth import Gate
+from narseal.server.handlers import ReadHandlers
 from narseal.server.hotpath import HotServer
 from narseal.server.oidc import Oidc
-from narseal.server.putting import Putting
 from narseal.server.tally import Tally
 from narseal.server.tls import tls_context
+from narseal.server.upload_handlers import UploadHandlers
 from narseal.storage import Epoch
 from narseal.telemetry import metrics
 
@@ -49,22 +49,22 @@ async def work(
     metrics.prepare([upstream.label for upstream in config.upstream])
     async with Substituter.opened(config, epoch=epoch) as substituter:
         tally = Tally(access_log=config.log.access)
-        answering = Answering(substituter, tally)
+        handlers = ReadHandlers(substituter, tally)
         upload = config.upload
         gate = (
             Gate(
                 Tokens(Path(expand(upload.tokens_file))) if upload.tokens_file else None,
                 Oidc(upload.oidc) if upload.oidc else None,
-                substituter.blocking,
+                substituter.threads,
             )
             if upload.tokens_file or upload.oidc
             else None
         )
-        putting = Putting(substituter, gate) if gate else None
-        app = application(answering, tally, putting, gate if upload.private else None)
+        putting = UploadHandlers(substituter, gate) if gate else None
+        app = application(handlers, tally, putting, gate if upload.private else None)
         runner = HotRunner(app, hot=substituter.hot, limits=config.limits, tally=tally)
         await runner.setup()
-        metrics_runner = web.AppRunner(metrics_application(answering), access_log=None)
+        metrics_runner = web.AppRunner(metrics_application(handlers), access_log=None)
         await metrics_runner.setup()
         tls = tls_context(config)
         for sock in sockets:
@@ -74,7 +74,7 @@ async def work(
         flushing = asyncio.create_task(_flush(tally), name="flush")
         ready()
         await stop.asked.wait()
-        answering.draining = True
+        handlers.draining = True
         await substituter.retire()
         await runner.drain(stop.soon)
         await runner.cleanup()

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from narseal.errors import ConfigError, NarsealError, Unavailable
-from narseal.storage.together import Together
+from narseal.runtime.batching import Batcher
 
 Write = Callable[[AsyncConnection], Awaitable[Any]]
 
@@ -101,7 +101,7 @@ class Engines:
         )
         self._writing = create_async_engine(address, pool_size=1, max_overflow=0)
         _prepare(self._writing.sync_engine)
-        self._writes: Together[Write, Any] = Together(self._commit)
+        self._writes: Batcher[Write, Any] = Batcher(self._commit)
 
     async def write(self, work: Write) -> Any:
         """Run `work` in a transaction; returns its result once that is on disk.

@@ -29,6 +29,7 @@ from narseal.errors import BadUpload, Refused, Unavailable
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MAX_SIGNATURES
+from narseal.runtime.batching import Batcher
 from narseal.storage import schema
 from narseal.storage.attestations import Attestations, enqueue, leave
 from narseal.storage.engine import Engines
@@ -45,7 +46,6 @@ from narseal.storage.records import (
     path_values,
 )
 from narseal.storage.revocations import Revocations
-from narseal.storage.together import Together
 
 
 def _carries(key_name: str) -> ColumnElement[bool]:
@@ -82,14 +82,14 @@ class Index:
         #: Of all paths in it.
         self.store_dir = store_dir
         self._attest = attest
-        self._by_hash: Together[str, Admitted | None] = Together(self._paths)
-        self._by_file: Together[str, list[Admitted]] = Together(self._paths_of)
-        self._nars: Together[str, NarRecord | None] = Together(self._nars_named)
-        self._queries: Together[Select[Any], list[Row[Any]]] = Together(self._query_each)
-        self._admissions: Together[Admitted, Admitted] = Together(
+        self._by_hash: Batcher[str, Admitted | None] = Batcher(self._paths)
+        self._by_file: Batcher[str, list[Admitted]] = Batcher(self._paths_of)
+        self._nars: Batcher[str, NarRecord | None] = Batcher(self._nars_named)
+        self._queries: Batcher[Select[Any], list[Row[Any]]] = Batcher(self._query_each)
+        self._admissions: Batcher[Admitted, Admitted] = Batcher(
             lambda group: self._engines.write(lambda c: self._admit_all(c, group))
         )
-        self._arrivals: Together[Admitted, Admitted | None] = Together(
+        self._arrivals: Batcher[Admitted, Admitted | None] = Batcher(
             lambda group: self._engines.write(lambda c: self._admit_stored_all(c, group))
         )
         self.attestations = Attestations(self._engines, self._queries.ask, store_dir, attest=attest)

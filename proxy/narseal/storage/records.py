@@ -49,7 +49,7 @@ class NarRecord:
         )
 
     @classmethod
-    def brought(cls, info: NarInfo, file: str, *, file_hash: Hash, file_size: int) -> NarRecord:
+    def from_file(cls, info: NarInfo, file: str, *, file_hash: Hash, file_size: int) -> NarRecord:
         """The record of a file that no upstream has: its hash and size were measured."""
         return cls(
             file=file,

@@ -13,9 +13,9 @@ import pytest
 
 from narseal.cosign.bundle import Bundle, Envelope
 from narseal.cosign.statement import Statement, audit_heads
-from narseal.custody import audit
-from narseal.custody.audit import AuditLog
 from narseal.custody.file import FileKey
+from narseal.signer import audit
+from narseal.signer.audit import AuditLog
 from tests.real.sigstore.conftest import IDENTITY
 from tests.tools.cache import entry
 from tests.tools.command import narseal_command

@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from narseal.client.dump import nar_hash
 from narseal.nix.hashes import Hash
-from narseal.pipeline.dump import nar_hash
 from tests.faults.test_policy import Pipeline, digest_of, everywhere, kept_back
 from tests.faults.test_uploads import add
 from tests.real.sigstore.conftest import IDENTITY, PASSWORD, Signed

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from narseal.client.release import digest
 from narseal.cosign import trust
 from narseal.cosign.bundle import Bundle
 from narseal.cosign.keys import CosignPublicKey
 from narseal.cosign.verify import ByIdentity, ByKey, Verifier
 from narseal.errors import NarsealError
-from narseal.pipeline.release import digest
 
 pytestmark = pytest.mark.conformance
 

@@ -16,7 +16,7 @@ from narseal.cosign.bundle import Bundle
 from narseal.cosign.sign import KeylessSigner
 from narseal.cosign.statement import PREDICATE_TYPE, Statement
 from narseal.errors import ConfigError, UpstreamTrouble
-from narseal.pipeline.cosigning import token_source
+from narseal.pipeline.trust.sigstore import token_source
 from tests.real.sigstore.conftest import IDENTITY, Signed, sha256
 from tests.tools.cache import Entry, entry
 from tests.tools.command import narseal_command

@@ -1,0 +1,132 @@
+"""Looking into a NAR file while it passes: decode, parse, hash. It takes a core: call it off the loop."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+from narseal.errors import ContentMismatch
+from narseal.nix.compression import MAGIC, decompressor
+from narseal.nix.content_address import Method
+from narseal.nix.hashes import Hash
+from narseal.nix.nar import NarReader
+from narseal.nix.narinfo import NarInfo
+from narseal.nix.references import HashModulo
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The file's own hash and size; the content was what the narinfo says."""
+
+    file_hash: Hash
+    file_size: int
+
+
+class _Digest(Protocol):
+    def update(self, portion: bytes | memoryview, /) -> None: ...
+    def digest(self) -> bytes: ...
+
+
+class Inspection:
+    """One pass over one NAR file, held to a narinfo.
+
+    `on_plain` gets the decompressed pieces. Raises ContentMismatch, other Refused and
+    MalformedNar from `feed` and `finish`.
+    """
+
+    def __init__(self, info: NarInfo, *, on_plain: Callable[[bytes], object] | None = None) -> None:
+        self._info = info
+        self._on_plain = on_plain
+        self._decoder = decompressor(info.compression)
+        # an uncompressed file is the NAR: its hash is taken once
+        self._file_hash: _Digest | None = None if info.compression == "none" else hashlib.sha256()
+        self._file_size = 0
+        self._head = b""
+        self._contents = _contents_digest(info)
+        self._whole = _whole_digest(info)
+        on_contents = self._contents.update if self._contents else None
+        self._reader = NarReader(max_size=info.nar_size, on_contents=on_contents)
+
+    def feed(self, data: bytes) -> None:
+        """The next bytes of the file."""
+        self._file_size += len(data)
+        self._check_magic(data)
+        if self._file_hash:
+            self._file_hash.update(data)
+        for piece in self._decoder.feed(data):
+            self._reader.feed(piece)
+            if self._whole:
+                self._whole.update(piece)
+            if self._on_plain:
+                self._on_plain(piece)
+
+    def finish(self) -> Measured:
+        """The whole file was fed: hold it to the narinfo."""
+        self._decoder.finish()
+        summary = self._reader.finish()
+        info = self._info
+        if (summary.nar_hash, summary.nar_size) != (info.nar_hash, info.nar_size):
+            raise ContentMismatch(
+                "content-mismatch",
+                f"{info.store_path}: the NAR has hash {summary.nar_hash} and {summary.nar_size}"
+                f" bytes, its narinfo says {info.nar_hash} and {info.nar_size}",
+            )
+        self._check_content_address(is_plain_file=summary.is_plain_file)
+        digest = self._file_hash.digest() if self._file_hash else summary.nar_hash.digest
+        return Measured(Hash("sha256", digest), self._file_size)
+
+    def _check_magic(self, data: bytes) -> None:
+        magic = MAGIC.get(self._info.compression, b"")
+        if len(self._head) < len(magic):
+            self._head += data[: len(magic) - len(self._head)]
+            if not magic.startswith(self._head):
+                raise ContentMismatch(
+                    "wrong-compression",
+                    f"{self._info.store_path}: the file is not {self._info.compression},"
+                    f" it begins with {self._head.hex()}",
+                )
+
+    def _check_content_address(self, *, is_plain_file: bool) -> None:
+        found: tuple[bytes, ...]
+        if isinstance(self._whole, HashModulo):
+            found = self._whole.digests()
+        elif self._whole:
+            found = (self._whole.digest(),)
+        elif self._contents:
+            found = (self._contents.digest(),) if is_plain_file else ()
+        else:
+            return
+        ca = self._info.ca
+        if ca is None or ca.hash.digest not in found:
+            raise ContentMismatch(
+                "ca-mismatch", f"{self._info.store_path}: the content is not that of its CA {ca}"
+            )
+
+
+def _contents_digest(info: NarInfo) -> _Digest | None:
+    """For a CA that is over the contents of one file."""
+    if info.ca and info.ca.method in (Method.TEXT, Method.FLAT):
+        return hashlib.new(info.ca.hash.algorithm)
+    return None
+
+
+def _whole_digest(info: NarInfo) -> _Digest | HashModulo | None:
+    """For a CA that is over the NAR, but is not simply NarHash."""
+    if info.ca is None or info.ca.method is not Method.NAR:
+        return None
+    own = info.store_path.hash_part
+    if any(reference.hash_part == own for reference in info.references):
+        return HashModulo(info.ca.hash.algorithm, own)
+    return None if info.ca.hash == info.nar_hash else hashlib.new(info.ca.hash.algorithm)
+
+
+def inspect_file(info: NarInfo, file: BinaryIO) -> Measured:
+    """Hold a whole file to a narinfo, from where it stands on. Blocks."""
+    inspection = Inspection(info)
+    while data := file.read(_CHUNK):
+        inspection.feed(data)
+    return inspection.finish()

@@ -1,0 +1,1 @@
+"""Narseal's own Sigstore signatures: made in batches, given out as bundles."""

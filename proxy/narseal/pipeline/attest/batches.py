@@ -1,0 +1,216 @@
+"""Signing what was verified, in batches, from a queue that outlives the process.
+
+Serving never waits for it. One worker of all does it. A batch is signed, its bundle is put into
+storage, and one transaction takes its paths off the queue and records what covers what: whoever
+dies in between leaves the queue as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from narseal.cosign import statement
+from narseal.cosign.statement import AttestedPath, AuditHead
+from narseal.errors import NarsealError, Unavailable
+from narseal.pipeline.trust.policy import Policy, content_digests
+from narseal.pipeline.trust.sigstore import SigstoreSetup
+from narseal.storage import Admitted, Index, Leadership, LocalStorage, bundle_name
+from narseal.telemetry import metrics
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_LOOK = 1.0  # seconds between two looks at the queue
+_FIRST_PAUSE = 1.0
+#: Bytes of what one statement says, so that a bundle stays within what clients take.
+_MAX_FACTS = 4 << 20
+_MOST_HEADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Signed:
+    bundle: bytes
+    singles: Mapping[str, bytes]
+
+
+class Attester:
+    """The durable queue's other end. `run` until cancelled."""
+
+    def __init__(
+        self,
+        cosigning: SigstoreSetup,
+        *,
+        index: Index,
+        storage: LocalStorage,
+        leadership: Leadership,
+        policy: Policy,
+        heads: Callable[[], Awaitable[list[AuditHead]]],
+    ) -> None:
+        self._heads = heads
+        self._policy = policy
+        self._cosigning = cosigning
+        self._config = cosigning.config
+        self._attestations = index.attestations
+        self._revocations = index.revocations
+        self._storage = storage
+        self._leadership = leadership
+        # a service that hangs holds up this thread, and nothing else
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="attest")
+
+    async def run(self) -> None:
+        """Lead when nobody else does; then sign, batch after batch."""
+        while not self._leadership.take():  # noqa: ASYNC110 (a lock between processes)
+            await asyncio.sleep(_LOOK)
+        failures = 0
+        listed = False
+        while True:
+            try:
+                if not listed:
+                    await self._attestations.enqueue_all()
+                    listed = True
+                full = await self._step()
+                failures = 0
+            except Exception as error:  # a service can make a library fail in any way
+                failures += 1
+                metrics.attest_failures.inc()
+                pause = self._pause(failures)
+                unknown = None if isinstance(error, NarsealError) else error
+                _log.warning(
+                    "%s; the queue is kept, tried again in %.0f s", error, pause, exc_info=unknown
+                )
+                await self._sleep(pause)
+                continue
+            if not full:
+                await asyncio.sleep(_LOOK)
+
+    def close(self) -> None:
+        """Let go of the lead; what is being signed is signed again by the next."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._leadership.close()
+
+    def _pause(self, failures: int) -> float:
+        """Exponential, with jitter, so that a service that comes back is not overrun."""
+        longest = min(self._config.retry_max, _FIRST_PAUSE * (1 << min(failures - 1, 16)))
+        return longest * random.uniform(0.5, 1)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Wait, while the metrics go on to say how much waits and for how long."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            await self._watch()
+            await asyncio.sleep(min(left, _LOOK))
+
+    async def _run(self, work: Callable[..., T], *args: object) -> T:
+        """Blocking work in the thread, while the metrics go on."""
+        running = asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        while not running.done():
+            await asyncio.wait([running], timeout=_LOOK)
+            await self._watch()
+        return running.result()
+
+    async def _watch(self) -> None:
+        try:
+            await self._look()
+        except Unavailable as error:
+            _log.warning("%s", error)
+
+    async def _look(self) -> tuple[int, float]:
+        """How many paths wait, and how many seconds the first does."""
+        count, since = await self._attestations.queue()
+        age = max(0.0, time.time() - since) if since is not None else 0.0
+        metrics.attest_queue.set(count)
+        metrics.attest_oldest.set(age)
+        return count, age
+
+    async def _step(self) -> bool:
+        """Sign a batch if one is due; whether another may follow at once."""
+        count, age = await self._look()
+        most = self._cosigning.batch_subjects - (_MOST_HEADS if self._config.anchor_audit else 0)
+        if not count or (count * 2 < most and age < self._config.batch_max_age):
+            return False
+        batch, is_full = _batch(await self._passing(await self._attestations.oldest(most)), most)
+        if not batch or not (is_full or age >= self._config.batch_max_age):
+            return False
+        await self._attest(batch)
+        return True
+
+    async def _passing(self, waiting: list[Admitted]) -> list[Admitted]:
+        """Those that policy lets through; the others do not wait any more.
+
+        They wait again when somebody attests them, and after each start.
+        """
+        passing: list[Admitted] = []
+        kept_back: list[str] = []
+        for path, nar in waiting:
+            if await self._policy.passes(path.info, content_digests(path.info, nar)):
+                passing.append((path, nar))
+            else:
+                kept_back.append(path.info.store_path.hash_part)
+        if kept_back:
+            await self._attestations.drop(kept_back)
+        return passing
+
+    async def _check_key(self) -> None:
+        """Unavailable if the configured key is revoked: what waits, waits for another."""
+        key = self._cosigning.key
+        if key and key.public.hint in (await self._revocations.now()).cosign_keys:
+            raise Unavailable("the cosign key is revoked: configure another (cosign.key)")
+
+    async def _attest(self, batch: list[Admitted]) -> None:
+        await self._check_key()
+        paths = [attested_path(admitted) for admitted in batch]
+        heads = await self._heads() if self._config.anchor_audit else []
+        signed = await self._run(self._sign, paths, heads)
+        digest = hashlib.sha256(signed.bundle).digest()
+        await self._run(self._storage.write, bundle_name(digest), signed.bundle)
+        subjects = frozenset(head.digest for head in heads).union(
+            *(path.digests() for path in paths)
+        )
+        await self._attestations.commit(
+            digest, statement.PREDICATE_TYPE, batch, subjects, signed.singles
+        )
+        metrics.attest_batch_subjects.observe(len(subjects))
+        await self._look()
+
+    def _sign(self, paths: list[AttestedPath], heads: list[AuditHead]) -> _Signed:
+        """In the thread."""
+        signer = self._cosigning.signer()
+        with metrics.signing("batch"):
+            bundle = signer.sign_statement(statement.render(paths, heads))
+        singles: dict[str, bytes] = {}
+        for path in paths if self._cosigning.per_file else ():
+            if path.file not in singles:
+                with metrics.signing("file"):
+                    singles[path.file] = signer.sign_digest(path.file_hash.digest)
+        return _Signed(bundle, singles)
+
+
+def attested_path(admitted: Admitted) -> AttestedPath:
+    """What a statement says of an admitted path whose content was verified."""
+    path, nar = admitted
+    assert nar.stored  # the queue has no others
+    assert nar.file_hash
+    return AttestedPath(path.info, nar.file, nar.file_hash)
+
+
+def _batch(waiting: list[Admitted], most: int) -> tuple[list[Admitted], bool]:
+    """As many of the first as fit into one statement; whether more would not have fitted."""
+    subjects: set[bytes] = set()
+    batch: list[Admitted] = []
+    facts = 0
+    for admitted in waiting:
+        more = attested_path(admitted).digests()
+        size = sum(len(reference.name) + 48 for reference in admitted[0].info.references) + 600
+        if len(subjects | more) > most or (batch and facts + size > _MAX_FACTS):
+            return batch, True
+        subjects |= more
+        facts += size
+        batch.append(admitted)
+    return batch, len(waiting) >= most

@@ -1,0 +1,155 @@
+"""Handing out Sigstore signatures: of a file, of a digest, and the keys to verify them with."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import load_der_x509_certificate
+
+from narseal.cosign.bundle import Bundle
+from narseal.errors import NotFound, NotYet
+from narseal.nix.hashes import Hash
+from narseal.pipeline.trust.countersign import Countersigner
+from narseal.pipeline.trust.policy import content_digests
+from narseal.pipeline.trust.sigstore import SigstoreSetup
+from narseal.runtime.threads import ThreadPools
+from narseal.storage import Index, LocalStorage, bundle_name
+
+
+class Signatures:
+    """What is known of files and digests. NotFound, or NotYet while a path waits."""
+
+    def __init__(
+        self,
+        cosigning: SigstoreSetup,
+        countersigner: Countersigner,
+        *,
+        index: Index,
+        storage: LocalStorage,
+        threads: ThreadPools,
+    ) -> None:
+        self._cosigning = cosigning
+        self._countersigner = countersigner
+        self._index = index
+        self._attestations = index.attestations
+        self._storage = storage
+        self._threads = threads
+
+    async def bundle_of(self, file: str) -> bytes:
+        """A file's own signature if it has one, else the batch that covers it."""
+        absence = await self._absence(file, f"nar/{file}")
+        single, batch = await self._attestations.of_file(file)
+        if single is not None:
+            return single
+        if batch is not None and (data := await self._read(batch)) is not None:
+            return data
+        raise absence
+
+    async def signature_of(self, file: str) -> bytes:
+        """A file's own signature in base64, as older cosign takes it."""
+        bundle = await self._single(file)
+        return signature_text(bundle)
+
+    async def certificate_of(self, file: str) -> bytes:
+        """The PEM certificate of a file's own keyless signature."""
+        bundle = await self._single(file)
+        if bundle.certificate is None:
+            raise NotFound(f"nar/{file} is signed with a key: verify with /cosign.pub")
+        return certificate_pem(bundle.certificate)
+
+    async def attestations_of(self, digest: Hash) -> bytes:
+        """Every bundle whose statement covers a file's or a NAR's SHA-256, a line of JSON each."""
+        absence = await self._absence(f"{digest.nix32}.nar", f"sha256:{digest.digest.hex()}")
+        if not (lines := await self._lines(digest.digest)):
+            raise absence
+        return lines
+
+    async def attestations_of_path(self, hash_part: str) -> bytes:
+        """Every bundle whose statement covers a path's NAR or file, a line of JSON each."""
+        found = await self._index.path(hash_part)
+        lines = b""
+        if found is not None:
+            lines = await self._lines(*content_digests(found[0].info, found[1]))
+        if not lines:
+            raise NotFound(f"there is no attestation of {hash_part}")
+        return lines
+
+    def public_key(self) -> str:
+        """The cosign.pub; NotFound if signatures are not by key."""
+        if self._cosigning.key is None:
+            raise NotFound("files are not signed with a cosign key here")
+        return self._cosigning.key.public.render()
+
+    def trusted_root(self) -> bytes:
+        """The trusted root of a private Sigstore instance."""
+        if (root := self._cosigning.trusted_root) is None:
+            raise NotFound("no private Sigstore instance is used here; cosign knows the public one")
+        return root
+
+    async def keys(self) -> dict[str, Any]:
+        """Every public key, for people and programs; revoked ones by name, with the reason."""
+        revoked = await self._index.revocations.now()
+        substituter = self._countersigner.public_keys.values()
+        key = self._cosigning.key
+        if key and key.public.hint in revoked.cosign_keys:
+            key = None
+        return {
+            "substituter": [str(key) for key in substituter if key.name not in revoked.keys],
+            "revoked": [
+                {"kind": r.kind, "name": r.name, "issuer": r.issuer, "reason": r.reason}
+                for r in revoked.all
+            ],
+            "cosign": {
+                "mode": self._cosigning.config.mode,
+                "publicKey": key.public.render() if key else None,
+                "hint": key.public.hint if key else None,
+                "trustedRoot": json.loads(self._cosigning.trusted_root or b"null"),
+            },
+        }
+
+    async def paths(self, *, after: str, limit: int) -> list[str]:
+        """Hash parts of the paths that are served, in order."""
+        return await self._attestations.paths(after=after, limit=limit)
+
+    async def _single(self, file: str) -> Bundle:
+        absence = await self._absence(file, f"nar/{file}")
+        single, batch = await self._attestations.of_file(file)
+        if single is not None:
+            return Bundle.parse(single)
+        if batch is not None:
+            raise NotFound(f"nar/{file} has no signature of its own, but one of its batch")
+        raise absence
+
+    async def _lines(self, *digests: bytes) -> bytes:
+        names = [found.digest for found in await self._attestations.covering(*digests)]
+        bundles = [await self._read(name) for name in dict.fromkeys(names)]
+        return b"".join(data.rstrip(b"\n") + b"\n" for data in bundles if data is not None)
+
+    async def _read(self, digest: bytes) -> bytes | None:
+        return await self._threads.run(self._storage.read, bundle_name(digest))
+
+    async def _absence(self, name: str, thing: str) -> NotFound:
+        """What to say if nothing is found; made before one looks, for it may be signed meanwhile."""
+        config = self._cosigning.config
+        seconds = max(1, round(config.batch_max_age))
+        if await self._attestations.is_waiting(name):
+            return NotYet(f"{thing} waits for its signature", retry_after=seconds)
+        nar = await self._index.nar(name)
+        if nar is not None and not nar.stored and config.mode != "off":
+            return NotYet(
+                f"{thing} was not fetched and verified yet: ask for it first", retry_after=seconds
+            )
+        return NotFound(f"there is no signature of {thing}")
+
+
+def signature_text(bundle: Bundle) -> bytes:
+    """A signature in base64, as `cosign verify-blob --signature` takes it."""
+    return base64.b64encode(bundle.content.signature) + b"\n"
+
+
+def certificate_pem(certificate: bytes) -> bytes:
+    """A DER certificate as PEM, as `cosign verify-blob --certificate` takes it."""
+    return load_der_x509_certificate(certificate).public_bytes(Encoding.PEM)

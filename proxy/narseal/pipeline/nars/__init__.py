@@ -1,0 +1,1 @@
+"""NAR files on their way in, verified while they come, and published."""

@@ -1,0 +1,291 @@
+"""One NAR file on its way in: written, decoded and hashed as it comes, followed by readers.
+
+The last block is withheld from readers until the whole was verified: nobody ever holds a
+complete file that is wrong. What breaks is resumed at the same byte, from the same upstream or
+the next that has the same file; what turns out wrong before a reader saw any of it starts anew
+from the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+
+from narseal.errors import (
+    Malformed,
+    NarsealError,
+    NotFound,
+    Refused,
+    UpstreamTrouble,
+)
+from narseal.nix.inspection import Inspection, Measured
+from narseal.nix.narinfo import NarInfo
+from narseal.runtime.threads import ThreadPools
+from narseal.storage import storage_errors
+from narseal.telemetry import metrics
+from narseal.upstream import Upstream
+
+_log = logging.getLogger(__name__)
+
+WITHHELD = 1 << 20
+_CHUNK = 1 << 19
+_RESUMES = 16
+_PAUSE = 0.2  # seconds before the same upstream is asked again
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a file can be had."""
+
+    upstream: Upstream
+    url: str
+
+
+#: Told of the origins whose bytes were not what the narinfo says, before anything else happens.
+OnWrong = Callable[[set[Origin], Refused | Malformed], Awaitable[None]]
+
+
+class Sink(Protocol):
+    """What may take the decompressed NAR beside the inspection (recompression)."""
+
+    def feed(self, data: bytes) -> None:
+        """The next bytes of the NAR."""
+
+    def restart(self) -> None:
+        """Forget what was fed."""
+
+
+class Reader:
+    """One who reads the file while it grows. To be closed."""
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+        #: The reader's own, good until closed whatever becomes of the transfer.
+        self.descriptor = os.dup(transfer.descriptor)
+
+    @property
+    def size(self) -> int | None:
+        """Of the whole file; known at the latest when `follow` first returned."""
+        return self._transfer.size
+
+    async def follow(self, beyond: int) -> int:
+        """Wait until more than `beyond` bytes may be read; returns how many.
+
+        The size itself once the whole was verified. Raises what the transfer failed with.
+        """
+        return await self._transfer.follow(beyond)
+
+    async def whole(self) -> int:
+        """Wait until the whole file was verified; returns its size."""
+        while self._transfer.measured is None:
+            await self._transfer.follow(self._transfer.released)
+        return self._transfer.measured.file_size
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self.descriptor)
+
+
+class Transfer:
+    """A file that grows; its readers are told how far they may go."""
+
+    def __init__(
+        self,
+        info: NarInfo,
+        *,
+        incoming: tuple[int, Path],
+        threads: ThreadPools,
+        sink: Sink | None = None,
+    ) -> None:
+        self.info = info
+        self.descriptor, self.path = incoming
+        #: Of the whole file, once the upstream said it.
+        self.size: int | None = None
+        #: Bytes from the start that readers may have.
+        self.released = 0
+        self.failure: NarsealError | None = None
+        self.measured: Measured | None = None
+        self._threads = threads
+        self._sink = sink
+        # no honest compression makes a file much larger than its NAR
+        self._bound = info.nar_size + info.nar_size // 8 + 65536
+        self._written = 0
+        self._spent = 0.0
+        self._given_up = False
+        self._job: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._told = True
+        self._inspection = self._inspect()
+        self._news = asyncio.Event()
+
+    async def follow(self, beyond: int) -> int:
+        """See Reader.follow."""
+        while self.released <= beyond and not self.measured:
+            if self.failure:
+                raise self.failure
+            await self._news.wait()
+        return self.released
+
+    async def run(
+        self,
+        origins: AsyncIterator[Origin],
+        *,
+        on_wrong: OnWrong,
+    ) -> Measured:
+        """Fetch the file from the first of `origins` that has it whole and right.
+
+        Raises what the last of them failed with.
+        """
+        try:
+            self.measured = await self._fetch(origins, on_wrong)
+            self.size = self.released = self.measured.file_size
+            return self.measured
+        except NarsealError as error:
+            self.failure = error
+            raise
+        except BaseException:
+            self.failure = UpstreamTrouble("the transfer was given up")
+            self._given_up = True
+            raise
+        finally:
+            metrics.observe_verification("content", "good" if self.measured else "bad", self._spent)
+            self._tell()
+
+    async def settle(self) -> None:
+        """Wait until no thread works on the file any more."""
+        if self._job:
+            await asyncio.wait([self._job])
+
+    async def _fetch(
+        self,
+        origins: AsyncIterator[Origin],
+        on_wrong: OnWrong,
+    ) -> Measured:
+        last: NarsealError = NotFound(f"no upstream has the NAR of {self.info.store_path}")
+        contributors: set[Origin] = set()
+        async for origin in origins:
+            contributors.add(origin)
+            try:
+                await self._pull_patiently(origin)
+                return await self._finish()
+            except (NotFound, UpstreamTrouble) as error:
+                last = error
+            except (Refused, Malformed) as error:
+                await on_wrong(contributors, error)
+                last = error
+                if self.released:
+                    break
+                await self._restart()
+                contributors = set()
+        raise last
+
+    async def _pull_patiently(self, origin: Origin) -> None:
+        """Pull the rest, resuming as long as the upstream still gives something."""
+        fruitless = 0
+        for _ in range(_RESUMES):
+            before = self._written
+            self._job = self._threads.run_transfer(self._pull, origin)
+            try:
+                return await asyncio.shield(self._job)
+            except UpstreamTrouble as error:
+                if self._written == self.size:
+                    return None  # all was there; only the end of the line was not clean
+                fruitless = 0 if self._written > before else fruitless + 1
+                if fruitless > 1:
+                    raise
+                _log.info("resuming at byte %d: %s", self._written, error)
+                await asyncio.sleep(_PAUSE)
+        raise UpstreamTrouble(f"{origin.url}: broke off {_RESUMES} times")
+
+    def _pull(self, origin: Origin) -> None:
+        """In a thread: read and write, while another inspects the portion before."""
+        with origin.upstream.open(origin.url, self._written) as body, self._inspecting() as inspect:
+            self._agree(body.size)
+            while data := body.read(_CHUNK):
+                if self._given_up:
+                    raise UpstreamTrouble("the transfer was given up")
+                self._write(data)
+                inspect(data)
+                self._release()
+        if self.size is not None and self._written != self.size:
+            raise UpstreamTrouble(f"{origin.url}: ended after {self._written} of {self.size} bytes")
+
+    @contextmanager
+    def _inspecting(self) -> Iterator[Callable[[bytes], None]]:
+        """Inspect portions one behind; at the end, whatever it is, all of them were."""
+        running: Future[None] | None = None
+
+        def inspect(data: bytes) -> None:
+            nonlocal running
+            if running:
+                running.result()
+            running = self._threads.start(self._inspect_portion, data)
+
+        try:
+            yield inspect
+        finally:
+            if running:
+                running.result()
+
+    def _agree(self, size: int | None) -> None:
+        if size is None and self.info.compression == "none":
+            size = self.info.nar_size
+        if (size or 0) > self._bound:
+            raise Refused("too-large", f"{self.info.store_path}: a file of {size} bytes")
+        if self._written and self.size is not None and size != self.size:
+            raise UpstreamTrouble(f"the file now has {size} bytes, before {self.size}")
+        if not self._written:
+            self.size = size
+
+    def _write(self, data: bytes) -> None:
+        if self._written + len(data) > min(self._bound, self.size or self._bound):
+            raise Refused("too-large", f"{self.info.store_path}: more bytes than were announced")
+        with storage_errors():
+            view = memoryview(data)
+            while view:
+                done = len(data) - len(view)
+                view = view[os.pwrite(self.descriptor, view, self._written + done) :]
+        self._written += len(data)
+
+    def _inspect_portion(self, data: bytes) -> None:
+        start = perf_counter()
+        self._inspection.feed(data)
+        self._spent += perf_counter() - start
+
+    def _release(self) -> None:
+        """In a thread: let the readers have all but the last block."""
+        if self.size is not None and self._written - self.released >= WITHHELD:
+            self.released = max(self.released, min(self._written, self.size - WITHHELD))
+            if self._told:
+                self._told = False
+                self._loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        self._told = True
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def _finish(self) -> Measured:
+        start = perf_counter()
+        measured = await self._threads.run_transfer(self._inspection.finish)
+        self._spent += perf_counter() - start
+        return measured
+
+    async def _restart(self) -> None:
+        self._written = 0
+        self.size = None
+        self._inspection = self._inspect()
+        if self._sink:
+            self._sink.restart()
+        await self._threads.run(os.ftruncate, self.descriptor, 0)
+
+    def _inspect(self) -> Inspection:
+        return Inspection(self.info, on_plain=self._sink.feed if self._sink else None)

@@ -1,0 +1,1 @@
+"""Store paths, realisations and side files: found, admitted, renewed, read."""

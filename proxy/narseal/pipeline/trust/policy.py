@@ -1,0 +1,314 @@
+"""What the operator asks of a path before it is served: `[[policy]]`, first match wins.
+
+A verdict is found anew whenever an answer is not in memory; what a bundle says of whom is
+remembered, because neither changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from narseal.config import Config, PolicyConfig, RequirementConfig, Who
+from narseal.cosign.statement import Statement
+from narseal.cosign.verify import Verified
+from narseal.errors import (
+    ConfigError,
+    Denied,
+    MalformedAttestation,
+    MalformedStorePath,
+    Refused,
+)
+from narseal.nix.keys import PublicKey
+from narseal.nix.narinfo import NarInfo
+from narseal.nix.store_path import StorePath
+from narseal.pipeline.trust.sigstore import ExpectedSigners, verified
+from narseal.runtime.threads import ThreadPools
+from narseal.storage import (
+    Attestation,
+    Attestations,
+    LocalStorage,
+    NarRecord,
+    Revocations,
+    Revoked,
+    bundle_name,
+)
+from narseal.telemetry import metrics
+
+_log = logging.getLogger(__name__)
+_REMEMBERED = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a path may be served, and why."""
+
+    allowed: bool
+    #: As the configuration has it: `policy[2]` (from 0), or `policy_default`.
+    rule: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a verified bundle says of a digest."""
+
+    predicate_type: str
+    #: Names that its statement gives the digest.
+    names: tuple[str, ...]
+
+
+class Policy:
+    """The rules. ConfigError if one names a key that is not known, or a file that cannot be used."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        own_keys: Mapping[str, PublicKey],
+        attestations: Attestations,
+        revocations: Revocations,
+        storage: LocalStorage,
+        threads: ThreadPools,
+    ) -> None:
+        self._rules = config.policy
+        self._default = config.policy_default
+        #: Whether any path could be kept back.
+        self.active = bool(config.policy) or config.policy_default == "deny"
+        self._keys = known_keys(config, own_keys.keys())
+        self._signers = attesting_signers(config)
+        self._attestations = attestations
+        self._revocations = revocations
+        self._storage = storage
+        self._threads = threads
+        self._said: OrderedDict[tuple[Who, bytes, bytes], _Said | str] = OrderedDict()
+        self._revoked: Revoked | None = None
+        self._told: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    async def check(self, info: NarInfo, digests: frozenset[bytes]) -> None:
+        """Denied, with one line that says why, unless the rules let the path through."""
+        if not self.active:
+            return
+        self._enforce(info.store_path, await self.verdict(info, digests))
+
+    async def passes(self, info: NarInfo, digests: frozenset[bytes]) -> bool:
+        """Whether the rules let the path through."""
+        return not self.active or (await self.verdict(info, digests)).allowed
+
+    async def verdict(self, info: NarInfo, digests: frozenset[bytes]) -> Verdict:
+        """What the rules say of an admitted path; `digests` are those of its verified content.
+
+        Trouble if it cannot be found out.
+        """
+        label, rule = self._rule(info.store_path)
+        if (settled := self._settled(label, rule)) is not None:
+            return settled
+        assert rule is not None  # without a rule it is settled
+        allowed, why = await self._meets(rule, info, digests)
+        return Verdict(allowed, label, why)
+
+    def check_name(self, path: StorePath) -> None:
+        """Denied if no content and no signature could make the rules let the path through."""
+        if (settled := self._settled(*self._rule(path))) is not None:
+            self._enforce(path, settled)
+
+    def _rule(self, path: StorePath) -> tuple[str, PolicyConfig | None]:
+        """The first rule that is about a path, and what to call it."""
+        for number, rule in enumerate(self._rules):
+            if rule.matches(path.name):
+                return f"policy[{number}] ({', '.join(rule.match)})", rule
+        return "policy_default", None
+
+    def _settled(self, label: str, rule: PolicyConfig | None) -> Verdict | None:
+        """The verdict of a rule that asks for nothing."""
+        if rule is None:
+            why = f'"{self._default}": no rule is about it'
+            return Verdict(self._default == "allow", label, why)
+        if rule.action is not None:
+            return Verdict(rule.action == "allow", label, f'action is "{rule.action}"')
+        return None
+
+    def _enforce(self, path: StorePath, verdict: Verdict) -> None:
+        if not verdict.allowed:
+            self._tell(path, verdict)
+            raise Denied(f"{path}: {verdict.rule}: {verdict.why}")
+
+    async def _meets(
+        self, wanted: RequirementConfig, info: NarInfo, digests: frozenset[bytes]
+    ) -> tuple[bool, str]:
+        if wanted.require == "signature":
+            return self._is_signed(wanted, info, (await self._revocations.now()).keys)
+        if wanted.require == "attestation":
+            return await self._is_attested(wanted, info, digests)
+        reasons = []
+        for part in wanted.of:
+            met, why = await self._meets(part, info, digests)
+            if met == (wanted.require == "any"):
+                return met, why
+            reasons.append(why)
+        return wanted.require == "all", "; ".join(reasons)
+
+    def _is_signed(
+        self, wanted: RequirementConfig, info: NarInfo, revoked: frozenset[str]
+    ) -> tuple[bool, str]:
+        message = info.fingerprint()
+        names = []
+        for text in wanted.keys:
+            key = self._keys[text]
+            if key.name in revoked:
+                names.append(f"{key.name} (revoked)")
+                continue
+            names.append(key.name)
+            for signature in info.signatures:
+                if signature.key_name == key.name and key.verifies(message, signature):
+                    return True, f"signed by {key.name}"
+        return False, f"it has no signature by {' or '.join(names)}"
+
+    async def _is_attested(
+        self, wanted: RequirementConfig, info: NarInfo, digests: frozenset[bytes]
+    ) -> tuple[bool, str]:
+        who = wanted.who
+        kinds = " or ".join(wanted.predicate_types) or "any type"
+        last = ""
+        for found in reversed(await self._attestations.covering(*digests)):
+            if wanted.predicate_types and found.predicate_type not in wanted.predicate_types:
+                continue
+            said = await self._say(who, found)
+            if isinstance(said, str):
+                last = said
+            elif wanted.predicate_types and said.predicate_type not in wanted.predicate_types:
+                last = f"one says it is {found.predicate_type} and is {said.predicate_type}"
+            elif (others := _other_paths(said.names, info)) is not None:
+                last = f"one is of {others}"
+            else:
+                return True, f"attested ({said.predicate_type}) by {who}"
+        sentence = f"it has no attestation ({kinds}) by {who}"
+        return False, f"{sentence}; {last}" if last else sentence
+
+    async def _say(self, who: Who, found: Attestation) -> _Said | str:
+        """What a bundle says of its subject, if it is by `who`; else why not."""
+        key = (who, found.digest, found.subject)
+        revoked = await self._revocations.now()
+        if revoked is not self._revoked:
+            self._said.clear()
+            self._revoked = revoked
+        known = self._said.get(key)
+        if known is None:
+            data = await self._threads.run(self._storage.read, bundle_name(found.digest))
+            try:
+                if data is None:
+                    raise Refused("bad-bundle", "the bundle is not in storage any more")
+                result = await self.verify(who, data, found.subject)
+                known = _of_subject(result.statement, found.subject)
+            except (Refused, MalformedAttestation) as error:
+                known = str(error)
+            self._said[key] = known
+            while len(self._said) > _REMEMBERED:
+                self._said.popitem(last=False)
+        return known
+
+    async def verify(self, who: Who, data: bytes, digest: bytes) -> Verified:
+        """What a bundle by `who` says of a digest; Refused or Malformed if it is not by them.
+
+        Nor may its key, or its identity at the time, be revoked.
+        """
+        verifier = await self._threads.run(self._signers.verifier, who)
+        found = await self._threads.run(verified, verifier, data, digest)
+        revoked = await self._revocations.now()
+        if found.signer in revoked.cosign_keys:
+            raise Refused("bad-bundle", "its key is revoked")
+        if who.issuer and revoked.bars(found.signer, who.issuer, found.signed_at):
+            raise Refused("bad-bundle", f"{found.signer} is revoked since before it was signed")
+        return found
+
+    def _tell(self, path: StorePath, verdict: Verdict) -> None:
+        """Count; say it once for each path and rule."""
+        metrics.rejected.labels("policy").inc()
+        key = (path.hash_part, verdict.rule)
+        if key not in self._told:
+            _log.warning("kept back %s: %s: %s", path, verdict.rule, verdict.why)
+            self._told[key] = None
+            while len(self._told) > _REMEMBERED:
+                self._told.popitem(last=False)
+
+
+def content_digests(info: NarInfo, nar: NarRecord) -> frozenset[bytes]:
+    """The digests of a path's content that were verified: its NAR's, and its stored file's."""
+    if nar.stored and nar.file_hash:
+        return frozenset((info.nar_hash.digest, nar.file_hash.digest))
+    return frozenset((info.nar_hash.digest,))
+
+
+def attesters(config: Config) -> Iterator[tuple[Who, tuple[str, ...]]]:
+    """Everybody whose attestations are of use, and their predicate types (none: any)."""
+    for rule in config.policy:
+        for part in rule.attesters():
+            yield part.who, part.predicate_types
+    for accepted in config.attestations.accept:
+        yield accepted.who, accepted.predicate_types
+
+
+def attesting_signers(config: Config) -> ExpectedSigners:
+    """Verifiers of attestations; ConfigError if a key or trust file cannot be used. Blocks."""
+    who = [who for who, _ in attesters(config)]
+    return ExpectedSigners(who, trust_config=config.cosign.trust_config)
+
+
+def _of_subject(statement: Statement | None, digest: bytes) -> _Said:
+    if statement is None:
+        raise Refused("bad-bundle", "it is a signature, not an attestation")
+    names = tuple(s.name for s in statement.subjects if s.digest == digest)
+    return _Said(statement.predicate_type, names)
+
+
+def _other_paths(names: tuple[str, ...], info: NarInfo) -> str | None:
+    """The store path that the names of a subject say, unless this one is among them.
+
+    A digest is of content only: an attestation that names its store path is for no other.
+    """
+    found = []
+    for name in names:
+        text = name.removeprefix(f"{info.store_dir}/")
+        try:
+            found.append(StorePath.parse(text))
+        except MalformedStorePath:
+            return None  # names a file, or nothing
+    if not found or info.store_path in found:
+        return None
+    return str(found[0])
+
+
+def known_keys(config: Config, own_names: Collection[str]) -> dict[str, PublicKey]:
+    """The keys that rules name, by their text; ConfigError if one is not known, or is our own."""
+    pinned: dict[str, set[PublicKey]] = {}
+    for key in (k for u in config.upstream for k in u.public_keys):
+        pinned.setdefault(key.name, set()).add(key)
+    for key in config.upload.trusted_keys:
+        pinned.setdefault(key.name, set()).add(key)
+    found = {}
+    for number, rule in enumerate(config.policy):
+        for text in _key_texts(rule):
+            name = text.partition(":")[0]
+            if name in own_names:
+                raise ConfigError(
+                    f"policy[{number}]: {name} is the operator's own key, which signs what the"
+                    " rules let through; name the key of whoever must have signed before"
+                )
+            keys = {PublicKey.parse(text)} if ":" in text else pinned.get(text, set())
+            if len(keys) != 1:
+                known = ", ".join(sorted(pinned)) or "none"
+                raise ConfigError(
+                    f"policy[{number}]: no key is called {text}; there are: {known}. Give it whole"
+                    if not keys
+                    else f"policy[{number}]: two keys are called {text}; give the one whole"
+                )
+            found[text] = keys.pop()
+    return found
+
+
+def _key_texts(wanted: RequirementConfig) -> Iterator[str]:
+    yield from wanted.keys
+    for part in wanted.of:
+        yield from _key_texts(part)

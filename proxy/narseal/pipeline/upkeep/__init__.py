@@ -1,0 +1,1 @@
+"""What is done to what is there: rotation, revocation, repair, check, rebuild."""

@@ -1,0 +1,128 @@
+"""Revoking: first nothing rests on it any more, then everything is looked at again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from narseal.cosign.bundle import Bundle
+from narseal.cosign.verify import names_of
+from narseal.errors import Malformed, NarsealError
+from narseal.pipeline.paths.admission import Admission
+from narseal.runtime.threads import ThreadPools
+from narseal.storage import Epoch, Index, LocalStorage, Revocation, bundle_name
+
+_PAGE = 500
+_SETTLE = 1.0  # seconds after which every answer that was being made has gone out
+
+#: Told how much was looked at, and of what.
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of everything that carried a revoked signature."""
+
+    #: Paths that lost it; those signed anew; those withdrawn, with the reason.
+    stripped: int
+    signed: int
+    withdrawn: tuple[tuple[str, str], ...]
+    #: Bundles that are not given out any more.
+    bundles: int
+
+
+class Revoking:
+    """The work of `narseal revoke`, beside a narseal that serves, or without one."""
+
+    def __init__(
+        self,
+        *,
+        index: Index,
+        admission: Admission,
+        storage: LocalStorage,
+        threads: ThreadPools,
+        epoch: Epoch,
+    ) -> None:
+        self._index = index
+        self._admission = admission
+        self._storage = storage
+        self._threads = threads
+        self._epoch = epoch
+
+    async def revoke(self, revocation: Revocation, progress: Progress) -> Outcome:
+        """Stop it in every worker at once, strip its signatures, sign anew what still verifies.
+
+        When this returns, no answer carries them. Unavailable if the index cannot be had: what is
+        revoked is revoked then, and running it again goes on.
+        """
+        await self._index.revocations.add(revocation)
+        self._epoch.advance()
+        self._epoch.arrive()
+        started = time.monotonic()
+        stripped = signed = 0
+        withdrawn: list[tuple[str, str]] = []
+        if revocation.kind == "key":
+            async for hash_part in self._carrying(revocation.name):
+                stripped += 1
+                try:
+                    await self._admission.renew(hash_part)
+                    signed += 1
+                except NarsealError as error:
+                    withdrawn.append((hash_part, str(error)))
+                    await self._admission.strip(hash_part)
+                progress("paths", stripped)
+            bundles = 0
+        else:
+            bundles = await self._drop_bundles(revocation, progress)
+        self._epoch.advance()
+        await asyncio.sleep(max(0.0, _SETTLE - (time.monotonic() - started)))
+        return Outcome(stripped, signed, tuple(withdrawn), bundles)
+
+    async def _carrying(self, name: str) -> AsyncIterator[str]:
+        after = ""
+        while page := await self._index.signed_by([name], after=after, limit=_PAGE):
+            for hash_part in page:
+                yield hash_part
+            after = page[-1]
+
+    async def _drop_bundles(self, revocation: Revocation, progress: Progress) -> int:
+        """Forget bundles that it signed; narseal's own are made anew by the key that is active."""
+        count = 0
+        for looked, digest in enumerate(await self._index.attestations.digests(), 1):
+            data = await self._threads.run(self._storage.read, bundle_name(digest))
+            if data is not None and await self._threads.run(_is_by, data, revocation):
+                await self._index.attestations.forget(digest)
+                await self._threads.run(self._storage.remove, bundle_name(digest))
+                count += 1
+            progress("bundles", looked)
+        count += await self._drop_single(revocation)
+        await self._index.attestations.enqueue_all()
+        return count
+
+    async def _drop_single(self, revocation: Revocation) -> int:
+        """Signatures of single files."""
+        count = 0
+        after = ""
+        while page := await self._index.attestations.singles(after=after, limit=_PAGE):
+            for file, data in page:
+                if await self._threads.run(_is_by, data, revocation):
+                    await self._index.attestations.forget_single(file)
+                    count += 1
+            after = page[-1][0]
+        return count
+
+
+def _is_by(data: bytes, revocation: Revocation) -> bool:
+    """In a thread: whether a bundle is by a revoked key, or by an identity since it was revoked."""
+    try:
+        bundle = Bundle.parse(data)
+    except Malformed:
+        return False
+    if revocation.kind == "cosign":
+        return bundle.hint == revocation.name
+    if bundle.certificate is None:
+        return False
+    names, issuers, began = names_of(bundle.certificate)
+    return revocation.name in names and revocation.issuer in issuers and began >= revocation.since

@@ -1,0 +1,1 @@
+"""What uploaders bring: store paths and attestations."""

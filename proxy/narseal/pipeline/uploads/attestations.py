@@ -1,0 +1,185 @@
+"""What pipelines leave here about paths and files: attestations, verified before they are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import asdict
+from typing import Any
+
+from narseal.config import Config
+from narseal.cosign.bundle import Bundle, Envelope
+from narseal.cosign.statement import Statement, read_json
+from narseal.errors import (
+    BadUpload,
+    Denied,
+    Malformed,
+    NarsealError,
+    NotFound,
+    Refused,
+    UploadTooLarge,
+)
+from narseal.pipeline.paths.admission import Admission
+from narseal.pipeline.trust.policy import Policy, attesters, content_digests
+from narseal.runtime.tasks import BackgroundTasks
+from narseal.runtime.threads import ThreadPools
+from narseal.storage import (
+    Attestation,
+    Attestations,
+    Epoch,
+    LocalStorage,
+    bundle_name,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Provenance:
+    """Takes in-toto statements in Sigstore bundles and shows which there are."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        policy: Policy,
+        admission: Admission,
+        attestations: Attestations,
+        storage: LocalStorage,
+        threads: ThreadPools,
+        tasks: BackgroundTasks,
+        epoch: Epoch,
+    ) -> None:
+        self._config = config.attestations
+        self._attesters = dict.fromkeys(attesters(config))
+        self._policy = policy
+        self._admission = admission
+        self._attestations = attestations
+        self._storage = storage
+        self._threads = threads
+        self._tasks = tasks
+        self._epoch = epoch
+
+    @property
+    def takes_any(self) -> bool:
+        """Whether the configuration names anybody who may attest."""
+        return bool(self._attesters)
+
+    @property
+    def max_bytes(self) -> int:
+        """Of one bundle."""
+        return self._config.size
+
+    async def put_for_path(self, hash_part: str, data: bytes) -> bool:
+        """Keep an attestation of a store path's NAR or stored file; see `put`."""
+        (path, nar), _ = await self._admission.preview(hash_part)
+        return await self._put(content_digests(path.info, nar), str(path.info.store_path), data)
+
+    async def put(self, digest: bytes, data: bytes) -> bool:
+        """Keep an attestation of a file or NAR by its SHA-256; returns whether it is new.
+
+        BadUpload if the bundle is none, is of another digest, or is not by one of whom the
+        configuration names; UploadTooLarge if there are too many. What policy kept back for
+        want of it is served from now on.
+        """
+        return await self._put(frozenset((digest,)), f"sha256:{digest.hex()}", data)
+
+    async def status(self, hash_part: str) -> dict[str, Any]:
+        """What is known of a path, and what policy says of it; as JSON. See `Admission.look`."""
+        (path, nar), admitted = await self._admission.preview(hash_part)
+        info = path.info
+        digests = content_digests(info, nar)
+        verdict = await self._policy.verdict(info, digests)
+        return {
+            "storePath": f"{info.store_dir}/{info.store_path}",
+            "narHash": f"sha256:{info.nar_hash.nix32}",
+            "narSize": info.nar_size,
+            "admitted": admitted,
+            "evidence": path.evidence,
+            "signatures": [signature.key_name for signature in info.signatures],
+            "url": f"nar/{nar.file}",
+            "stored": nar.stored,
+            "digests": sorted(f"sha256:{digest.hex()}" for digest in digests),
+            "policy": asdict(verdict),
+            "attestations": [
+                _shown(found) for found in await self._attestations.covering(*digests)
+            ],
+        }
+
+    async def _put(self, digests: frozenset[bytes], thing: str, data: bytes) -> bool:
+        try:
+            compact, statement = await self._threads.run(_parse, data)
+            digest = next((d for d in digests if statement.covers(d)), None)
+            if digest is None:
+                raise BadUpload(
+                    f"the attestation is not of {thing}: that is not among its subjects"
+                )
+            signer = await self._verify(compact, statement, digest)
+        except Malformed as error:
+            raise BadUpload(str(error)) from error
+        name = hashlib.sha256(compact).digest()
+        subjects = frozenset(subject.digest for subject in statement.subjects)
+        await self._threads.run(self._storage.write, bundle_name(name), compact)
+        try:
+            new = await self._attestations.put(
+                name, statement.predicate_type, signer, subjects, most=self._config.per_digest
+            )
+        except UploadTooLarge:
+            await self._threads.run(self._storage.remove, bundle_name(name))
+            raise
+        if new:
+            _log.info(
+                "took an attestation of %s",
+                thing,
+                extra={"signer": signer, "predicate_type": statement.predicate_type},
+            )
+            self._epoch.arrive()
+            self._tasks.start(self._renew(subjects), f"attested {thing}")
+        return new
+
+    async def _verify(self, data: bytes, statement: Statement, digest: bytes) -> str:
+        """Who signed it, of those who may; BadUpload says why it is nobody."""
+        reasons: dict[str, None] = {}
+        for who, predicate_types in self._attesters:
+            if predicate_types and statement.predicate_type not in predicate_types:
+                reasons[f"{who} may not attest {statement.predicate_type}"] = None
+                continue
+            try:
+                found = await self._policy.verify(who, data, digest)
+            except (Refused, Malformed) as error:
+                reasons[f"{error}"] = None
+                continue
+            return str(who) if who.cosign_key else f"{found.signer} of {who.issuer}"
+        raise BadUpload(f"nobody who may attest signed it: {'; '.join(list(reasons)[:4])}")
+
+    async def _renew(self, subjects: frozenset[bytes]) -> None:
+        """Sign what may be served now, and put its narinfo into the folder."""
+        for hash_part in await self._attestations.paths_of(subjects):
+            try:
+                await self._admission.path(hash_part)
+            except (Denied, NotFound):
+                continue
+            except NarsealError as error:
+                _log.warning("%s waits for its next reader: %s", hash_part, error)
+
+
+def _shown(found: Attestation) -> dict[str, Any]:
+    """An attestation as the status of a path lists it."""
+    return {
+        "predicateType": found.predicate_type,
+        "signer": found.signer or "narseal",
+        "subject": f"sha256:{found.subject.hex()}",
+        "bundle": f"sha256:{found.digest.hex()}",
+        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(found.made_at)),
+    }
+
+
+def _parse(data: bytes) -> tuple[bytes, Statement]:
+    """In a thread: the bundle on one line, and its statement."""
+    tree = read_json(data, limit=len(data), what="the bundle")
+    compact = json.dumps(tree, separators=(",", ":")).encode()
+    content = Bundle.parse(compact).content
+    if not isinstance(content, Envelope):
+        raise BadUpload("the bundle is a signature of a file; an attestation is a DSSE envelope")
+    return compact, Statement.parse(content.payload)

@@ -1,0 +1,323 @@
+"""Taking what `nix copy --to` brings. Nothing of it is served before it was held to its hashes.
+
+A NAR waits among the uploads, unseen, until a narinfo claims it. Then it is decoded and hashed as
+it lies there, published, countersigned and pinned, in that order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from narseal.config import Config
+from narseal.custody.tokens import Token
+from narseal.errors import (
+    BadUpload,
+    ContentMismatch,
+    Denied,
+    Forbidden,
+    Malformed,
+    NotFound,
+    Refused,
+    UploadConflict,
+    UploadTooLarge,
+)
+from narseal.nix.addressing import check_content_address
+from narseal.nix.compression import is_file_name
+from narseal.nix.hashes import Hash
+from narseal.nix.inspection import Inspection, Measured
+from narseal.nix.keys import Signature, plausible
+from narseal.nix.narinfo import MOST_BUT_OURS, NarInfo
+from narseal.nix.references import ReferenceScanner
+from narseal.pipeline.nars.fetcher import Fetcher
+from narseal.pipeline.paths.admission import Admission
+from narseal.pipeline.trust.countersign import Countersigner
+from narseal.pipeline.trust.policy import Policy, content_digests
+from narseal.runtime.threads import ThreadPools
+from narseal.storage import (
+    Admitted,
+    Epoch,
+    Index,
+    LocalStorage,
+    NarRecord,
+    PathRecord,
+    storage_errors,
+)
+
+_log = logging.getLogger(__name__)
+_CHUNK = 1 << 19
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    """A NAR that a narinfo may claim."""
+
+    record: NarRecord
+    #: Where its verified bytes lie; None if they are published already.
+    incoming: tuple[int, Path] | None
+
+
+class Uploads:
+    """What uploaders may bring, by kind."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        storage: LocalStorage,
+        index: Index,
+        admission: Admission,
+        fetcher: Fetcher,
+        countersigner: Countersigner,
+        threads: ThreadPools,
+        epoch: Epoch,
+        policy: Policy,
+    ) -> None:
+        self._config = config
+        self._policy = policy
+        self._upload = config.upload
+        self._storage = storage
+        self._index = index
+        self._admission = admission
+        self._fetcher = fetcher
+        self._countersigner = countersigner
+        self._threads = threads
+        self._epoch = epoch
+        self._trusted = {key.name: key for key in config.upload.trusted_keys}
+
+    def check_size(self, size: int | None) -> None:
+        """UploadTooLarge, before a byte of the body is taken."""
+        if size is not None and size > self._upload.nar_size:
+            raise UploadTooLarge(f"{size} bytes; upload.nar_size is {self._upload.nar_size}")
+
+    async def put_nar(self, file: str, size: int | None, chunks: AsyncIterator[bytes]) -> None:
+        """Keep a NAR file until a narinfo claims it; its name is its SHA-256.
+
+        BadUpload if the bytes have another hash or end early; UploadTooLarge; StorageFull if all
+        uploads that wait take too much room.
+        """
+        self.check_size(size)
+        await self._threads.run(self._make_room, size or 0)
+        incoming = await self._threads.run(self._storage.incoming)
+        try:
+            hasher = hashlib.sha256()
+            written = 0
+            portion = bytearray()
+            async for chunk in chunks:
+                written += len(chunk)
+                self.check_size(written)
+                portion += chunk
+                if len(portion) >= _CHUNK:
+                    await self._threads.run(_append, incoming[0], hasher, portion)
+                    portion = bytearray()
+            await self._threads.run(_append, incoming[0], hasher, portion)
+            if size is not None and written != size:
+                raise BadUpload(f"the body ended after {written} of {size} bytes")
+            found = Hash("sha256", hasher.digest())
+            if found.nix32 != file.partition(".")[0]:
+                raise BadUpload(f"nar/{file}: the file's hash is {found}")
+            await self._threads.run(self._storage.keep_upload, incoming[1], file)
+        finally:
+            await self._threads.run(self._storage.discard, incoming)
+
+    async def put_narinfo(self, hash_part: str, data: bytes, token: Token) -> bool:
+        """Admit a store path whose NAR was uploaded, or add signatures to one that is there.
+
+        Returns whether it is new. BadUpload, UploadConflict or Forbidden if not; what is wrong with
+        the NAR is BadUpload too, and the NAR is not kept.
+        """
+        try:
+            info = self._parsed(hash_part, data)
+            trusted = await self._authorise(info, token)
+            found = await self._index.path(hash_part)
+            if found and not found[0].withdrawn:
+                await self._merge(found[0], found[1], info)
+                return False
+            check_content_address(info)
+            await self._check_references(info)
+            arrived = await self._arrived(info)
+            await self._admit(info, arrived, token, trusted)
+            return True
+        except Refused as error:
+            kind = UploadConflict if error.reason == "conflict" else BadUpload
+            raise kind(str(error)) from error
+        except Malformed as error:
+            raise BadUpload(str(error)) from error
+
+    def _parsed(self, hash_part: str, data: bytes) -> NarInfo:
+        info = NarInfo.parse(data, store_dir=self._config.store_dir)
+        if info.store_path.hash_part != hash_part:
+            raise BadUpload(f"{hash_part}.narinfo is of {info.store_path}")
+        folder, _, file = info.url.partition("/")
+        if folder != "nar" or not is_file_name(file, info.compression):
+            raise BadUpload(
+                f"{info.url[:100]!r} is not nar/<hash>.nar with the compression's suffix"
+            )
+        limit = min(self._config.limits.nar_size, 64 * self._upload.nar_size)
+        if info.nar_size > limit:
+            raise BadUpload(f"{info.store_path}: a NAR of {info.nar_size} bytes is too large")
+        return info
+
+    async def _authorise(self, info: NarInfo, token: Token) -> str | None:
+        """The trusted upload key that signed it, or None if the token itself covers the path."""
+        revoked = (await self._index.revocations.now()).keys
+        message = info.fingerprint()
+        for signature in info.signatures:
+            key = self._trusted.get(signature.key_name)
+            if key and key.name not in revoked and key.verifies(message, signature):
+                return key.name
+        if not token.may(info.store_path.name):
+            raise Forbidden(
+                f"the token {token.name} does not cover {info.store_path.name}; it covers"
+                f" {', '.join(token.allow) or 'nothing'}"
+            )
+        return None
+
+    async def _merge(self, path: PathRecord, nar: NarRecord, info: NarInfo) -> None:
+        """Add good signatures; whatever else the narinfo says stays as it was."""
+        if path.info.fingerprint() != info.fingerprint():
+            raise UploadConflict(
+                f"{info.store_path} is here with NarHash {path.info.nar_hash}, and nothing is"
+                f" overwritten; the upload says {info.nar_hash}"
+            )
+        more = set(self._kept(info)) - set(path.info.signatures)
+        if not more:
+            return
+        if len(more) + len(path.info.signatures) > MOST_BUT_OURS:
+            raise BadUpload(f"{info.store_path} has {len(path.info.signatures)} signatures already")
+        united = await self._index.sign(info.store_path.hash_part, more)
+        merged = replace(path, info=path.info.with_signatures(united))
+        if nar.stored:
+            await self._fetcher.write_narinfo(merged, nar)
+        self._epoch.advance()
+
+    def _kept(self, info: NarInfo) -> list[Signature]:
+        known = self._trusted | self._countersigner.public_keys
+        return plausible(info.signatures, known, info.fingerprint())
+
+    async def _check_references(self, info: NarInfo) -> None:
+        """A path comes after what it refers to, here or at an upstream."""
+        for reference in info.references:
+            if reference == info.store_path:
+                continue
+            try:
+                await self._admission.path(reference.hash_part)
+            except Denied:
+                continue  # it is here, and kept back
+            except (NotFound, Refused) as error:
+                raise BadUpload(
+                    f"{info.store_path} refers to {reference}, which is not here: upload it first"
+                ) from error
+
+    async def _arrived(self, info: NarInfo) -> _Arrived:
+        """The uploaded NAR, held to the narinfo; or a stored one that is the same."""
+        file = info.url.removeprefix("nar/")
+        if stored := await self._stored(file, info):
+            return _Arrived(stored, None)
+        incoming = await self._threads.run(self._storage.open_upload, file)
+        if incoming is None:
+            if stored := await self._stored(file, info):  # another client was faster
+                return _Arrived(stored, None)
+            raise BadUpload(f"nar/{file} is not here: upload it before its narinfo")
+        try:
+            measured, missing = await self._threads.run_transfer(_inspect, info, incoming[0])
+            claimed = (info.file_hash or measured.file_hash, info.file_size or measured.file_size)
+            if claimed != (measured.file_hash, measured.file_size):
+                raise ContentMismatch(
+                    "content-mismatch",
+                    f"nar/{file}: its FileHash is {measured.file_hash}, its size"
+                    f" {measured.file_size}; the narinfo says otherwise",
+                )
+            self._check_missing(info, missing)
+        except (Refused, Malformed, BadUpload):
+            await self._threads.run(self._storage.discard, incoming)
+            await self._threads.run(self._storage.discard_upload, file)
+            raise
+        record = NarRecord.from_file(
+            info, file, file_hash=measured.file_hash, file_size=measured.file_size
+        )
+        return _Arrived(record, incoming)
+
+    async def _stored(self, file: str, info: NarInfo) -> NarRecord | None:
+        record = await self._index.nar(file)
+        same = record is not None and (record.nar_hash, record.nar_size, record.compression) == (
+            info.nar_hash,
+            info.nar_size,
+            info.compression,
+        )
+        return record if record and record.stored and same else None
+
+    def _check_missing(self, info: NarInfo, missing: set[str]) -> None:
+        if not missing:
+            return
+        sentence = f"{info.store_path}: its NAR does not contain {', '.join(sorted(missing)[:4])}"
+        if self._upload.references == "refuse":
+            raise BadUpload(f"{sentence}, to which the narinfo refers")
+        _log.warning("%s", sentence)
+
+    async def _admit(
+        self, info: NarInfo, arrived: _Arrived, token: Token, trusted: str | None
+    ) -> None:
+        evidence = f"upload {token.id}" + (f" signature {trusted}" if trusted else "")
+        kept = info.with_signatures(tuple(sorted(set(self._kept(info)))[:MOST_BUT_OURS]))
+        record = replace(arrived.record, stored=True)
+        if arrived.incoming:
+            try:  # its name is its own hash: whatever is there under it is the same
+                await self._threads.run(
+                    self._storage.publish, *arrived.incoming, f"nar/{record.file}"
+                )
+            finally:
+                await self._threads.run(self._storage.discard, arrived.incoming)
+        passes = await self._policy.passes(kept, content_digests(kept, record))
+        if passes:
+            kept = await self._admission.sign(kept, record)
+        path, nar = await self._pin(PathRecord(kept, record.file, evidence), record)
+        await self._fetcher.write_narinfo(path, nar)
+        await self._threads.run(self._storage.discard_upload, info.url.removeprefix("nar/"))
+        self._epoch.arrive()
+        _log.info(
+            "uploaded %s",
+            info.store_path,
+            extra={"token": token.name, "evidence": evidence, "kept_back": not passes},
+        )
+
+    async def _pin(self, path: PathRecord, record: NarRecord) -> Admitted:
+        """Bring both into the index."""
+        if admitted := await self._index.admit_stored(path, record):
+            return admitted
+        bound = await self._index.bind(replace(record, stored=False))
+        if bound.file != record.file:  # an upstream's lie has the name
+            await self._threads.run(self._storage.link, f"nar/{record.file}", f"nar/{bound.file}")
+        record = replace(record, file=bound.file)
+        await self._index.publish(bound, record)
+        return await self._index.admit(replace(path, nar_file=bound.file), record)
+
+    def _make_room(self, size: int) -> None:
+        """In a thread: drop uploads that nobody claimed in time; StorageFull if it is not enough."""
+        self._storage.sweep_uploads(
+            max_age=self._upload.quarantine_age, max_bytes=self._upload.quarantine_size - size
+        )
+
+
+def _inspect(info: NarInfo, descriptor: int) -> tuple[Measured, set[str]]:
+    """In a thread: the whole file, decoded and hashed, and the references that it lacks."""
+    claimed = {reference.hash_part for reference in info.references}
+    scanner = ReferenceScanner(claimed)
+    inspection = Inspection(info, on_plain=scanner.feed)
+    offset = 0
+    while data := os.pread(descriptor, _CHUNK, offset):
+        offset += len(data)
+        inspection.feed(data)
+    return inspection.finish(), claimed - scanner.found
+
+
+def _append(descriptor: int, hasher: hashlib._Hash, chunk: bytearray) -> None:
+    with storage_errors():
+        view = memoryview(chunk)
+        while view:
+            view = view[os.write(descriptor, view) :]
+    hasher.update(chunk)

@@ -1,0 +1,37 @@
+"""Where blocking work runs: two bounded pools of threads a worker, never the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class ThreadPools:
+    """Hashing, compression and disk work; most of it lets go of the interpreter's lock."""
+
+    def __init__(self, *, transfers: int) -> None:
+        threads = min(32, 4 + 2 * (os.cpu_count() or 1))
+        self._short = ThreadPoolExecutor(threads, thread_name_prefix="blocking")
+        self._long = ThreadPoolExecutor(transfers, thread_name_prefix="transfer")
+
+    def run(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        """Start `work(*args)`, which takes milliseconds, in a thread; the future is its result."""
+        return asyncio.get_running_loop().run_in_executor(self._short, work, *args)
+
+    def start(self, work: Callable[..., T], *args: object) -> Future[T]:
+        """The same for a caller that is a thread itself, and waits with `result()`."""
+        return self._short.submit(work, *args)
+
+    def run_transfer(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        """Start work that waits for an upstream, so that it holds up nothing else."""
+        return asyncio.get_running_loop().run_in_executor(self._long, work, *args)
+
+    def close(self) -> None:
+        """Wait for what runs."""
+        self._long.shutdown()
+        self._short.shutdown()

@@ -1,0 +1,125 @@
+"""What is answered to PUT: the routes of `nix copy --to`, and attestations."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from narseal.errors import BadUpload, NarsealError, Refused, UploadTooLarge
+from narseal.nix import narinfo, realisation
+from narseal.nix.compression import CONTENT_ENCODINGS, decompressor
+from narseal.nix.hashes import Hash
+from narseal.pipeline.substituter import Substituter
+from narseal.server.auth import Gate
+from narseal.server.failure import failure
+
+
+class UploadHandlers:
+    """The handlers of uploads."""
+
+    def __init__(self, substituter: Substituter, gate: Gate) -> None:
+        self._substituter = substituter
+        self._gate = gate
+
+    def handlers(self) -> dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]]:
+        """What the configuration lets in, by the name of the route that gives it out."""
+        found: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]] = {}
+        if self._substituter.provenance.takes_any:
+            found |= {"attestations": self.attestation, "attestations-of": self.attestation}
+        if self._substituter.config.upload.enabled:
+            found |= {
+                "nix-cache-info": self.cache_info,
+                "narinfo": self.narinfo,
+                "nar": self.nar,
+                "ls": self.side_file,
+                "log": self.side_file,
+                "debuginfo": self.side_file,
+                "realisations": self.realisation,
+                "build-trace-v2": self.realisation,
+            }
+        return found
+
+    async def expect(self, request: web.Request) -> web.StreamResponse | None:
+        """`Expect: 100-continue`: who may not, or brings too much, is told before the body."""
+        try:
+            await self._gate.identify(request)
+            if "file" in request.match_info:
+                self._substituter.uploads.check_size(request.content_length)
+        except NarsealError as error:  # no middleware has been asked yet
+            return failure(error)
+        assert request.transport is not None
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return None
+
+    async def cache_info(self, request: web.Request) -> web.Response:
+        """Nix may bring one; ours stays."""
+        await self._gate.identify(request)
+        return web.Response(status=200)
+
+    async def nar(self, request: web.Request) -> web.Response:
+        """A NAR, to wait for its narinfo."""
+        await self._gate.identify(request)
+        if request.headers.get("Content-Encoding", "identity") != "identity":
+            raise BadUpload("a NAR has no Content-Encoding: its compression is in its narinfo")
+        chunks = request.content.iter_any()
+        uploads = self._substituter.uploads
+        await uploads.put_nar(request.match_info["file"], request.content_length, chunks)
+        return web.Response(status=201)
+
+    async def narinfo(self, request: web.Request) -> web.Response:
+        """A narinfo, which makes its NAR visible."""
+        token = await self._gate.identify(request)
+        data = await self._body(request, narinfo.MAX_BYTES)
+        uploads = self._substituter.uploads
+        new = await uploads.put_narinfo(request.match_info["hash"], data, token)
+        return web.Response(status=201 if new else 200)
+
+    async def realisation(self, request: web.Request) -> web.Response:
+        """A realisation of either spelling."""
+        token = await self._gate.identify(request)
+        data = await self._body(request, realisation.MAX_BYTES)
+        await self._substituter.realisations.put(request.match_info["name"], data, token)
+        return web.Response(status=201)
+
+    async def side_file(self, request: web.Request) -> web.Response:
+        """A listing, a log or a debug-info pointer."""
+        await self._gate.identify(request)
+        data = await self._body(request, self._substituter.config.limits.side_file)
+        await self._substituter.put_side_file(request.match_info["name"], data)
+        return web.Response(status=201)
+
+    async def attestation(self, request: web.Request) -> web.Response:
+        """An attestation of a digest or a store path. Who brings it matters less than who signed."""
+        await self._gate.identify(request)
+        provenance = self._substituter.provenance
+        data = await self._body(request, provenance.max_bytes)
+        if "path" in request.match_info:
+            new = await provenance.put_for_path(request.match_info["path"][:32], data)
+        else:
+            digest = Hash.parse(request.match_info["digest"]).digest
+            new = await provenance.put(digest, data)
+        return web.Response(status=201 if new else 200)
+
+    async def _body(self, request: web.Request, limit: int) -> bytes:
+        """A small body, decoded, both within the bound."""
+        encoding = request.headers.get("Content-Encoding", "identity")
+        compression = "none" if encoding == "identity" else CONTENT_ENCODINGS.get(encoding)
+        if (request.content_length or 0) > limit:
+            raise UploadTooLarge(f"{request.content_length} bytes; {limit} are taken")
+        try:
+            decoder = decompressor(compression or encoding)
+            body = bytearray()
+            taken = 0
+            async for chunk in request.content.iter_any():
+                taken += len(chunk)
+                if taken > limit:
+                    raise UploadTooLarge(f"more than {limit} bytes")
+                for piece in decoder.feed(chunk):
+                    body += piece
+                    if len(body) > limit:
+                        raise UploadTooLarge(f"more than {limit} bytes when decoded")
+            decoder.finish()
+        except Refused as error:
+            raise BadUpload(f"the body as {encoding}: {error}") from error
+        return bytes(body)

@@ -1,0 +1,1 @@
+"""The signer: a trust domain of its own, which believes nothing that the proxy says."""
