@@ -114,7 +114,7 @@ async def _rebuild(config: Config) -> tuple[int, list[tuple[str, str]]]:
 
 
 def _public_keys(config: Config) -> dict[str, PublicKey]:
-    from narseal.pipeline.substituter import load_keys
+    from narseal.pipeline.services import load_keys
 
     keys = load_keys(config)
     for key in keys:

@@ -115,11 +115,7 @@ async def _revoke(config: Config, revocation: Revocation, *, shown: bool) -> Out
             bar.update(task, description=f"looking at {what}", completed=count)
 
         async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
-            outcome = await substituter.revoking().revoke(revocation, told)
-            await substituter.countersigner.note(
-                revocation.kind, revocation.name, revocation.reason
-            )
-            return outcome
+            return await substituter.revoking.revoke(revocation, told)
 
 
 def _time(text: str) -> float:

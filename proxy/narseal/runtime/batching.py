@@ -1,4 +1,4 @@
-"""ReadHandlers questions together that come at the same time: one statement serves many callers."""
+"""Answering questions together that come at the same time: one statement serves many callers."""
 
 from __future__ import annotations
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 from pathlib import Path
+
+_LOOK = 1.0  # seconds between two tries
 
 
 class Leadership:
@@ -20,6 +23,11 @@ class Leadership:
         except BlockingIOError:
             return False
         return True
+
+    async def lead(self) -> None:
+        """Wait until this process leads."""
+        while not self.take():  # noqa: ASYNC110 (a lock between processes)
+            await asyncio.sleep(_LOOK)
 
     def close(self) -> None:
         """Lead no more."""

@@ -14,7 +14,7 @@ V = TypeVar("V")
 
 
 class SingleFlight(Generic[K, V]):
-    """SingleFlight belong to the tasks: a caller who leaves does not end one that others wait for."""
+    """Flights belong to the background tasks: a caller who leaves does not end one that others wait for."""
 
     def __init__(self, tasks: BackgroundTasks, *, on_joined: Callable[[], None]) -> None:
         self._tasks = tasks

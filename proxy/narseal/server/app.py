@@ -16,7 +16,8 @@ from narseal.nix.base32 import CHARS
 from narseal.nix.compression import COMPRESSIONS
 from narseal.server.auth import Gate
 from narseal.server.failure import failure
-from narseal.server.handlers import UPLOAD, Broken, ReadHandlers
+from narseal.server.handlers import ReadHandlers
+from narseal.server.nar_handlers import UPLOAD, Broken
 from narseal.server.tally import Tally
 from narseal.server.upload_handlers import UploadHandlers
 from narseal.telemetry.logs import request_id
@@ -51,7 +52,7 @@ def application(
     table: list[tuple[str, str, Handler]] = [
         ("nix-cache-info", "/nix-cache-info", handlers.cache_info),
         ("narinfo", f"/{{hash:{_HASH}}}.narinfo", handlers.narinfo),
-        ("nar", f"/nar/{_FILE}", handlers.nar),
+        ("nar", f"/nar/{_FILE}", handlers.nars.nar),
         ("signature", f"/nar/{_FILE}.sigstore.json", handlers.bundle),
         ("signature-sig", f"/nar/{_FILE}.sig", handlers.signature),
         ("signature-pem", f"/nar/{_FILE}.pem", handlers.certificate),

@@ -11,7 +11,7 @@ from narseal.custody import expand
 from narseal.custody.tokens import Tokens
 from narseal.errors import ConfigError
 from narseal.nix.keys import PublicKey
-from narseal.pipeline.substituter import load_keys
+from narseal.pipeline.services import load_keys
 from narseal.pipeline.trust.policy import attesters, attesting_signers, known_keys
 from narseal.pipeline.trust.sigstore import SigstoreSetup, upstream_signers
 from narseal.server.tls import tls_context

@@ -20,6 +20,7 @@ class UploadHandlers:
 
     def __init__(self, substituter: Substituter, gate: Gate) -> None:
         self._substituter = substituter
+        self._services = substituter.services
         self._gate = gate
 
     def handlers(self) -> dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]]:
@@ -27,7 +28,7 @@ class UploadHandlers:
         found: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]] = {}
         if self._substituter.provenance.takes_any:
             found |= {"attestations": self.attestation, "attestations-of": self.attestation}
-        if self._substituter.config.upload.enabled:
+        if self._services.config.upload.enabled:
             found |= {
                 "nix-cache-info": self.cache_info,
                 "narinfo": self.narinfo,
@@ -79,14 +80,14 @@ class UploadHandlers:
         """A realisation of either spelling."""
         token = await self._gate.identify(request)
         data = await self._body(request, realisation.MAX_BYTES)
-        await self._substituter.realisations.put(request.match_info["name"], data, token)
+        await self._substituter.everything.realisations.put(request.match_info["name"], data, token)
         return web.Response(status=201)
 
     async def side_file(self, request: web.Request) -> web.Response:
         """A listing, a log or a debug-info pointer."""
         await self._gate.identify(request)
-        data = await self._body(request, self._substituter.config.limits.side_file)
-        await self._substituter.put_side_file(request.match_info["name"], data)
+        data = await self._body(request, self._services.config.limits.side_file)
+        await self._substituter.everything.side_files.put(request.match_info["name"], data)
         return web.Response(status=201)
 
     async def attestation(self, request: web.Request) -> web.Response:

@@ -55,14 +55,14 @@ async def work(
             Gate(
                 Tokens(Path(expand(upload.tokens_file))) if upload.tokens_file else None,
                 Oidc(upload.oidc) if upload.oidc else None,
-                substituter.threads,
+                substituter.services.threads,
             )
             if upload.tokens_file or upload.oidc
             else None
         )
         putting = UploadHandlers(substituter, gate) if gate else None
         app = application(handlers, tally, putting, gate if upload.private else None)
-        runner = HotRunner(app, hot=substituter.hot, limits=config.limits, tally=tally)
+        runner = HotRunner(app, hot=substituter.services.hot, limits=config.limits, tally=tally)
         await runner.setup()
         metrics_runner = web.AppRunner(metrics_application(handlers), access_log=None)
         await metrics_runner.setup()

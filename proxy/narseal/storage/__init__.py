@@ -1,9 +1,9 @@
 """Blobs and the index."""
 
-from narseal.runtime.leadership import Leadership
 from narseal.storage.attestations import Attestations, bundle_name
 from narseal.storage.engine import backup, epoch_file, index_file, migrate
 from narseal.storage.epoch import Epoch
+from narseal.storage.folder import Folder
 from narseal.storage.index import Index
 from narseal.storage.local import LocalStorage, storage_errors
 from narseal.storage.records import Admitted, Attestation, NarRecord, PathRecord, file_name
@@ -14,8 +14,8 @@ __all__ = [
     "Attestation",
     "Attestations",
     "Epoch",
+    "Folder",
     "Index",
-    "Leadership",
     "LocalStorage",
     "NarRecord",
     "PathRecord",

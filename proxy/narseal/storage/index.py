@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import (
-    Column,
     ColumnElement,
     Row,
     Select,
-    bindparam,
-    delete,
     func,
     literal,
     or_,
@@ -25,14 +21,15 @@ from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from narseal.errors import BadUpload, Refused, Unavailable
+from narseal.errors import BadUpload, Unavailable
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MAX_SIGNATURES
 from narseal.runtime.batching import Batcher
 from narseal.storage import schema
-from narseal.storage.attestations import Attestations, enqueue, leave
-from narseal.storage.engine import Engines
+from narseal.storage.admissions import NARS_BY_FILE, PATHS_BY_HASH, Admissions, among
+from narseal.storage.attestations import Attestations, enqueue
+from narseal.storage.engine import Engines, epoch_file
 from narseal.storage.epoch import Epoch
 from narseal.storage.records import (
     PATHS,
@@ -40,10 +37,7 @@ from narseal.storage.records import (
     NarRecord,
     PathRecord,
     admitted_of,
-    file_name,
     nar_of,
-    nar_values,
-    path_values,
 )
 from narseal.storage.revocations import Revocations
 
@@ -54,22 +48,8 @@ def _carries(key_name: str) -> ColumnElement[bool]:
     return text.contains(f"\n{key_name}:", autoescape=True)
 
 
-def _among(column: Column[Any]) -> ColumnElement[bool]:
-    return column.in_(bindparam("among", expanding=True))
-
-
 # built once: what SQLAlchemy makes of a statement costs more than SQLite's answer
-_PATHS_BY_HASH = PATHS.where(_among(schema.path.c.hash_part))
-_PATHS_BY_FILE = PATHS.where(_among(schema.path.c.nar_file))
-_NARS_BY_FILE = select(schema.nar).where(_among(schema.nar.c.file))
-_NEW_NAR = insert_or(schema.nar).on_conflict_do_nothing()
-_NEW_PATH = insert_or(schema.path).on_conflict_do_nothing()
-_STORED = (
-    update(schema.nar)
-    .where(schema.nar.c.file == bindparam("named"), ~schema.nar.c.stored)
-    .values({name: bindparam(name) for name in schema.nar.c.keys()})  # noqa: SIM118 (a collection, no dict)
-)
-_ADD_BYTES = update(schema.total).values(nar_bytes=schema.total.c.nar_bytes + bindparam("more"))
+_PATHS_BY_FILE = PATHS.where(among(schema.path.c.nar_file))
 
 
 class Index:
@@ -82,18 +62,20 @@ class Index:
         #: Of all paths in it.
         self.store_dir = store_dir
         self._attest = attest
+        self._rows = Admissions(store_dir, attest=attest)
+        self._epoch = Epoch(epoch_file(url)) if epoch is None else epoch
         self._by_hash: Batcher[str, Admitted | None] = Batcher(self._paths)
         self._by_file: Batcher[str, list[Admitted]] = Batcher(self._paths_of)
         self._nars: Batcher[str, NarRecord | None] = Batcher(self._nars_named)
         self._queries: Batcher[Select[Any], list[Row[Any]]] = Batcher(self._query_each)
         self._admissions: Batcher[Admitted, Admitted] = Batcher(
-            lambda group: self._engines.write(lambda c: self._admit_all(c, group))
+            lambda group: self._engines.write(lambda c: self._rows.admit_all(c, group))
         )
         self._arrivals: Batcher[Admitted, Admitted | None] = Batcher(
-            lambda group: self._engines.write(lambda c: self._admit_stored_all(c, group))
+            lambda group: self._engines.write(lambda c: self._rows.admit_stored_all(c, group))
         )
         self.attestations = Attestations(self._engines, self._queries.ask, store_dir, attest=attest)
-        self.revocations = Revocations(self._engines, self._queries.ask, epoch)
+        self.revocations = Revocations(self._engines, self._queries.ask, self._epoch)
         self._asked = (
             self._by_hash,
             self._by_file,
@@ -161,7 +143,7 @@ class Index:
 
     async def bind(self, nar: NarRecord) -> NarRecord:
         """Bind a file name to a NAR, or find the name that this NAR has; see `admit`."""
-        return await self._engines.write(lambda c: self._bind(c, nar))  # type: ignore[no-any-return]
+        return await self._engines.write(lambda c: self._rows.bind(c, nar))  # type: ignore[no-any-return]
 
     async def sign(
         self,
@@ -199,11 +181,13 @@ class Index:
         Where that is not the claimed name, every path that names the claimed one now names
         the true one, and the claimed name goes on as another name of the same bytes.
         """
-        await self._engines.write(lambda c: self._publish(c, claimed, true))
+        await self._engines.write(lambda c: self._rows.publish(c, claimed, true))
+        if true.file != claimed.file:
+            self._epoch.advance()
 
     async def unpublish(self, file: str) -> None:
         """Record that a file is not in storage any more."""
-        await self._engines.write(lambda c: self._unpublish(c, file))
+        await self._engines.write(lambda c: self._rows.unpublish(c, file))
 
     async def refuse(
         self,
@@ -220,6 +204,7 @@ class Index:
         row = insert_or(schema.refusal).values(**key, **values)
         row = row.on_conflict_do_update(list(key), set_=values)
         await self._engines.write(lambda c: c.execute(row))
+        self._epoch.advance()
 
     async def withdraw_path(self, hash_part: str) -> None:
         """Stop serving one path; its pin stays."""
@@ -227,6 +212,7 @@ class Index:
             update(schema.path).where(schema.path.c.hash_part == hash_part).values(withdrawn=True)
         )
         await self._engines.write(lambda c: c.execute(change))
+        self._epoch.advance()
 
     async def signed_by(self, names: Iterable[str], *, after: str, limit: int) -> list[str]:
         """Hash parts of paths, served or withdrawn, that carry a signature by one of some keys."""
@@ -273,7 +259,9 @@ class Index:
 
     async def withdraw(self, file: str) -> list[str]:
         """Stop serving the narinfos that name a file; returns their hash parts. The pins stay."""
-        return await self._engines.write(lambda c: self._withdraw(c, file))  # type: ignore[no-any-return]
+        hash_parts: list[str] = await self._engines.write(lambda c: self._rows.withdraw(c, file))
+        self._epoch.advance()
+        return hash_parts
 
     async def realisation(self, key: str) -> bytes | None:
         """The rendered realisation of an address."""
@@ -324,17 +312,17 @@ class Index:
     async def _query_each(self, queries: list[Select[Any]]) -> list[list[Row[Any]] | Exception]:
         return [await self._query(query) for query in queries]
 
-    async def _query(self, query: Select[Any], among: list[str] | None = None) -> list[Row[Any]]:
+    async def _query(self, query: Select[Any], names: list[str] | None = None) -> list[Row[Any]]:
         try:
             async with self._engines.reading.connect() as connection:
                 return list(
-                    (await connection.execute(query, {"among": among} if among else None)).all()
+                    (await connection.execute(query, {"among": names} if names else None)).all()
                 )
         except (TimeoutError, DBAPIError, OSError) as error:
             raise Unavailable(f"the index cannot be read: {error}") from error
 
     async def _paths(self, hash_parts: list[str]) -> list[Admitted | Exception | None]:
-        rows = await self._query(_PATHS_BY_HASH, hash_parts)
+        rows = await self._query(PATHS_BY_HASH, hash_parts)
         found = {row.hash_part: admitted_of(row, self.store_dir) for row in rows}
         return [found.get(hash_part) for hash_part in hash_parts]
 
@@ -345,162 +333,6 @@ class Index:
         return [found[file] for file in files]
 
     async def _nars_named(self, files: list[str]) -> list[NarRecord | Exception | None]:
-        rows = await self._query(_NARS_BY_FILE, files)
+        rows = await self._query(NARS_BY_FILE, files)
         found = {row.file: nar_of(row) for row in rows}
         return [found.get(file) for file in files]
-
-    async def _admit_all(
-        self, connection: AsyncConnection, group: list[Admitted]
-    ) -> list[Admitted | Exception]:
-        """Bind and pin a group: four statements where everything is new, as it mostly is."""
-        outcomes: list[Admitted | Exception] = []
-        await connection.execute(_NEW_NAR, [nar_values(nar) for _, nar in group])
-        files = [nar.file for _, nar in group]
-        rows = await connection.execute(_NARS_BY_FILE, {"among": files})
-        named = {row.file: nar_of(row) for row in rows}
-        for path, nar in group:
-            try:
-                bound = named[nar.file]
-                if bound != nar:
-                    bound = await self._bind(connection, nar)
-                outcomes.append((replace(path, nar_file=bound.file), bound))
-            except Refused as error:
-                outcomes.append(error)
-        admitted = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
-        if admitted:
-            await connection.execute(_NEW_PATH, [path_values(path) for path, _ in admitted])
-        hash_parts = [path.info.store_path.hash_part for path, _ in admitted]
-        pinned = {
-            row.hash_part: admitted_of(row, self.store_dir)
-            for row in await connection.execute(_PATHS_BY_HASH, {"among": hash_parts})
-        }
-        pins = [
-            outcome
-            if isinstance(outcome, Exception)
-            else await self._pin(connection, outcome, pinned)
-            for outcome in outcomes
-        ]
-        stored = {pin[1].file for pin in pins if not isinstance(pin, Exception) and pin[1].stored}
-        if stored and self._attest:
-            await enqueue(connection, sorted(stored))
-        return pins
-
-    async def _admit_stored_all(
-        self, connection: AsyncConnection, group: list[Admitted]
-    ) -> list[Admitted | Exception | None]:
-        files = [nar.file for _, nar in group]
-        rows = await connection.execute(_NARS_BY_FILE, {"among": files})
-        named = {row.file: nar_of(row) for row in rows}
-        fresh = {nar.file: nar for _, nar in group if nar.file not in named}
-        if fresh:
-            await connection.execute(_NEW_NAR, [nar_values(nar) for nar in fresh.values()])
-            await _add_bytes(connection, sum(nar.file_size or 0 for nar in fresh.values()))
-        named |= fresh
-        taken = [(path, named[nar.file]) for path, nar in group if _is_same(named[nar.file], nar)]
-        outcomes = iter(await self._admit_all(connection, taken) if taken else [])
-        return [next(outcomes) if _is_same(named[nar.file], nar) else None for _, nar in group]
-
-    async def _pin(
-        self, connection: AsyncConnection, wanted: Admitted, pins: dict[str, Admitted]
-    ) -> Admitted | Exception:
-        """What is pinned, if it agrees; a withdrawn path is put in force again as `wanted`."""
-        info = wanted[0].info
-        hash_part = info.store_path.hash_part
-        pinned = pins[hash_part]
-        if pinned[0].info.fingerprint() != info.fingerprint():
-            return Refused(
-                "conflict",
-                f"{info.store_path} is pinned to NarHash {pinned[0].info.nar_hash} and an upstream"
-                f" now says {info.nar_hash}; the pin holds",
-            )
-        if not pinned[0].withdrawn:
-            return pinned
-        await connection.execute(
-            update(schema.path)
-            .where(schema.path.c.hash_part == hash_part)
-            .values(**path_values(wanted[0]))
-        )
-        return wanted
-
-    async def _bind(self, connection: AsyncConnection, nar: NarRecord) -> NarRecord:
-        """The row of the file name: the present one if it means the same NAR, else a new one."""
-        by_nar_hash = file_name(nar.nar_hash, nar.compression)
-        for file in dict.fromkeys((nar.file, by_nar_hash)):
-            candidate = replace(nar, file=file)
-            if (await connection.execute(_NEW_NAR, nar_values(candidate))).rowcount:
-                return candidate
-            query = select(schema.nar).where(schema.nar.c.file == file)
-            present = nar_of((await connection.execute(query)).one())
-            if (present.nar_hash, present.compression) != (
-                nar.nar_hash,
-                nar.compression,
-            ):
-                continue
-            if present.published_as:
-                query = select(schema.nar).where(schema.nar.c.file == present.published_as)
-                present = nar_of((await connection.execute(query)).one())
-            if not present.stored and (present.upstream, present.url) != (
-                nar.upstream,
-                nar.url,
-            ):
-                present = replace(present, upstream=nar.upstream, url=nar.url)
-                await connection.execute(
-                    update(schema.nar)
-                    .where(schema.nar.c.file == present.file)
-                    .values(upstream=nar.upstream, url=nar.url)
-                )
-            return present
-        raise Refused("conflict", f"both names of {nar.url} already stand for other NARs")
-
-    async def _publish(
-        self, connection: AsyncConnection, claimed: NarRecord, true: NarRecord
-    ) -> None:
-        change = nar_values(true) | {"named": true.file}
-        if (await connection.execute(_STORED, change)).rowcount:
-            await _add_bytes(connection, true.file_size or 0)
-        if true.file != claimed.file:
-            claims = schema.nar.c.file == claimed.file
-            await connection.execute(
-                update(schema.nar).where(claims).values(published_as=true.file)
-            )
-            await connection.execute(
-                update(schema.path)
-                .where(schema.path.c.nar_file == claimed.file)
-                .values(nar_file=true.file)
-            )
-        if self._attest:
-            await enqueue(connection, [true.file])
-
-    async def _unpublish(self, connection: AsyncConnection, file: str) -> None:
-        query = select(schema.nar).where(schema.nar.c.file == file, schema.nar.c.stored)
-        row = (await connection.execute(query)).first()
-        if row is not None:
-            await _add_bytes(connection, -(row.file_size or 0))
-            await connection.execute(
-                update(schema.nar).where(schema.nar.c.file == file).values(stored=False)
-            )
-            await leave(connection, file)
-
-    async def _withdraw(self, connection: AsyncConnection, file: str) -> list[str]:
-        old = schema.refusal.c.until < time.time()
-        await connection.execute(delete(schema.refusal).where(old))
-        named = schema.path.c.nar_file == file
-        rows = await connection.execute(select(schema.path.c.hash_part).where(named))
-        hash_parts = [str(row.hash_part) for row in rows]
-        await connection.execute(update(schema.path).where(named).values(withdrawn=True))
-        await leave(connection, file)
-        return hash_parts
-
-
-def _is_same(bound: NarRecord, nar: NarRecord) -> bool:
-    """Whether a name already stands for a stored NAR."""
-    return (
-        bound.stored
-        and bound.published_as is None
-        and (bound.nar_hash, bound.nar_size, bound.compression, bound.file_hash)
-        == (nar.nar_hash, nar.nar_size, nar.compression, nar.file_hash)
-    )
-
-
-async def _add_bytes(connection: AsyncConnection, size: int) -> None:
-    await connection.execute(_ADD_BYTES, {"more": size})

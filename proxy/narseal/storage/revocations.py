@@ -59,7 +59,7 @@ class Revocations:
         self,
         engines: Engines,
         ask: Callable[[Select[Any]], Awaitable[list[Row[Any]]]],
-        epoch: Epoch | None,
+        epoch: Epoch,
     ) -> None:
         self._engines = engines
         self._ask = ask
@@ -69,8 +69,8 @@ class Revocations:
 
     async def now(self) -> Revoked:
         """What is revoked. Unavailable if it cannot be found out."""
-        epoch = self._epoch.read() if self._epoch else None
-        if epoch is None or epoch != self._seen:
+        epoch = self._epoch.read()
+        if epoch != self._seen:
             table = schema.revocation.c
             rows = await self._ask(select(schema.revocation).order_by(table.revoked_at))
             found = [Revocation(r.kind, r.name, r.issuer, r.since, r.reason) for r in rows]
@@ -116,3 +116,5 @@ class Revocations:
             )
 
         await self._engines.write(work)
+        self._epoch.advance()
+        self._epoch.arrive()

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,9 +20,9 @@ from typing import TypeVar
 from narseal.cosign import statement
 from narseal.cosign.statement import AttestedPath, AuditHead
 from narseal.errors import NarsealError, Unavailable
-from narseal.pipeline.trust.policy import Policy, content_digests
-from narseal.pipeline.trust.sigstore import SigstoreSetup
-from narseal.storage import Admitted, Index, Leadership, LocalStorage, bundle_name
+from narseal.pipeline.services import Services
+from narseal.pipeline.trust.policy import content_digests
+from narseal.storage import Admitted, bundle_name
 from narseal.telemetry import metrics
 
 T = TypeVar("T")
@@ -43,31 +43,28 @@ class _Signed:
 class Attester:
     """The durable queue's other end. `run` until cancelled."""
 
-    def __init__(
-        self,
-        cosigning: SigstoreSetup,
-        *,
-        index: Index,
-        storage: LocalStorage,
-        leadership: Leadership,
-        policy: Policy,
-        heads: Callable[[], Awaitable[list[AuditHead]]],
-    ) -> None:
-        self._heads = heads
-        self._policy = policy
-        self._cosigning = cosigning
-        self._config = cosigning.config
-        self._attestations = index.attestations
-        self._revocations = index.revocations
-        self._storage = storage
-        self._leadership = leadership
+    def __init__(self, services: Services) -> None:
+        self._heads = services.countersigner.heads
+        self._policy = services.policy
+        self._sigstore = services.sigstore
+        self._config = services.sigstore.config
+        self._attestations = services.index.attestations
+        self._revocations = services.index.revocations
+        self._folder = services.folder
+        self._leadership = services.leadership("attest")
         # a service that hangs holds up this thread, and nothing else
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="attest")
 
     async def run(self) -> None:
         """Lead when nobody else does; then sign, batch after batch."""
-        while not self._leadership.take():  # noqa: ASYNC110 (a lock between processes)
-            await asyncio.sleep(_LOOK)
+        try:
+            await self._leadership.lead()
+            await self._sign_all()
+        finally:  # what is being signed is signed again by the next
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._leadership.close()
+
+    async def _sign_all(self) -> None:
         failures = 0
         listed = False
         while True:
@@ -89,11 +86,6 @@ class Attester:
                 continue
             if not full:
                 await asyncio.sleep(_LOOK)
-
-    def close(self) -> None:
-        """Let go of the lead; what is being signed is signed again by the next."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        self._leadership.close()
 
     def _pause(self, failures: int) -> float:
         """Exponential, with jitter, so that a service that comes back is not overrun."""
@@ -132,7 +124,7 @@ class Attester:
     async def _step(self) -> bool:
         """Sign a batch if one is due; whether another may follow at once."""
         count, age = await self._look()
-        most = self._cosigning.batch_subjects - (_MOST_HEADS if self._config.anchor_audit else 0)
+        most = self._sigstore.batch_subjects - (_MOST_HEADS if self._config.anchor_audit else 0)
         if not count or (count * 2 < most and age < self._config.batch_max_age):
             return False
         batch, is_full = _batch(await self._passing(await self._attestations.oldest(most)), most)
@@ -159,7 +151,7 @@ class Attester:
 
     async def _check_key(self) -> None:
         """Unavailable if the configured key is revoked: what waits, waits for another."""
-        key = self._cosigning.key
+        key = self._sigstore.key
         if key and key.public.hint in (await self._revocations.now()).cosign_keys:
             raise Unavailable("the cosign key is revoked: configure another (cosign.key)")
 
@@ -169,7 +161,7 @@ class Attester:
         heads = await self._heads() if self._config.anchor_audit else []
         signed = await self._run(self._sign, paths, heads)
         digest = hashlib.sha256(signed.bundle).digest()
-        await self._run(self._storage.write, bundle_name(digest), signed.bundle)
+        await self._run(self._folder.local.write, bundle_name(digest), signed.bundle)
         subjects = frozenset(head.digest for head in heads).union(
             *(path.digests() for path in paths)
         )
@@ -181,11 +173,11 @@ class Attester:
 
     def _sign(self, paths: list[AttestedPath], heads: list[AuditHead]) -> _Signed:
         """In the thread."""
-        signer = self._cosigning.signer()
+        signer = self._sigstore.signer()
         with metrics.signing("batch"):
             bundle = signer.sign_statement(statement.render(paths, heads))
         singles: dict[str, bytes] = {}
-        for path in paths if self._cosigning.per_file else ():
+        for path in paths if self._sigstore.per_file else ():
             if path.file not in singles:
                 with metrics.signing("file"):
                     singles[path.file] = signer.sign_digest(path.file_hash.digest)

@@ -12,31 +12,20 @@ from cryptography.x509 import load_der_x509_certificate
 from narseal.cosign.bundle import Bundle
 from narseal.errors import NotFound, NotYet
 from narseal.nix.hashes import Hash
-from narseal.pipeline.trust.countersign import Countersigner
+from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
-from narseal.pipeline.trust.sigstore import SigstoreSetup
-from narseal.runtime.threads import ThreadPools
-from narseal.storage import Index, LocalStorage, bundle_name
+from narseal.storage import bundle_name
 
 
 class Signatures:
     """What is known of files and digests. NotFound, or NotYet while a path waits."""
 
-    def __init__(
-        self,
-        cosigning: SigstoreSetup,
-        countersigner: Countersigner,
-        *,
-        index: Index,
-        storage: LocalStorage,
-        threads: ThreadPools,
-    ) -> None:
-        self._cosigning = cosigning
-        self._countersigner = countersigner
-        self._index = index
-        self._attestations = index.attestations
-        self._storage = storage
-        self._threads = threads
+    def __init__(self, services: Services) -> None:
+        self._sigstore = services.sigstore
+        self._countersigner = services.countersigner
+        self._index = services.index
+        self._attestations = services.index.attestations
+        self._folder = services.folder
 
     async def bundle_of(self, file: str) -> bytes:
         """A file's own signature if it has one, else the batch that covers it."""
@@ -79,13 +68,13 @@ class Signatures:
 
     def public_key(self) -> str:
         """The cosign.pub; NotFound if signatures are not by key."""
-        if self._cosigning.key is None:
+        if self._sigstore.key is None:
             raise NotFound("files are not signed with a cosign key here")
-        return self._cosigning.key.public.render()
+        return self._sigstore.key.public.render()
 
     def trusted_root(self) -> bytes:
         """The trusted root of a private Sigstore instance."""
-        if (root := self._cosigning.trusted_root) is None:
+        if (root := self._sigstore.trusted_root) is None:
             raise NotFound("no private Sigstore instance is used here; cosign knows the public one")
         return root
 
@@ -93,7 +82,7 @@ class Signatures:
         """Every public key, for people and programs; revoked ones by name, with the reason."""
         revoked = await self._index.revocations.now()
         substituter = self._countersigner.public_keys.values()
-        key = self._cosigning.key
+        key = self._sigstore.key
         if key and key.public.hint in revoked.cosign_keys:
             key = None
         return {
@@ -103,10 +92,10 @@ class Signatures:
                 for r in revoked.all
             ],
             "cosign": {
-                "mode": self._cosigning.config.mode,
+                "mode": self._sigstore.config.mode,
                 "publicKey": key.public.render() if key else None,
                 "hint": key.public.hint if key else None,
-                "trustedRoot": json.loads(self._cosigning.trusted_root or b"null"),
+                "trustedRoot": json.loads(self._sigstore.trusted_root or b"null"),
             },
         }
 
@@ -129,11 +118,11 @@ class Signatures:
         return b"".join(data.rstrip(b"\n") + b"\n" for data in bundles if data is not None)
 
     async def _read(self, digest: bytes) -> bytes | None:
-        return await self._threads.run(self._storage.read, bundle_name(digest))
+        return await self._folder.read(bundle_name(digest))
 
     async def _absence(self, name: str, thing: str) -> NotFound:
         """What to say if nothing is found; made before one looks, for it may be signed meanwhile."""
-        config = self._cosigning.config
+        config = self._sigstore.config
         seconds = max(1, round(config.batch_max_age))
         if await self._attestations.is_waiting(name):
             return NotYet(f"{thing} waits for its signature", retry_after=seconds)

@@ -7,18 +7,14 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
-from narseal.config import Config
 from narseal.errors import Malformed, NarsealError, Refused
 from narseal.nix.inspection import Measured
 from narseal.nix.narinfo import NarInfo
-from narseal.pipeline.caches import HotMap
-from narseal.pipeline.nars.inspect import inspect_stored
+from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.nars.recompress import Recompression
 from narseal.pipeline.nars.transfer import Origin, Reader, Transfer
-from narseal.pipeline.trust.policy import Policy, content_digests
-from narseal.runtime.tasks import BackgroundTasks
-from narseal.runtime.threads import ThreadPools
-from narseal.storage import Epoch, Index, LocalStorage, NarRecord, PathRecord, file_name
+from narseal.pipeline.services import Services
+from narseal.storage import NarRecord, file_name
 from narseal.telemetry import metrics
 from narseal.telemetry.rejections import reject
 
@@ -31,27 +27,16 @@ REFUSED_SECONDS = 3600.0
 class Fetcher:
     """Transfers under way, by file name, and what becomes of them."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        storage: LocalStorage,
-        index: Index,
-        epoch: Epoch,
-        hot: HotMap,
-        tasks: BackgroundTasks,
-        threads: ThreadPools,
-        policy: Policy,
-    ) -> None:
-        self._config = config
-        self._policy = policy
-        self._storage = storage
-        self._index = index
-        self._epoch = epoch
-        self._hot = hot
-        self._tasks = tasks
-        self._threads = threads
-        self._slots = asyncio.Semaphore(config.limits.transfers)
+    def __init__(self, services: Services, publisher: Publisher) -> None:
+        self._config = services.config
+        self._folder = services.folder
+        self._index = services.index
+        self._hot = services.hot
+        self._tasks = services.tasks
+        self._threads = services.threads
+        #: What puts the files where they can be seen.
+        self.publisher = publisher
+        self._slots = asyncio.Semaphore(services.config.limits.transfers)
         self._running: dict[str, Transfer] = {}
 
     def join(self, file: str) -> Reader | None:
@@ -70,11 +55,11 @@ class Fetcher:
         When it has arrived it is published, under its true file hash. None if that has
         happened since the caller looked.
         """
-        incoming = await self._threads.run(self._storage.incoming)
+        incoming = await self._folder.incoming()
         now = await self._index.nar(record.file)
         reader = self.join(record.file)
         if reader or now != record:
-            await self._threads.run(self._storage.discard, incoming)
+            await self._folder.discard(incoming)
             return reader
         transfer = Transfer(info, incoming=incoming, threads=self._threads)
         self._running[record.file] = transfer
@@ -114,16 +99,11 @@ class Fetcher:
                 record.file,
                 extra={"upstream": record.upstream, "url": record.url, "file": true.file},
             )
-        await self._threads.run(
-            self._storage.publish, transfer.descriptor, transfer.path, f"nar/{true.file}"
-        )
-        await self._index.publish(record, true)
+        await self.publisher.nar((transfer.descriptor, transfer.path), record, true)
         for path, nar in await self._index.paths_of(true.file):
-            await self.write_narinfo(path, nar)
+            await self.publisher.narinfo(path, nar)
             if true != replace(record, stored=True):  # else the narinfo says just what it said
                 self._hot.drop(f"/{path.info.store_path.hash_part}.narinfo".encode())
-        if not known:
-            self._epoch.advance()
 
     async def fetch_first(
         self, info: NarInfo, origin: Origin, check: Callable[[Measured], Awaitable[None]]
@@ -133,12 +113,12 @@ class Fetcher:
         `check` has the last word on it; what it raises, the NAR is not published with.
         With recompression on, xz and bzip2 become zstd here, before anybody saw the narinfo.
         """
-        incoming = await self._threads.run(self._storage.incoming)
+        incoming = await self._folder.incoming()
         recompression = None
         if self._config.storage.recompress and info.compression in ("xz", "bzip2"):
             recompression = Recompression(
                 self._config.storage.recompress_level,
-                await self._threads.run(self._storage.incoming),
+                await self._folder.incoming(),
             )
         transfer = Transfer(info, incoming=incoming, threads=self._threads, sink=recompression)
         try:
@@ -146,10 +126,9 @@ class Fetcher:
                 measured = await transfer.run(_once(origin), on_wrong=_leave_to_caller)
             await check(measured)
             nar = NarRecord.of(info, origin.upstream.config.url)
-            descriptor, path = incoming
             if recompression:
                 measured = await self._threads.run(recompression.finish)
-                descriptor, path = recompression.descriptor, recompression.path
+                incoming = recompression.descriptor, recompression.path
                 nar = replace(nar, compression="zstd", url="")
             nar = replace(
                 nar,
@@ -158,16 +137,13 @@ class Fetcher:
                 file_size=measured.file_size,
             )
             bound = await self._index.bind(nar)
-            await self._threads.run(self._storage.publish, descriptor, path, f"nar/{bound.file}")
             stored = replace(nar, file=bound.file, stored=True)
-            await self._index.publish(bound, stored)
+            await self.publisher.nar(incoming, bound, stored)
             return stored
         finally:
             await self._end(transfer)
             if recompression:
-                await self._threads.run(
-                    self._storage.discard, (recompression.descriptor, recompression.path)
-                )
+                await self._folder.discard((recompression.descriptor, recompression.path))
 
     async def _wrong(
         self, record: NarRecord, origins: set[Origin], error: Refused | Malformed
@@ -180,53 +156,15 @@ class Fetcher:
                 upstream, origin.url, record.nar_hash, error.reason, for_seconds=REFUSED_SECONDS
             )
         for hash_part in await self._index.withdraw(record.file):
-            await self._threads.run(self._storage.remove, f"{hash_part}.narinfo")
-        self._epoch.advance()
-
-    async def write_narinfo(self, path: PathRecord, nar: NarRecord) -> None:
-        """Put a path's narinfo beside its stored NAR, so that the folder is a binary cache.
-
-        Not that of a path that policy keeps back.
-        """
-        if not await self._policy.passes(path.info, content_digests(path.info, nar)):
-            return
-        text = served(path, nar).render()
-        name = f"{path.info.store_path.hash_part}.narinfo"
-        await self._threads.run(self._storage.write, name, text)
-
-    async def remove_narinfo(self, info: NarInfo) -> None:
-        """Take a path's narinfo out of the folder."""
-        name = f"{info.store_path.hash_part}.narinfo"
-        await self._threads.run(self._storage.remove, name)
-
-    async def verify_stored(self, info: NarInfo, nar: NarRecord) -> None:
-        """Hash a path's file in storage again; Refused or Malformed if it is not what it was."""
-        if not nar.stored:
-            raise Refused("unsigned", f"{info.store_path}: its content is not in storage")
-        path = self._storage.path(f"nar/{nar.file}")
-        found = replace(info, compression=nar.compression)
-        measured = await self._threads.run_transfer(inspect_stored, found, path)
-        if measured.file_hash != nar.file_hash:
-            raise Refused("content-mismatch", f"nar/{nar.file}: its hash is {measured.file_hash}")
+            await self.publisher.remove_narinfo(hash_part)
 
     async def _end(self, transfer: Transfer) -> None:
         await transfer.settle()
         failure = transfer.failure
         if isinstance(failure, Refused | Malformed) and transfer.path.exists():
             label = f"{transfer.info.store_path.hash_part}.{failure.reason}"
-            await self._threads.run(self._storage.quarantine, transfer.path, label)
-        await self._threads.run(self._storage.discard, (transfer.descriptor, transfer.path))
-
-
-def served(path: PathRecord, nar: NarRecord) -> NarInfo:
-    """The narinfo as clients get it: our URL, our measured values, all signatures."""
-    return replace(
-        path.info,
-        url=f"nar/{nar.file}",
-        compression=nar.compression,
-        file_hash=nar.file_hash,
-        file_size=nar.file_size,
-    )
+            await self._folder.quarantine(transfer.path, label)
+        await self._folder.discard((transfer.descriptor, transfer.path))
 
 
 async def _leave_to_caller(_origins: set[Origin], _error: Refused | Malformed) -> None:

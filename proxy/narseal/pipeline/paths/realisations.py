@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from time import monotonic
 
-from narseal.config import LimitsConfig
 from narseal.custody.requests import RealisationRequest
 from narseal.custody.tokens import Token
 from narseal.errors import (
@@ -23,11 +21,8 @@ from narseal.nix.keys import plausible
 from narseal.nix.realisation import Entry, parse_at
 from narseal.pipeline.caches import Negatives
 from narseal.pipeline.paths.admission import Admission
-from narseal.pipeline.trust.countersign import Countersigner
-from narseal.pipeline.trust.policy import Policy
+from narseal.pipeline.services import Services
 from narseal.runtime.single_flight import SingleFlight
-from narseal.runtime.tasks import BackgroundTasks
-from narseal.storage import Epoch, Index
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 from narseal.upstream.race import Answers, in_order
@@ -36,32 +31,25 @@ from narseal.upstream.race import Answers, in_order
 class Realisations:
     """Both spellings, by the address below the store URL."""
 
-    def __init__(
-        self,
-        limits: LimitsConfig,
-        *,
-        upstreams: Sequence[Upstream],
-        index: Index,
-        countersigner: Countersigner,
-        tasks: BackgroundTasks,
-        epoch: Epoch,
-        admission: Admission,
-        policy: Policy,
-    ) -> None:
+    def __init__(self, services: Services, admission: Admission) -> None:
+        limits = services.config.limits
         self._admission = admission
-        self._policy = policy
-        self._upstreams = sorted(upstreams, key=lambda upstream: upstream.config.priority)
-        self._index = index
-        self._countersigner = countersigner
-        self._epoch = epoch
+        self._policy = services.policy
+        self._upstreams = services.upstreams
+        self._index = services.index
+        self._countersigner = services.countersigner
+        self._epoch = services.epoch
         self._flights: SingleFlight[str, bytes] = SingleFlight(
-            tasks, on_joined=metrics.flights_joined.inc
+            services.tasks, on_joined=metrics.flights_joined.inc
         )
         self._negatives = Negatives(
-            ttl=limits.negative_ttl, entries=limits.negative_entries, clock=monotonic, epoch=epoch
+            ttl=limits.negative_ttl,
+            entries=limits.negative_entries,
+            clock=monotonic,
+            epoch=services.epoch,
         )
 
-    async def get(self, name: str, *, stored_only: bool = False) -> bytes:
+    async def get(self, name: str) -> bytes:
         """The rendered file of `realisations/…` or `build-trace-v2/…` (percent-decoded).
 
         Raises NotFound, Refused, Malformed (all 404), Denied (403) or Trouble.
@@ -71,8 +59,6 @@ class Realisations:
             entry = parse_at(name, stored)
             await self._check(entry)
             return await self._countersigned(name, entry, stored)
-        if stored_only:
-            raise NotFound(f"{name} is not in storage")
         if (known := self._negatives.get(name)) is not None:
             raise known
         return await self._flights.join(name, lambda: self._admit(name))

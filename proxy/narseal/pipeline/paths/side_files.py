@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from narseal.config import LimitsConfig
 from narseal.errors import (
     BadUpload,
     Malformed,
@@ -21,10 +19,8 @@ from narseal.errors import (
     UploadConflict,
 )
 from narseal.nix.base32 import CHARS
+from narseal.pipeline.services import Services
 from narseal.runtime.single_flight import SingleFlight
-from narseal.runtime.tasks import BackgroundTasks
-from narseal.runtime.threads import ThreadPools
-from narseal.storage import Index, LocalStorage
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 from narseal.upstream.race import Answers, in_order
@@ -45,33 +41,27 @@ class SideFile:
 class SideFiles:
     """`<hash>.ls`, `log/<drv>`, `debuginfo/<build id>`."""
 
-    def __init__(
-        self,
-        limits: LimitsConfig,
-        *,
-        upstreams: Sequence[Upstream],
-        storage: LocalStorage,
-        index: Index,
-        tasks: BackgroundTasks,
-        threads: ThreadPools,
-    ) -> None:
-        self._limit = limits.side_file
-        self._upstreams = sorted(upstreams, key=lambda upstream: upstream.config.priority)
-        self._storage = storage
-        self._index = index
-        self._threads = threads
+    def __init__(self, services: Services) -> None:
+        self._limit = services.config.limits.side_file
+        self._upstreams = services.upstreams
+        self._folder = services.folder
+        self._index = services.index
+        self._threads = services.threads
+        self._policy = services.policy
         self._flights: SingleFlight[str, bytes] = SingleFlight(
-            tasks, on_joined=metrics.flights_joined.inc
+            services.tasks, on_joined=metrics.flights_joined.inc
         )
 
-    async def get(self, name: str, *, stored_only: bool = False) -> SideFile:
+    def follows_path(self, name: str) -> bool:
+        """Whether policy decides about a file as about its path."""
+        return self._policy.active and name.endswith(".ls")
+
+    async def get(self, name: str) -> SideFile:
         """The file at `name`; NotFound, Refused, Malformed (404) or Trouble."""
         is_log = _LOG.fullmatch(name) is not None
         if not is_log and not _LISTING.fullmatch(name) and not _DEBUGINFO.fullmatch(name):
             raise NotFound(f"no such thing in a binary cache: {name[:200]!r}")
-        data = await self._threads.run(self._storage.read, name)
-        if data is None and stored_only:
-            raise NotFound(f"{name} is not in storage")
+        data = await self._folder.read(name)
         if data is None:
             data = await self._flights.join(name, lambda: self._fetch(name))
         return SideFile(data, "text/plain; charset=utf-8" if is_log else "application/json")
@@ -90,9 +80,9 @@ class SideFiles:
                     _check_listing(tree, name)
         except Malformed as error:
             raise BadUpload(str(error)) from error
-        present = await self._threads.run(self._storage.read, name)
+        present = await self._folder.read(name)
         if present is None:
-            await self._threads.run(self._storage.write, name, data)
+            await self._folder.write(name, data)
         elif present != data:
             raise UploadConflict(f"{name} is here already, with other content")
 
@@ -103,7 +93,7 @@ class SideFiles:
         ) as found:
             async for _, data in found:
                 try:
-                    await self._threads.run(self._storage.write, name, data)
+                    await self._folder.write(name, data)
                 except Unavailable as error:
                     answers.note(error, upstream="storage", thing=name)
                 return data

@@ -22,7 +22,8 @@ class Countersigner:
     """The operator's active keys."""
 
     def __init__(self, keys: Sequence[OperatorKey], revocations: Revocations) -> None:
-        self._keys = keys
+        #: All of them, retired ones too.
+        self.keys = tuple(keys)
         self._revocations = revocations
         #: Public halves of all of them, retired ones too, by name.
         self.public_keys: dict[str, PublicKey] = {key.public.name: key.public for key in keys}
@@ -62,17 +63,17 @@ class Countersigner:
 
     async def heads(self) -> list[AuditHead]:
         """Where the audit logs of the signers stand."""
-        agents = [k.custodian for k in self._keys if isinstance(k.custodian, AgentKey)]
+        agents = [k.custodian for k in self.keys if isinstance(k.custodian, AgentKey)]
         found = [await agent.head() for agent in agents]
         return list(dict.fromkeys(head for head in found if head))
 
     async def note(self, kind: str, name: str, reason: str) -> None:
         """Have a revocation written into the audit logs of the signers."""
-        for key in self._keys:
+        for key in self.keys:
             await key.custodian.note(kind, name, reason)
 
     async def active(self) -> list[OperatorKey]:
         """The keys that sign now: neither retired nor revoked."""
         revoked = (await self._revocations.now()).keys
         now = datetime.now(UTC)
-        return [k for k in self._keys if k.is_active(now) and k.public.name not in revoked]
+        return [k for k in self.keys if k.is_active(now) and k.public.name not in revoked]

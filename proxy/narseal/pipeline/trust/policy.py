@@ -29,7 +29,7 @@ from narseal.runtime.threads import ThreadPools
 from narseal.storage import (
     Attestation,
     Attestations,
-    LocalStorage,
+    Folder,
     NarRecord,
     Revocations,
     Revoked,
@@ -70,7 +70,7 @@ class Policy:
         own_keys: Mapping[str, PublicKey],
         attestations: Attestations,
         revocations: Revocations,
-        storage: LocalStorage,
+        folder: Folder,
         threads: ThreadPools,
     ) -> None:
         self._rules = config.policy
@@ -81,7 +81,7 @@ class Policy:
         self._signers = attesting_signers(config)
         self._attestations = attestations
         self._revocations = revocations
-        self._storage = storage
+        self._folder = folder
         self._threads = threads
         self._said: OrderedDict[tuple[Who, bytes, bytes], _Said | str] = OrderedDict()
         self._revoked: Revoked | None = None
@@ -196,7 +196,7 @@ class Policy:
             self._revoked = revoked
         known = self._said.get(key)
         if known is None:
-            data = await self._threads.run(self._storage.read, bundle_name(found.digest))
+            data = await self._folder.read(bundle_name(found.digest))
             try:
                 if data is None:
                     raise Refused("bad-bundle", "the bundle is not in storage any more")

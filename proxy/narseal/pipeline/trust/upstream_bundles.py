@@ -13,7 +13,7 @@ from narseal.runtime.threads import ThreadPools
 from narseal.upstream import Upstream
 
 
-class Sidecars:
+class UpstreamBundles:
     """`<URL>.sigstore.json` of upstreams that promise them."""
 
     def __init__(self, signers: ExpectedSigners, threads: ThreadPools) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from narseal.errors import Malformed
 from narseal.nix.keys import PublicKey
 from narseal.nix.narinfo import NarInfo
-from narseal.pipeline.nars.fetcher import served
+from narseal.pipeline.nars.publisher import served
 from narseal.storage import Admitted, Index, LocalStorage, NarRecord, bundle_name
 
 _PAGE = 500

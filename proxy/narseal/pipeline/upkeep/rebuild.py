@@ -1,4 +1,4 @@
-"""UploadHandlers back into the index what the storage folder has and the index has not.
+"""Putting back into the index what the storage folder has and the index has not.
 
 For an index that was lost, or restored from an older backup. A path is taken on the word of an
 operator's key that is not revoked, and after its file was hashed; nothing is signed.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from narseal.cosign.bundle import Bundle
 from narseal.cosign.verify import names_of
 from narseal.errors import Malformed, NarsealError
-from narseal.pipeline.paths.admission import Admission
-from narseal.runtime.threads import ThreadPools
-from narseal.storage import Epoch, Index, LocalStorage, Revocation, bundle_name
+from narseal.pipeline.paths.renewal import Renewal
+from narseal.pipeline.services import Services
+from narseal.storage import Revocation, bundle_name
 
 _PAGE = 500
 _SETTLE = 1.0  # seconds after which every answer that was being made has gone out
@@ -36,20 +36,12 @@ class Outcome:
 class Revoking:
     """The work of `narseal revoke`, beside a narseal that serves, or without one."""
 
-    def __init__(
-        self,
-        *,
-        index: Index,
-        admission: Admission,
-        storage: LocalStorage,
-        threads: ThreadPools,
-        epoch: Epoch,
-    ) -> None:
-        self._index = index
-        self._admission = admission
-        self._storage = storage
-        self._threads = threads
-        self._epoch = epoch
+    def __init__(self, services: Services, renewal: Renewal) -> None:
+        self._index = services.index
+        self._folder = services.folder
+        self._threads = services.threads
+        self._countersigner = services.countersigner
+        self._renewal = renewal
 
     async def revoke(self, revocation: Revocation, progress: Progress) -> Outcome:
         """Stop it in every worker at once, strip its signatures, sign anew what still verifies.
@@ -58,8 +50,6 @@ class Revoking:
         revoked is revoked then, and running it again goes on.
         """
         await self._index.revocations.add(revocation)
-        self._epoch.advance()
-        self._epoch.arrive()
         started = time.monotonic()
         stripped = signed = 0
         withdrawn: list[tuple[str, str]] = []
@@ -67,17 +57,17 @@ class Revoking:
             async for hash_part in self._carrying(revocation.name):
                 stripped += 1
                 try:
-                    await self._admission.renew(hash_part)
+                    await self._renewal.renew(hash_part)
                     signed += 1
                 except NarsealError as error:
                     withdrawn.append((hash_part, str(error)))
-                    await self._admission.strip(hash_part)
+                    await self._renewal.strip(hash_part)
                 progress("paths", stripped)
             bundles = 0
         else:
             bundles = await self._drop_bundles(revocation, progress)
-        self._epoch.advance()
         await asyncio.sleep(max(0.0, _SETTLE - (time.monotonic() - started)))
+        await self._countersigner.note(revocation.kind, revocation.name, revocation.reason)
         return Outcome(stripped, signed, tuple(withdrawn), bundles)
 
     async def _carrying(self, name: str) -> AsyncIterator[str]:
@@ -91,10 +81,10 @@ class Revoking:
         """Forget bundles that it signed; narseal's own are made anew by the key that is active."""
         count = 0
         for looked, digest in enumerate(await self._index.attestations.digests(), 1):
-            data = await self._threads.run(self._storage.read, bundle_name(digest))
+            data = await self._folder.read(bundle_name(digest))
             if data is not None and await self._threads.run(_is_by, data, revocation):
                 await self._index.attestations.forget(digest)
-                await self._threads.run(self._storage.remove, bundle_name(digest))
+                await self._folder.remove(bundle_name(digest))
                 count += 1
             progress("bundles", looked)
         count += await self._drop_single(revocation)

@@ -5,45 +5,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
 from narseal.errors import Denied, NarsealError, Unavailable
-from narseal.pipeline.paths.admission import Admission
 from narseal.pipeline.paths.realisations import Realisations
-from narseal.pipeline.trust.countersign import Countersigner
-from narseal.storage import Index, Leadership
+from narseal.pipeline.paths.renewal import Renewal
+from narseal.pipeline.services import Services
 from narseal.telemetry import metrics
 
 _log = logging.getLogger(__name__)
 _PAGE = 200
 _LOOK = 5.0  # seconds between two looks for work
-_LEAD = 1.0
 
 
 class Rotation:
     """One worker of all does it, at a bounded rate; readers meanwhile sign what they ask for."""
 
-    def __init__(
-        self,
-        *,
-        index: Index,
-        admission: Admission,
-        realisations: Realisations,
-        countersigner: Countersigner,
-        leadership: Leadership,
-        rate: float,
-    ) -> None:
-        self._index = index
-        self._admission = admission
+    def __init__(self, services: Services, renewal: Renewal, realisations: Realisations) -> None:
+        self._index = services.index
+        self._countersigner = services.countersigner
+        self._leadership = services.leadership("rotation")
+        self._rate = services.config.signing.resign_rate
+        self._renewal = renewal
         self._realisations = realisations
-        self._countersigner = countersigner
-        self._leadership = leadership
-        self._rate = rate
 
     async def run(self) -> None:
         """Until cancelled: whenever keys become active, sign what lacks their signatures."""
-        while not self._leadership.take():  # noqa: ASYNC110 (a lock between processes)
-            await asyncio.sleep(_LEAD)
+        with closing(self._leadership):
+            await self._leadership.lead()
+            await self._follow_keys()
+
+    async def _follow_keys(self) -> None:
         done: frozenset[str] = frozenset()
         while True:
             try:
@@ -55,10 +47,6 @@ class Rotation:
             except Unavailable as error:
                 _log.warning("signing with new keys waits: %s", error)
             await asyncio.sleep(_LOOK)
-
-    def close(self) -> None:
-        """Let go of the lead."""
-        self._leadership.close()
 
     async def _sign_all(self, names: frozenset[str]) -> None:
         waiting = await self._index.count_lacking(names)
@@ -77,12 +65,12 @@ class Rotation:
         while keys := await self._index.realisation_keys(after=after, limit=_PAGE):
             for key in keys:
                 with suppress(Denied):
-                    await self._realisations.get(key, stored_only=True)
+                    await self._realisations.get(key)
             after = keys[-1]
 
     async def _sign(self, hash_part: str) -> None:
         try:
-            await self._admission.renew(hash_part)
+            await self._renewal.renew(hash_part)
         except Unavailable:
             raise
         except Denied:

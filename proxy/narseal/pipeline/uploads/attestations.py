@@ -9,7 +9,6 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from narseal.config import Config
 from narseal.cosign.bundle import Bundle, Envelope
 from narseal.cosign.statement import Statement, read_json
 from narseal.errors import (
@@ -22,14 +21,11 @@ from narseal.errors import (
     UploadTooLarge,
 )
 from narseal.pipeline.paths.admission import Admission
-from narseal.pipeline.trust.policy import Policy, attesters, content_digests
-from narseal.runtime.tasks import BackgroundTasks
-from narseal.runtime.threads import ThreadPools
+from narseal.pipeline.paths.finder import Finder
+from narseal.pipeline.services import Services
+from narseal.pipeline.trust.policy import attesters, content_digests
 from narseal.storage import (
     Attestation,
-    Attestations,
-    Epoch,
-    LocalStorage,
     bundle_name,
 )
 
@@ -39,27 +35,17 @@ _log = logging.getLogger(__name__)
 class Provenance:
     """Takes in-toto statements in Sigstore bundles and shows which there are."""
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        policy: Policy,
-        admission: Admission,
-        attestations: Attestations,
-        storage: LocalStorage,
-        threads: ThreadPools,
-        tasks: BackgroundTasks,
-        epoch: Epoch,
-    ) -> None:
-        self._config = config.attestations
-        self._attesters = dict.fromkeys(attesters(config))
-        self._policy = policy
+    def __init__(self, services: Services, admission: Admission, finder: Finder) -> None:
+        self._config = services.config.attestations
+        self._attesters = dict.fromkeys(attesters(services.config))
+        self._policy = services.policy
+        self._attestations = services.index.attestations
+        self._folder = services.folder
+        self._threads = services.threads
+        self._tasks = services.tasks
+        self._epoch = services.epoch
         self._admission = admission
-        self._attestations = attestations
-        self._storage = storage
-        self._threads = threads
-        self._tasks = tasks
-        self._epoch = epoch
+        self._finder = finder
 
     @property
     def takes_any(self) -> bool:
@@ -73,7 +59,7 @@ class Provenance:
 
     async def put_for_path(self, hash_part: str, data: bytes) -> bool:
         """Keep an attestation of a store path's NAR or stored file; see `put`."""
-        (path, nar), _ = await self._admission.preview(hash_part)
+        (path, nar), _ = await self._finder.preview(hash_part)
         return await self._put(content_digests(path.info, nar), str(path.info.store_path), data)
 
     async def put(self, digest: bytes, data: bytes) -> bool:
@@ -86,8 +72,8 @@ class Provenance:
         return await self._put(frozenset((digest,)), f"sha256:{digest.hex()}", data)
 
     async def status(self, hash_part: str) -> dict[str, Any]:
-        """What is known of a path, and what policy says of it; as JSON. See `Admission.look`."""
-        (path, nar), admitted = await self._admission.preview(hash_part)
+        """What is known of a path, and what policy says of it; as JSON. See `Finder.preview`."""
+        (path, nar), admitted = await self._finder.preview(hash_part)
         info = path.info
         digests = content_digests(info, nar)
         verdict = await self._policy.verdict(info, digests)
@@ -120,13 +106,13 @@ class Provenance:
             raise BadUpload(str(error)) from error
         name = hashlib.sha256(compact).digest()
         subjects = frozenset(subject.digest for subject in statement.subjects)
-        await self._threads.run(self._storage.write, bundle_name(name), compact)
+        await self._folder.write(bundle_name(name), compact)
         try:
             new = await self._attestations.put(
                 name, statement.predicate_type, signer, subjects, most=self._config.per_digest
             )
         except UploadTooLarge:
-            await self._threads.run(self._storage.remove, bundle_name(name))
+            await self._folder.remove(bundle_name(name))
             raise
         if new:
             _log.info(

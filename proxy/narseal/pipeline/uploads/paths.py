@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from narseal.config import Config
 from narseal.custody.tokens import Token
 from narseal.errors import (
     BadUpload,
@@ -33,16 +32,13 @@ from narseal.nix.inspection import Inspection, Measured
 from narseal.nix.keys import Signature, plausible
 from narseal.nix.narinfo import MOST_BUT_OURS, NarInfo
 from narseal.nix.references import ReferenceScanner
-from narseal.pipeline.nars.fetcher import Fetcher
+from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.paths.admission import Admission
-from narseal.pipeline.trust.countersign import Countersigner
-from narseal.pipeline.trust.policy import Policy, content_digests
-from narseal.runtime.threads import ThreadPools
+from narseal.pipeline.paths.renewal import Renewal
+from narseal.pipeline.services import Services
+from narseal.pipeline.trust.policy import content_digests
 from narseal.storage import (
     Admitted,
-    Epoch,
-    Index,
-    LocalStorage,
     NarRecord,
     PathRecord,
     storage_errors,
@@ -65,29 +61,20 @@ class Uploads:
     """What uploaders may bring, by kind."""
 
     def __init__(
-        self,
-        config: Config,
-        *,
-        storage: LocalStorage,
-        index: Index,
-        admission: Admission,
-        fetcher: Fetcher,
-        countersigner: Countersigner,
-        threads: ThreadPools,
-        epoch: Epoch,
-        policy: Policy,
+        self, services: Services, admission: Admission, renewal: Renewal, publisher: Publisher
     ) -> None:
-        self._config = config
-        self._policy = policy
-        self._upload = config.upload
-        self._storage = storage
-        self._index = index
+        self._config = services.config
+        self._upload = services.config.upload
+        self._policy = services.policy
+        self._folder = services.folder
+        self._index = services.index
+        self._countersigner = services.countersigner
+        self._threads = services.threads
+        self._epoch = services.epoch
         self._admission = admission
-        self._fetcher = fetcher
-        self._countersigner = countersigner
-        self._threads = threads
-        self._epoch = epoch
-        self._trusted = {key.name: key for key in config.upload.trusted_keys}
+        self._renewal = renewal
+        self._publisher = publisher
+        self._trusted = {key.name: key for key in self._upload.trusted_keys}
 
     def check_size(self, size: int | None) -> None:
         """UploadTooLarge, before a byte of the body is taken."""
@@ -102,7 +89,7 @@ class Uploads:
         """
         self.check_size(size)
         await self._threads.run(self._make_room, size or 0)
-        incoming = await self._threads.run(self._storage.incoming)
+        incoming = await self._folder.incoming()
         try:
             hasher = hashlib.sha256()
             written = 0
@@ -120,9 +107,9 @@ class Uploads:
             found = Hash("sha256", hasher.digest())
             if found.nix32 != file.partition(".")[0]:
                 raise BadUpload(f"nar/{file}: the file's hash is {found}")
-            await self._threads.run(self._storage.keep_upload, incoming[1], file)
+            await self._folder.keep_upload(incoming[1], file)
         finally:
-            await self._threads.run(self._storage.discard, incoming)
+            await self._folder.discard(incoming)
 
     async def put_narinfo(self, hash_part: str, data: bytes, token: Token) -> bool:
         """Admit a store path whose NAR was uploaded, or add signatures to one that is there.
@@ -192,7 +179,7 @@ class Uploads:
         united = await self._index.sign(info.store_path.hash_part, more)
         merged = replace(path, info=path.info.with_signatures(united))
         if nar.stored:
-            await self._fetcher.write_narinfo(merged, nar)
+            await self._publisher.narinfo(merged, nar)
         self._epoch.advance()
 
     def _kept(self, info: NarInfo) -> list[Signature]:
@@ -218,7 +205,7 @@ class Uploads:
         file = info.url.removeprefix("nar/")
         if stored := await self._stored(file, info):
             return _Arrived(stored, None)
-        incoming = await self._threads.run(self._storage.open_upload, file)
+        incoming = await self._folder.open_upload(file)
         if incoming is None:
             if stored := await self._stored(file, info):  # another client was faster
                 return _Arrived(stored, None)
@@ -234,8 +221,8 @@ class Uploads:
                 )
             self._check_missing(info, missing)
         except (Refused, Malformed, BadUpload):
-            await self._threads.run(self._storage.discard, incoming)
-            await self._threads.run(self._storage.discard_upload, file)
+            await self._folder.discard(incoming)
+            await self._folder.discard_upload(file)
             raise
         record = NarRecord.from_file(
             info, file, file_hash=measured.file_hash, file_size=measured.file_size
@@ -267,17 +254,15 @@ class Uploads:
         record = replace(arrived.record, stored=True)
         if arrived.incoming:
             try:  # its name is its own hash: whatever is there under it is the same
-                await self._threads.run(
-                    self._storage.publish, *arrived.incoming, f"nar/{record.file}"
-                )
+                await self._folder.publish(arrived.incoming, f"nar/{record.file}")
             finally:
-                await self._threads.run(self._storage.discard, arrived.incoming)
+                await self._folder.discard(arrived.incoming)
         passes = await self._policy.passes(kept, content_digests(kept, record))
         if passes:
-            kept = await self._admission.sign(kept, record)
+            kept = await self._renewal.sign(kept, record)
         path, nar = await self._pin(PathRecord(kept, record.file, evidence), record)
-        await self._fetcher.write_narinfo(path, nar)
-        await self._threads.run(self._storage.discard_upload, info.url.removeprefix("nar/"))
+        await self._publisher.narinfo(path, nar)
+        await self._folder.discard_upload(info.url.removeprefix("nar/"))
         self._epoch.arrive()
         _log.info(
             "uploaded %s",
@@ -291,14 +276,14 @@ class Uploads:
             return admitted
         bound = await self._index.bind(replace(record, stored=False))
         if bound.file != record.file:  # an upstream's lie has the name
-            await self._threads.run(self._storage.link, f"nar/{record.file}", f"nar/{bound.file}")
+            await self._folder.link(f"nar/{record.file}", f"nar/{bound.file}")
         record = replace(record, file=bound.file)
         await self._index.publish(bound, record)
         return await self._index.admit(replace(path, nar_file=bound.file), record)
 
     def _make_room(self, size: int) -> None:
         """In a thread: drop uploads that nobody claimed in time; StorageFull if it is not enough."""
-        self._storage.sweep_uploads(
+        self._folder.local.sweep_uploads(
             max_age=self._upload.quarantine_age, max_bytes=self._upload.quarantine_size - size
         )
 

@@ -1,0 +1,138 @@
+"""Asking the upstreams for a store path: who has it, with what evidence, and where its file is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from time import time
+
+from narseal.errors import Malformed, NotFound, Refused, Trouble
+from narseal.nix import narinfo
+from narseal.nix.hashes import Hash
+from narseal.nix.narinfo import NarInfo
+from narseal.pipeline.nars.fetcher import REFUSED_SECONDS
+from narseal.pipeline.nars.transfer import Origin
+from narseal.pipeline.services import Services
+from narseal.pipeline.trust.evidence import Evidence, weigh
+from narseal.storage import Admitted, NarRecord, PathRecord
+from narseal.telemetry import metrics
+from narseal.upstream import Upstream
+from narseal.upstream.race import Answers, in_order
+
+#: What is refused for reasons that another narinfo of the same file need not share.
+_NOT_BYTES = ("conflict", "bad-bundle", "signer-refused")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An upstream's narinfo, and what speaks for it."""
+
+    info: NarInfo
+    evidence: Evidence
+
+
+class Finder:
+    """What the upstreams have. With no upstreams, nothing."""
+
+    def __init__(self, services: Services) -> None:
+        self._config = services.config
+        self._upstreams = services.upstreams
+        self._index = services.index
+        self._epoch = services.epoch
+        self._own_keys = services.countersigner.public_keys
+        self._lookups = asyncio.Semaphore(services.config.limits.lookups)
+        self._refusals: tuple[int, dict[tuple[str, str, bytes], tuple[str, float]]] | None = None
+
+    def candidates(
+        self, hash_part: str, answers: Answers
+    ) -> AbstractAsyncContextManager[AsyncIterator[tuple[Upstream, Candidate]]]:
+        """Good narinfos of a hash, as they come; what is of no use goes to `answers`."""
+        thing = f"{hash_part}.narinfo"
+        return in_order(self._upstreams, lambda u: self._ask(u, hash_part), answers, thing=thing)
+
+    async def preview(self, hash_part: str) -> tuple[Admitted, bool]:
+        """A path as it is admitted, or as it would be, whatever policy says; and which of both.
+
+        Nothing is signed or kept. NotFound, Refused, Malformed or Trouble if nobody has it.
+        """
+        if found := await self._index.path(hash_part):
+            return found, not found[0].withdrawn
+        answers = Answers()
+        async with self.candidates(hash_part, answers) as candidates:
+            async for upstream, candidate in candidates:
+                nar = NarRecord.of(candidate.info, upstream.config.url)
+                return (PathRecord(candidate.info, nar.file, candidate.evidence.text), nar), False
+        raise answers.verdict(hash_part)
+
+    async def origins(self, record: NarRecord, info: NarInfo) -> AsyncIterator[Origin]:
+        """Where the very file of an admitted path can be had: its own upstream, then others."""
+        own = next((u for u in self._upstreams if u.config.url == record.upstream), None)
+        if (
+            own
+            and record.url
+            and not await self._refusal(record.upstream, record.url, record.nar_hash)
+        ):
+            yield Origin(own, record.url)
+        answers = Answers()
+        hash_part = info.store_path.hash_part
+        others = [upstream for upstream in self._upstreams if upstream is not own]
+        async with in_order(
+            others, lambda u: self._ask(u, hash_part), answers, thing=hash_part
+        ) as found:
+            async for upstream, candidate in found:
+                if _same_file(record, info, candidate.info):
+                    yield Origin(upstream, candidate.info.url)
+        if isinstance(verdict := answers.verdict(hash_part), Trouble):
+            raise verdict
+
+    async def refuse(self, upstream: Upstream, info: NarInfo, error: Refused | Malformed) -> None:
+        """Do not take an upstream's file again for a time, if it was the bytes that were wrong."""
+        if error.reason not in _NOT_BYTES:
+            await self._index.refuse(
+                upstream.config.url,
+                info.url,
+                info.nar_hash,
+                error.reason,
+                for_seconds=REFUSED_SECONDS,
+            )
+
+    async def _ask(self, upstream: Upstream, hash_part: str) -> Candidate:
+        """One upstream's narinfo, parsed and weighed."""
+        async with self._lookups:
+            data = await upstream.get(f"{hash_part}.narinfo", limit=narinfo.MAX_BYTES)
+        if data is None:
+            raise NotFound(f"{upstream.config.url} has no {hash_part}.narinfo")
+        revoked = (await self._index.revocations.now()).keys
+        with metrics.verifying("nix"):
+            info = NarInfo.parse(data, store_dir=self._config.store_dir)
+            info, evidence = weigh(
+                info,
+                asked=hash_part,
+                upstream=upstream.config,
+                own_keys=self._own_keys,
+                max_nar_size=self._config.limits.nar_size,
+                revoked=revoked,
+            )
+        reason = await self._refusal(upstream.config.url, info.url, info.nar_hash)
+        if reason is not None:
+            raise Refused("refused-source", f"{info.url} had wrong content lately ({reason})")
+        return Candidate(info, evidence)
+
+    async def _refusal(self, upstream: str, url: str, nar_hash: Hash) -> str | None:
+        """Why an upstream's file is not taken for a NAR now; read anew when the epoch changed."""
+        now = self._epoch.read()
+        if self._refusals is None or self._refusals[0] != now:
+            self._refusals = (now, await self._index.refusals())
+        reason, until = self._refusals[1].get((upstream, url, nar_hash.digest), (None, 0.0))
+        return reason if until > time() else None
+
+
+def _same_file(record: NarRecord, info: NarInfo, other: NarInfo) -> bool:
+    """Whether another upstream's narinfo names the very bytes of a record."""
+    if other.fingerprint() != info.fingerprint() or other.compression != record.compression:
+        return False
+    if record.compression == "none":
+        return True
+    return record.file_hash is not None and other.file_hash == record.file_hash

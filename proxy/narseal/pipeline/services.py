@@ -1,0 +1,118 @@
+"""What a worker opens once and every room of the pipeline shares."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from narseal.config import Config
+from narseal.custody.operator import OperatorKey
+from narseal.errors import ConfigError
+from narseal.pipeline.caches import HotMap
+from narseal.pipeline.trust.countersign import Countersigner
+from narseal.pipeline.trust.policy import Policy
+from narseal.pipeline.trust.sigstore import SigstoreSetup
+from narseal.runtime.leadership import Leadership
+from narseal.runtime.tasks import BackgroundTasks
+from narseal.runtime.threads import ThreadPools
+from narseal.storage import Epoch, Folder, Index, LocalStorage, index_file
+from narseal.telemetry import metrics
+from narseal.upstream import Upstream, connect
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Made by `opened`, inside the loop that serves."""
+
+    config: Config
+    #: By priority, the preferred one first.
+    upstreams: tuple[Upstream, ...]
+    index: Index
+    folder: Folder
+    epoch: Epoch
+    threads: ThreadPools
+    tasks: BackgroundTasks
+    countersigner: Countersigner
+    policy: Policy
+    sigstore: SigstoreSetup
+    hot: HotMap
+
+    def leadership(self, of: str) -> Leadership:
+        """The lock of what only one worker does."""
+        return Leadership(index_file(self.config.storage.index).with_suffix(f".{of}.lock"))
+
+
+@asynccontextmanager
+async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
+    """Keys, upstreams, index and threads; on leaving, running work gets its time to end.
+
+    ConfigError if a key cannot be used.
+    """
+    keys = load_keys(config)
+    for key in keys:
+        not_after = key.not_after.timestamp() if key.not_after else 0
+        metrics.key_not_after.labels(key.public.name).set(not_after)
+    upstreams = [connect(upstream) for upstream in config.upstream]
+    threads = ThreadPools(transfers=config.limits.transfers)
+    tasks = BackgroundTasks()
+    folder = Folder(LocalStorage(config.storage.url), threads)
+    attest = config.cosign.mode != "off"
+    index = Index(config.storage.index, config.store_dir, attest=attest, epoch=epoch)
+    countersigner = Countersigner(keys, index.revocations)
+    services = Services(
+        config=config,
+        upstreams=tuple(sorted(upstreams, key=lambda upstream: upstream.config.priority)),
+        index=index,
+        folder=folder,
+        epoch=epoch,
+        threads=threads,
+        tasks=tasks,
+        countersigner=countersigner,
+        policy=Policy(
+            config,
+            own_keys=countersigner.public_keys,
+            attestations=index.attestations,
+            revocations=index.revocations,
+            folder=folder,
+            threads=threads,
+        ),
+        sigstore=SigstoreSetup(config.cosign),
+        # who may read is asked each time where reading needs a token: nothing is kept then
+        hot=HotMap(max_bytes=0 if config.upload.private else config.limits.hot_map, epoch=epoch),
+    )
+    async with asyncio.TaskGroup() as group:
+        # without the index nothing can be served: if this ends, the worker ends
+        group.create_task(index.run(), name="index")
+        try:
+            yield services
+        finally:
+            await tasks.close(wait=config.limits.shutdown_timeout)
+            for upstream in upstreams:
+                await upstream.close()
+            for key in keys:
+                key.custodian.close()
+            await index.close()
+            threads.close()
+
+
+def load_keys(config: Config) -> list[OperatorKey]:
+    """The operator's keys; ConfigError if there is none, one cannot be used, or names clash."""
+    if not config.signing.key:
+        raise ConfigError(
+            "there is no [[signing.key]]: make one with `narseal key generate NAME` and name its"
+            ' file there: url = "file:/path"'
+        )
+    keys = [OperatorKey.open(key) for key in config.signing.key]
+    own = {key.public.name: key.public for key in keys}
+    if len(own) < len(keys):
+        raise ConfigError("two [[signing.key]] have the same name")
+    for upstream in config.upstream:
+        for public in upstream.public_keys:
+            if own.get(public.name, public) != public:
+                raise ConfigError(
+                    f"{upstream.url}: its key {public.name} is another than the [[signing.key]]"
+                    " of that name; give yours a name of its own"
+                )
+    return keys

@@ -1,0 +1,158 @@
+"""What is answered to a GET of a NAR: from memory, from storage, or while it comes in."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from aiohttp import web
+
+from narseal.errors import NarsealError, UpstreamTimeout
+from narseal.pipeline.caches import Hot
+from narseal.pipeline.nars.transfer import Reader
+from narseal.pipeline.substituter import Substituter, View
+from narseal.server.conditional import caching, etag_matches, file_etag, span_of, whole
+from narseal.server.file_sender import FileSender
+from narseal.telemetry import metrics
+
+#: What the names of routes below `/upload/` begin with.
+UPLOAD = "upload-"
+_IMMUTABLE = "public, max-age=31536000, immutable"
+_SMALL = 64 << 10
+_NAR = "application/x-nix-nar"
+# a client gives up after 300 s without a byte (Nix's stalled-download-timeout)
+_FIRST_BYTE = 280.0
+
+
+class Broken(ConnectionError):
+    """An answer that was begun and could not be ended."""
+
+    def __init__(self, response: web.StreamResponse, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.response = response
+        #: For the count: 499 (as nginx has it) when the client left, else what went wrong.
+        self.status = cause.status if isinstance(cause, NarsealError) else 499
+
+
+class NarHandlers:
+    """The handlers of NAR files."""
+
+    def __init__(self, substituter: Substituter) -> None:
+        self._substituter = substituter
+        self._services = substituter.services
+
+    async def nar(self, request: web.Request) -> web.StreamResponse:
+        """A NAR: from memory, from storage, or while it comes in."""
+        file = request.match_info["file"]
+        mark = self._services.hot.mark()
+        found = await view_of(self._substituter, request).nars.get(file)
+        try:
+            if isinstance(found, Reader):
+                return await self._relay(request, file, found, mark)
+            if found.size <= _SMALL and request.method == "GET":
+                return await self._small(request, file, found.descriptor, "storage", mark)
+            return await self._send(request, file, found.descriptor, found.size, None)
+        finally:
+            found.close()
+
+    async def _small(
+        self, request: web.Request, file: str, descriptor: int, source: str, mark: int
+    ) -> web.StreamResponse:
+        """A complete, verified file that is worth a place in memory."""
+        body = await self._services.threads.run(os.pread, descriptor, _SMALL, 0)
+        answer = hot_answer(
+            "nar", _NAR, _IMMUTABLE, body, file_etag(file), "Accept-Ranges: bytes\r\n"
+        )
+        self._services.hot.put(f"/nar/{file}".encode(), answer, mark)
+        metrics.nar_bytes.labels(source).inc(len(body))
+        return whole(request, body, _NAR, _IMMUTABLE, file_etag(file))
+
+    async def _relay(
+        self, request: web.Request, file: str, reader: Reader, mark: int
+    ) -> web.StreamResponse:
+        """Follow a transfer. Errors before the first byte are answers, later ones a broken line."""
+        try:
+            async with asyncio.timeout(_FIRST_BYTE):
+                if request.method == "HEAD":
+                    await reader.whole()
+                await reader.follow(0)
+        except TimeoutError as error:
+            raise UpstreamTimeout(f"nar/{file}: nothing came in {_FIRST_BYTE} s") from error
+        assert reader.size is not None  # nothing is released before it is known
+        if reader.size <= _SMALL and request.method == "GET":
+            await reader.whole()
+            return await self._small(request, file, reader.descriptor, "upstream", mark)
+        return await self._send(request, file, reader.descriptor, reader.size, reader)
+
+    async def _send(
+        self, request: web.Request, file: str, descriptor: int, size: int, reader: Reader | None
+    ) -> web.StreamResponse:
+        etag = file_etag(file)
+        headers = caching(_IMMUTABLE, etag) | {"Content-Type": _NAR}
+        if etag_matches(request.headers.get("If-None-Match"), etag):
+            return web.Response(status=304, headers=headers)
+        span = span_of(request, size, etag)
+        if isinstance(span, web.Response):
+            return span
+        response = web.StreamResponse(status=200 if span is None else 206, headers=headers)
+        if span is not None:
+            response.headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{size}"
+        start, stop = (span.start, span.stop) if span else (0, size)
+        response.content_length = stop - start
+        if request.method == "HEAD":
+            return response
+        if reader:
+            await reader.follow(start)
+        await response.prepare(request)
+        await self._stream(request, response, descriptor, start, stop, reader)
+        return response
+
+    async def _stream(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        descriptor: int,
+        start: int,
+        stop: int,
+        reader: Reader | None,
+    ) -> None:
+        async def all_there(_: int) -> int:
+            return stop
+
+        sending = FileSender(
+            request,
+            response,
+            timeout=self._services.config.limits.send_timeout,
+            threads=self._services.threads,
+        )
+        try:
+            await sending.send(descriptor, start, stop, reader.follow if reader else all_there)
+        except (NarsealError, ConnectionError) as error:
+            # never a clean end: the client must see that the line broke
+            if request.transport:
+                request.transport.abort()
+            raise Broken(response, error) from error
+        source = "upstream" if reader else "storage"
+        metrics.nar_bytes.labels(source).inc(stop - start)
+
+
+def is_upload(request: web.Request) -> bool:
+    """Whether a pusher asks, below `/upload/`."""
+    return (request.match_info.route.name or "").startswith(UPLOAD)
+
+
+def view_of(substituter: Substituter, request: web.Request) -> View:
+    """Below `/upload/` no upstream is asked: a pusher wants to know what is here."""
+    return substituter.stored if is_upload(request) else substituter.everything
+
+
+def hot_answer(
+    route: str, content_type: str, control: str, body: bytes, etag: str, more: str = ""
+) -> Hot:
+    """A finished answer, as the hot path sends it."""
+    head = (
+        f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+        f"Cache-Control: {control}\r\nETag: {etag}\r\n{more}"
+        "Server: narseal\r\n\r\n"
+    )
+    return Hot(route, head.encode() + body, len(body))

@@ -1,0 +1,68 @@
+"""The storage folder as the loop sees it: each call of `LocalStorage` in a thread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from narseal.runtime.threads import ThreadPools
+from narseal.storage.local import LocalStorage
+
+#: A file on its way in: an open descriptor, and where it lies until it is published.
+Incoming = tuple[int, Path]
+
+
+class Folder:
+    """See LocalStorage for what each method does, and raises."""
+
+    def __init__(self, local: LocalStorage, threads: ThreadPools) -> None:
+        #: For work that is in a thread already.
+        self.local = local
+        self._threads = threads
+
+    def path(self, name: str) -> Path:
+        """Where a published file lies."""
+        return self.local.path(name)
+
+    async def read(self, name: str) -> bytes | None:
+        """A small file's bytes, None if there is none."""
+        return await self._threads.run(self.local.read, name)
+
+    async def write(self, name: str, data: bytes) -> None:
+        """Publish a small file."""
+        await self._threads.run(self.local.write, name, data)
+
+    async def remove(self, name: str) -> None:
+        """Take a file away; nothing if there is none."""
+        await self._threads.run(self.local.remove, name)
+
+    async def incoming(self) -> Incoming:
+        """A new file to write and read."""
+        return await self._threads.run(self.local.incoming)
+
+    async def publish(self, incoming: Incoming, name: str) -> None:
+        """Give a complete file its name, durably."""
+        await self._threads.run(self.local.publish, *incoming, name)
+
+    async def link(self, name: str, other: str) -> None:
+        """Give a published file another name, too."""
+        await self._threads.run(self.local.link, name, other)
+
+    async def discard(self, incoming: Incoming) -> None:
+        """Close a file that was on its way in, and drop it unless it was published."""
+        await self._threads.run(self.local.discard, incoming)
+
+    async def quarantine(self, file: Path, label: str) -> None:
+        """Keep a wrong file for the operator to look at."""
+        await self._threads.run(self.local.quarantine, file, label)
+
+    async def keep_upload(self, incoming: Path, file: str) -> None:
+        """Let a NAR whose hash is its name wait for its narinfo."""
+        await self._threads.run(self.local.keep_upload, incoming, file)
+
+    async def open_upload(self, file: str) -> Incoming | None:
+        """A waiting NAR, open; None if there is none."""
+        return await self._threads.run(self.local.open_upload, file)
+
+    async def discard_upload(self, file: str) -> None:
+        """Let a NAR wait no more."""
+        await self._threads.run(self.local.discard_upload, file)
