@@ -31,7 +31,7 @@ def test(paths: tuple[str, ...], config_file: Path, as_json: bool) -> None:
     It looks at what is in the index, else at the upstreams; it signs and changes nothing.
     Exit code 1 if one is kept back.
     """
-    found = asyncio.run(_statuses(load(config_file), [_hash_part(path) for path in paths]))
+    found = asyncio.run(_statuses(load(config_file), [_store_path(path) for path in paths]))
     for tree in found:
         verdict = tree["policy"]
         if as_json:
@@ -62,18 +62,18 @@ def import_(file: Any, globs: tuple[str, ...], trust_config: str | None) -> None
     click.echo(translate(file.read(1 << 20), globs=globs, trust_config=trust_config), nl=False)
 
 
-async def _statuses(config: Config, hash_parts: list[str]) -> list[dict[str, Any]]:
+async def _statuses(config: Config, store_paths: list[StorePath]) -> list[dict[str, Any]]:
     from narseal.pipeline.substituter import Substituter
     from narseal.storage import Epoch, epoch_file, migrate
 
     migrate(config.storage.index)
     epoch = Epoch(epoch_file(config.storage.index))
     async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
-        return [await substituter.provenance.status(hash_part) for hash_part in hash_parts]
+        return [await substituter.provenance.status(path) for path in store_paths]
 
 
-def _hash_part(path: str) -> str:
+def _store_path(path: str) -> StorePath:
     try:
-        return StorePath.parse(path.rpartition("/")[2]).hash_part
+        return StorePath.parse(path.rpartition("/")[2])
     except MalformedStorePath as error:
         raise click.UsageError(f"{path}: {error}") from error

@@ -36,6 +36,11 @@ class Token:
     expires: float | None
     hash: str
 
+    @property
+    def covers_all(self) -> bool:
+        """Whether there is no store path that it does not cover."""
+        return "*" in self.allow
+
     def may(self, path_name: str) -> bool:
         """Whether it covers a store path of this name."""
         return any(fnmatchcase(path_name, glob) for glob in self.allow)

@@ -28,19 +28,27 @@ def check_url(url: str) -> None:
         raise Refused("escapes-upstream", f"the narinfo's URL leaves its upstream: {url[:200]!r}")
 
 
-def check_content_address(info: NarInfo) -> bool:
-    """Whether the CA speaks for NarHash too, not only for the path's name."""
+def check_content_address(info: NarInfo) -> None:
+    """Refused("ca-mismatch") if the CA does not recompute to the store path, or denies NarHash.
+
+    It speaks for the path and its references, never for NarSize: who signs on a CA measures the
+    NAR, too.
+    """
     if info.ca is None:
-        return False
+        return
     path = info.store_path
     computed = info.ca.store_path(
         path.name, info.references, self_hash=path.hash_part, store_dir=info.store_dir
     )
     if computed != path:
         raise Refused("ca-mismatch", f"{path}: its CA recomputes to {computed or 'no path at all'}")
-    refers_to_itself = any(ref.hash_part == path.hash_part for ref in info.references)
-    if info.ca.method is not Method.NAR or info.ca.hash.algorithm != "sha256" or refers_to_itself:
-        return False
-    if info.ca.hash != info.nar_hash:
+    if names_nar_hash(info) and info.ca.hash != info.nar_hash:
         raise Refused("ca-mismatch", f"{path}: its CA and its NarHash contradict each other")
-    return True
+
+
+def names_nar_hash(info: NarInfo) -> bool:
+    """Whether the CA is over the very NAR, so that its hash must be NarHash."""
+    if info.ca is None or info.ca.method is not Method.NAR or info.ca.hash.algorithm != "sha256":
+        return False
+    own = info.store_path.hash_part
+    return not any(reference.hash_part == own for reference in info.references)

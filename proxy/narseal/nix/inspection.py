@@ -13,7 +13,7 @@ from narseal.nix.content_address import Method
 from narseal.nix.hashes import Hash
 from narseal.nix.nar import NarReader
 from narseal.nix.narinfo import NarInfo
-from narseal.nix.references import HashModulo
+from narseal.nix.references import HashModulo, ReferenceScanner
 
 _CHUNK = 1 << 20
 
@@ -24,6 +24,8 @@ class Measured:
 
     file_hash: Hash
     file_size: int
+    #: Hash parts of claimed references that do not occur in the NAR; empty unless it was scanned.
+    missing: frozenset[str] = frozenset()
 
 
 class _Digest(Protocol):
@@ -34,12 +36,21 @@ class _Digest(Protocol):
 class Inspection:
     """One pass over one NAR file, held to a narinfo.
 
-    `on_plain` gets the decompressed pieces. Raises ContentMismatch, other Refused and
-    MalformedNar from `feed` and `finish`.
+    With `scan`, the references that the narinfo claims are looked for. `on_plain` gets the
+    decompressed pieces. Raises ContentMismatch, other Refused and MalformedNar from `feed` and
+    `finish`.
     """
 
-    def __init__(self, info: NarInfo, *, on_plain: Callable[[bytes], object] | None = None) -> None:
+    def __init__(
+        self,
+        info: NarInfo,
+        *,
+        scan: bool = False,
+        on_plain: Callable[[bytes], object] | None = None,
+    ) -> None:
         self._info = info
+        claimed = (reference.hash_part for reference in info.references)
+        self._scanner = ReferenceScanner(claimed if scan else ())
         self._on_plain = on_plain
         self._decoder = decompressor(info.compression)
         # an uncompressed file is the NAR: its hash is taken once
@@ -61,6 +72,7 @@ class Inspection:
             self._reader.feed(piece)
             if self._whole:
                 self._whole.update(piece)
+            self._scanner.feed(piece)
             if self._on_plain:
                 self._on_plain(piece)
 
@@ -77,7 +89,7 @@ class Inspection:
             )
         self._check_content_address(is_plain_file=summary.is_plain_file)
         digest = self._file_hash.digest() if self._file_hash else summary.nar_hash.digest
-        return Measured(Hash("sha256", digest), self._file_size)
+        return Measured(Hash("sha256", digest), self._file_size, self._scanner.missing)
 
     def _check_magic(self, data: bytes) -> None:
         magic = MAGIC.get(self._info.compression, b"")
@@ -124,9 +136,9 @@ def _whole_digest(info: NarInfo) -> _Digest | HashModulo | None:
     return None if info.ca.hash == info.nar_hash else hashlib.new(info.ca.hash.algorithm)
 
 
-def inspect_file(info: NarInfo, file: BinaryIO) -> Measured:
+def inspect_file(info: NarInfo, file: BinaryIO, *, scan: bool = False) -> Measured:
     """Hold a whole file to a narinfo, from where it stands on. Blocks."""
-    inspection = Inspection(info)
+    inspection = Inspection(info, scan=scan)
     while data := file.read(_CHUNK):
         inspection.feed(data)
     return inspection.finish()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nacl.bindings import (
@@ -118,14 +117,3 @@ class SecretKey:
         """The file's contents, without a newline, as Nix writes them."""
         data = self._signer.encode() + self._signer.verify_key.encode()
         return f"{self.name}:{base64.b64encode(data).decode()}"
-
-
-def plausible(
-    signatures: Iterable[Signature], keys: Mapping[str, PublicKey], message: bytes
-) -> list[Signature]:
-    """Signatures over `message` that verify, or are by keys that are not among `keys` (by name)."""
-    return [
-        signature
-        for signature in signatures
-        if signature.key_name not in keys or keys[signature.key_name].verifies(message, signature)
-    ]

@@ -31,6 +31,8 @@ MAX_SIGNATURES = 32
 #: Signatures that are kept of others, so that there is room for the operator's.
 MOST_BUT_OURS = 24
 MAX_EXTRA = 32
+#: Of a file or NAR, in bytes: what Nix and the index can count.
+MAX_SIZE = (1 << 63) - 1
 
 _INTEGER = re.compile(r"[0-9]{1,20}", re.ASCII)
 _LINE = re.compile(rb"[!-9;-~]{1,64}: ?[ -~]*")
@@ -77,8 +79,10 @@ class NarInfo:
             raise MalformedNarInfo("only sha256 is signed by Nix", field="NarHash")
         if self.file_hash and self.file_hash.algorithm != "sha256":
             raise MalformedNarInfo("only sha256 names a file", field="FileHash")
-        if not 0 < self.nar_size < 1 << 63:
+        if not 0 < self.nar_size <= MAX_SIZE:
             raise MalformedNarInfo(f"{self.nar_size} is no size", field="NarSize")
+        if self.file_size is not None and not 0 <= self.file_size <= MAX_SIZE:
+            raise MalformedNarInfo(f"{self.file_size} is no size", field="FileSize")
         if self.compression not in COMPRESSIONS:
             raise MalformedNarInfo(f"unknown: {self.compression[:40]!r}", field="Compression")
 
@@ -137,7 +141,7 @@ class _Parser:
         if not _LINE.fullmatch(line):
             raise MalformedNarInfo(f"not `Name: value` in ASCII: {line[:80]!r}", line=number)
         name, _, value = line.decode("ascii").partition(":")
-        if value and not value.startswith(" "):
+        if not value.startswith(" "):  # without it Nix takes the next line for the value
             raise MalformedNarInfo("no space after the colon", line=number, field=name)
         value = value[1:]
         if not value and name != "References":

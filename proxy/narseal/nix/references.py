@@ -21,6 +21,11 @@ class ReferenceScanner:
 
         self.found: set[str] = set()
 
+    @property
+    def missing(self) -> frozenset[str]:
+        """Those that did not occur yet."""
+        return frozenset(part.decode() for part in self._wanted)
+
     def feed(self, data: bytes) -> None:
         """Scan the next bytes."""
         if not self._wanted:

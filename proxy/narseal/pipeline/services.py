@@ -72,7 +72,7 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
         countersigner=countersigner,
         policy=Policy(
             config,
-            own_keys=countersigner.public_keys,
+            own_names=countersigner.ring.names,
             attestations=index.attestations,
             revocations=index.revocations,
             folder=folder,

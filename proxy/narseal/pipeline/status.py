@@ -43,7 +43,7 @@ class Status:
                 }
                 for key in self._countersigner.keys
             ],
-            "lackSignatures": await self._index.count_lacking(active) if active else 0,
+            "lackSignatures": await self._index.paths.count_lacking(active) if active else 0,
             "cosign": {"mode": self._mode, "waiting": waiting, "since": since},
             "revoked": [asdict(revocation) for revocation in revoked.all],
         }
@@ -55,7 +55,7 @@ class Status:
     async def public_keys(self) -> list[PublicKey]:
         """The operator's, less revoked ones."""
         revoked = (await self._index.revocations.now()).keys
-        return [k for k in self._countersigner.public_keys.values() if k.name not in revoked]
+        return list(self._countersigner.ring.without(revoked).keys)
 
     async def weigh(self) -> None:
         """Keep the metric of storage's size, until cancelled."""

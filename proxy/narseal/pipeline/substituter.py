@@ -30,6 +30,7 @@ from narseal.pipeline.upkeep.revocation import Revoking
 from narseal.pipeline.upkeep.rotation import Rotation
 from narseal.pipeline.uploads.attestations import Provenance
 from narseal.pipeline.uploads.paths import Uploads
+from narseal.pipeline.uploads.side_files import SideFileUploads
 from narseal.storage import Epoch
 
 
@@ -74,6 +75,7 @@ class Substituter:
         self.stored = self._view(replace(services, upstreams=()))
         admission = self.everything.admission
         self.signatures = Signatures(services)
+        self.side_file_uploads = SideFileUploads(services)
         self.uploads = Uploads(services, admission, self._renewal, self._publisher)
         self.provenance = Provenance(services, admission, self.everything.finder)
         self.revoking = Revoking(services, self._renewal)
@@ -99,6 +101,7 @@ class Substituter:
 
     async def retire(self) -> None:
         """Do nothing any more of its own accord; what is asked is answered on."""
+        self._publisher.retired = True
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -111,18 +114,17 @@ class Substituter:
             admission,
             finder,
             Nars(services, finder, self._fetcher),
-            Realisations(services, admission),
+            Realisations(services, self._renewal),
             SideFiles(services),
         )
 
     def _works(self) -> list[Coroutine[Any, Any, None]]:
         """What a worker does of its own accord."""
         services = self.services
-        rotation = Rotation(services, self._renewal, self.everything.realisations)
         works = [
             self.status.weigh(),
             Repair(services, self._publisher).run(),
-            rotation.run(),
+            Rotation(services, self._renewal).run(),
         ]
         if services.config.cosign.mode != "off":
             works.append(Attester(services).run())

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from narseal import __version__
 from narseal.nix.hashes import Hash
+from narseal.nix.store_path import StorePath
 from narseal.pipeline.substituter import Substituter
 from narseal.server.conditional import cache, etag_of, whole
 from narseal.server.nar_handlers import NarHandlers, hot_answer, is_upload, view_of
@@ -77,19 +78,25 @@ class ReadHandlers:
 
     async def signature(self, request: web.Request) -> web.StreamResponse:
         """A NAR file's own signature, for older cosign."""
-        body = await self._substituter.signatures.signature_of(request.match_info["file"])
+        file = request.match_info["file"]
+        await self._substituter.everything.nars.check(file)
+        body = await self._substituter.signatures.signature_of(file)
         return whole(request, body, "text/plain", _SHORT, etag_of(body))
 
     async def certificate(self, request: web.Request) -> web.StreamResponse:
         """The certificate of that signature, for older cosign."""
-        body = await self._substituter.signatures.certificate_of(request.match_info["file"])
+        file = request.match_info["file"]
+        await self._substituter.everything.nars.check(file)
+        body = await self._substituter.signatures.certificate_of(file)
         return whole(request, body, "application/x-pem-file", _SHORT, etag_of(body))
 
     async def attestations(self, request: web.Request) -> web.StreamResponse:
         """Every bundle whose statement covers a digest, or a path's NAR, a line each."""
         signatures = self._substituter.signatures
         if "path" in request.match_info:
-            body = await signatures.attestations_of_path(request.match_info["path"][:32])
+            body = await signatures.attestations_of_path(
+                StorePath.parse(request.match_info["path"])
+            )
         else:
             body = await signatures.attestations_of(Hash.parse(request.match_info["digest"]))
         return whole(request, body, "application/jsonl", _SHORT, etag_of(body))
@@ -124,7 +131,9 @@ class ReadHandlers:
 
     async def status_of(self, request: web.Request) -> web.Response:
         """What is known of a store path, and what policy says of it."""
-        tree = await self._substituter.provenance.status(request.match_info["path"][:32])
+        tree = await self._substituter.provenance.status(
+            StorePath.parse(request.match_info["path"]), ask=False
+        )
         return web.json_response(tree, headers=cache("no-store"))
 
     async def healthz(self, _: web.Request) -> web.Response:

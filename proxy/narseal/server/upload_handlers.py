@@ -10,6 +10,7 @@ from narseal.errors import BadUpload, NarsealError, Refused, UploadTooLarge
 from narseal.nix import narinfo, realisation
 from narseal.nix.compression import CONTENT_ENCODINGS, decompressor
 from narseal.nix.hashes import Hash
+from narseal.nix.store_path import StorePath
 from narseal.pipeline.substituter import Substituter
 from narseal.server.auth import Gate
 from narseal.server.failure import failure
@@ -85,9 +86,9 @@ class UploadHandlers:
 
     async def side_file(self, request: web.Request) -> web.Response:
         """A listing, a log or a debug-info pointer."""
-        await self._gate.identify(request)
+        token = await self._gate.identify(request)
         data = await self._body(request, self._services.config.limits.side_file)
-        await self._substituter.everything.side_files.put(request.match_info["name"], data)
+        await self._substituter.side_file_uploads.put(request.match_info["name"], data, token)
         return web.Response(status=201)
 
     async def attestation(self, request: web.Request) -> web.Response:
@@ -96,7 +97,7 @@ class UploadHandlers:
         provenance = self._substituter.provenance
         data = await self._body(request, provenance.max_bytes)
         if "path" in request.match_info:
-            new = await provenance.put_for_path(request.match_info["path"][:32], data)
+            new = await provenance.put_for_path(StorePath.parse(request.match_info["path"]), data)
         else:
             digest = Hash.parse(request.match_info["digest"]).digest
             new = await provenance.put(digest, data)

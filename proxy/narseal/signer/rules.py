@@ -225,8 +225,7 @@ class SigningRules:
                     return f"signature {key.name}", False
                 if tried >= _MAX_VERIFICATIONS:
                     break
-        if check_content_address(info):
-            return "content-address", False
+        check_content_address(info)
         named = any(fnmatchcase(info.store_path.name, glob) for glob in self._config.content)
         if info.ca is None and not named:
             raise Refused(

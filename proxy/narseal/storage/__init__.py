@@ -6,7 +6,14 @@ from narseal.storage.epoch import Epoch
 from narseal.storage.folder import Folder
 from narseal.storage.index import Index
 from narseal.storage.local import LocalStorage, storage_errors
-from narseal.storage.records import Admitted, Attestation, NarRecord, PathRecord, file_name
+from narseal.storage.records import (
+    Admitted,
+    Attestation,
+    NarRecord,
+    PathRecord,
+    RealisationRecord,
+    file_name,
+)
 from narseal.storage.revocations import Revocation, Revocations, Revoked
 
 __all__ = [
@@ -19,6 +26,7 @@ __all__ = [
     "LocalStorage",
     "NarRecord",
     "PathRecord",
+    "RealisationRecord",
     "Revocation",
     "Revocations",
     "Revoked",

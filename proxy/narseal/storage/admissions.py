@@ -13,15 +13,21 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from narseal.errors import Refused
 from narseal.storage import schema
 from narseal.storage.attestations import enqueue, leave
+from narseal.storage.claims import revoked_keys
 from narseal.storage.records import (
     PATHS,
     Admitted,
     NarRecord,
+    PathRecord,
+    RealisationRecord,
     admitted_of,
     file_name,
+    key_of,
     nar_of,
     nar_values,
     path_values,
+    realisation_of,
+    realisation_values,
 )
 
 
@@ -35,6 +41,7 @@ PATHS_BY_HASH = PATHS.where(among(schema.path.c.hash_part))
 NARS_BY_FILE = select(schema.nar).where(among(schema.nar.c.file))
 _NEW_NAR = insert_or(schema.nar).on_conflict_do_nothing()
 _NEW_PATH = insert_or(schema.path).on_conflict_do_nothing()
+_NEW_REALISATION = insert_or(schema.realisation).on_conflict_do_nothing()
 _STORED = (
     update(schema.nar)
     .where(schema.nar.c.file == bindparam("named"), ~schema.nar.c.stored)
@@ -50,17 +57,27 @@ class Admissions:
         self._store_dir = store_dir
         self._attest = attest
 
+    async def enqueue_path(self, connection: AsyncConnection, hash_part: str) -> None:
+        """Let a path wait for its Sigstore signature, if it was not attested."""
+        query = select(schema.path.c.nar_file).where(schema.path.c.hash_part == hash_part)
+        await enqueue(connection, [(await connection.execute(query)).scalar_one()])
+
     async def admit_all(
         self, connection: AsyncConnection, group: list[Admitted]
     ) -> list[Admitted | Exception]:
-        """Bind and pin a group: four statements where everything is new, as it mostly is."""
+        """Bind and pin a group: five statements where everything is new, as it mostly is.
+
+        What is revoked by now is refused, whatever was known when it was weighed.
+        """
         outcomes: list[Admitted | Exception] = []
+        revoked = await revoked_keys(connection)
         await connection.execute(_NEW_NAR, [nar_values(nar) for _, nar in group])
         files = [nar.file for _, nar in group]
         rows = await connection.execute(NARS_BY_FILE, {"among": files})
         named = {row.file: nar_of(row) for row in rows}
         for path, nar in group:
             try:
+                _check_not_revoked(path, revoked)
                 bound = named[nar.file]
                 if bound != nar:
                     bound = await self.bind(connection, nar)
@@ -78,7 +95,7 @@ class Admissions:
         pins = [
             outcome
             if isinstance(outcome, Exception)
-            else await self._pin(connection, outcome, pinned)
+            else await self._pin(connection, outcome, pinned, revoked)
             for outcome in outcomes
         ]
         stored = {pin[1].file for pin in pins if not isinstance(pin, Exception) and pin[1].stored}
@@ -103,13 +120,21 @@ class Admissions:
         return [next(outcomes) if _is_same(named[nar.file], nar) else None for _, nar in group]
 
     async def _pin(
-        self, connection: AsyncConnection, wanted: Admitted, pins: dict[str, Admitted]
+        self,
+        connection: AsyncConnection,
+        wanted: Admitted,
+        pins: dict[str, Admitted],
+        revoked: frozenset[str],
     ) -> Admitted | Exception:
-        """What is pinned, if it agrees; a withdrawn path is put in force again as `wanted`."""
+        """What is pinned, if it agrees; a withdrawn path is put in force again as `wanted`.
+
+        A pin that rests on a revoked key alone holds nobody to it.
+        """
         info = wanted[0].info
         hash_part = info.store_path.hash_part
         pinned = pins[hash_part]
-        if pinned[0].info.fingerprint() != info.fingerprint():
+        is_void = pinned[0].withdrawn and key_of(pinned[0].evidence) in revoked
+        if pinned[0].message != wanted[0].message and not is_void:
             return Refused(
                 "conflict",
                 f"{info.store_path} is pinned to NarHash {pinned[0].info.nar_hash} and an upstream"
@@ -124,6 +149,27 @@ class Admissions:
         )
         return wanted
 
+    async def admit_realisation(
+        self, connection: AsyncConnection, record: RealisationRecord
+    ) -> RealisationRecord:
+        """What is pinned at an address, if it agrees; a withdrawn one is put in force again."""
+        revoked = await revoked_keys(connection)
+        _check_not_revoked(record, revoked)
+        if (await connection.execute(_NEW_REALISATION, realisation_values(record))).rowcount:
+            return record
+        named = schema.realisation.c.key == record.key
+        query = select(schema.realisation).where(named)
+        pinned = realisation_of((await connection.execute(query)).one())
+        if pinned.message != record.message and not pinned.withdrawn:
+            raise Refused(
+                "conflict", f"{record.key} is pinned to {pinned.entry.out_path}; the pin holds"
+            )
+        if not pinned.withdrawn:
+            return pinned
+        change = update(schema.realisation).where(named).values(**realisation_values(record))
+        await connection.execute(change)
+        return record
+
     async def bind(self, connection: AsyncConnection, nar: NarRecord) -> NarRecord:
         """The row of the file name: the present one if it means the same NAR, else a new one."""
         by_nar_hash = file_name(nar.nar_hash, nar.compression)
@@ -133,8 +179,9 @@ class Admissions:
                 return candidate
             query = select(schema.nar).where(schema.nar.c.file == file)
             present = nar_of((await connection.execute(query)).one())
-            if (present.nar_hash, present.compression) != (
+            if (present.nar_hash, present.nar_size, present.compression) != (
                 nar.nar_hash,
+                nar.nar_size,
                 nar.compression,
             ):
                 continue
@@ -195,6 +242,13 @@ class Admissions:
         await connection.execute(update(schema.path).where(named).values(withdrawn=True))
         await leave(connection, file)
         return hash_parts
+
+
+def _check_not_revoked(record: PathRecord | RealisationRecord, revoked: frozenset[str]) -> None:
+    """Refused if a key was revoked since the record was weighed and signed: it is done again."""
+    names = {signature.key_name for signature in record.signatures}
+    if revoked and (key_of(record.evidence) in revoked or names & revoked):
+        raise Refused("revoked", f"a key was revoked meanwhile: {', '.join(sorted(revoked))[:200]}")
 
 
 def _is_same(bound: NarRecord, nar: NarRecord) -> bool:

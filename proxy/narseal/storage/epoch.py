@@ -36,6 +36,22 @@ class Epoch:
         """Make every worker forget what it took for absent."""
         self.cell[1] = int.from_bytes(os.urandom(8), "little")
 
+    def repairs(self) -> int:
+        """Another value than before means: the folder is to be looked after."""
+        return self.cell[2]
+
+    def ask_for_repair(self) -> None:
+        """Have somebody see to it that the folder says what the index says."""
+        self.cell[2] = int.from_bytes(os.urandom(8), "little")
+
+    def refusals(self) -> int:
+        """Another value than before means: other files of upstreams are refused now."""
+        return self.cell[3]
+
+    def refuse(self) -> None:
+        """Make every worker look again which files of upstreams are refused."""
+        self.cell[3] = int.from_bytes(os.urandom(8), "little")
+
     def advance(self) -> None:
         """Make every worker forget. A random value, so that two writers need no lock."""
         self.cell[0] = int.from_bytes(os.urandom(8), "little")

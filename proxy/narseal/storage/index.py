@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import (
-    ColumnElement,
     Row,
     Select,
     func,
-    literal,
-    or_,
     select,
-    update,
 )
 from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
-from narseal.errors import BadUpload, Unavailable
+from narseal.errors import Unavailable
 from narseal.nix.hashes import Hash
-from narseal.nix.keys import Signature
-from narseal.nix.narinfo import MAX_SIGNATURES
 from narseal.runtime.batching import Batcher
 from narseal.storage import schema
 from narseal.storage.admissions import NARS_BY_FILE, PATHS_BY_HASH, Admissions, among
-from narseal.storage.attestations import Attestations, enqueue
+from narseal.storage.attestations import Attestations
+from narseal.storage.claims import Claims
 from narseal.storage.engine import Engines, epoch_file
 from narseal.storage.epoch import Epoch
 from narseal.storage.records import (
@@ -36,17 +29,12 @@ from narseal.storage.records import (
     Admitted,
     NarRecord,
     PathRecord,
+    RealisationRecord,
     admitted_of,
     nar_of,
+    realisation_of,
 )
 from narseal.storage.revocations import Revocations
-
-
-def _carries(key_name: str) -> ColumnElement[bool]:
-    """Rows with a signature in this name."""
-    text = literal("\n") + schema.path.c.signatures
-    return text.contains(f"\n{key_name}:", autoescape=True)
-
 
 # built once: what SQLAlchemy makes of a statement costs more than SQLite's answer
 _PATHS_BY_FILE = PATHS.where(among(schema.path.c.nar_file))
@@ -74,6 +62,21 @@ class Index:
         self._arrivals: Batcher[Admitted, Admitted | None] = Batcher(
             lambda group: self._engines.write(lambda c: self._rows.admit_stored_all(c, group))
         )
+        #: Answers that may take long, so that no other question waits for them.
+        self._surveys: Batcher[Select[Any], list[Row[Any]]] = Batcher(self._query_each)
+        survey = self._surveys.ask
+        #: The signatures and the life of paths, and of realisations.
+        self.paths = Claims(
+            schema.path,
+            schema.path.c.hash_part,
+            self._engines,
+            survey,
+            self._epoch,
+            self._rows.enqueue_path if attest else None,
+        )
+        self.realisations = Claims(
+            schema.realisation, schema.realisation.c.key, self._engines, survey, self._epoch
+        )
         self.attestations = Attestations(self._engines, self._queries.ask, store_dir, attest=attest)
         self.revocations = Revocations(self._engines, self._queries.ask, self._epoch)
         self._asked = (
@@ -81,6 +84,7 @@ class Index:
             self._by_file,
             self._nars,
             self._queries,
+            self._surveys,
             self._admissions,
             self._arrivals,
         )
@@ -145,36 +149,6 @@ class Index:
         """Bind a file name to a NAR, or find the name that this NAR has; see `admit`."""
         return await self._engines.write(lambda c: self._rows.bind(c, nar))  # type: ignore[no-any-return]
 
-    async def sign(
-        self,
-        hash_part: str,
-        signatures: Iterable[Signature],
-        *,
-        without: frozenset[str] = frozenset(),
-    ) -> tuple[Signature, ...]:
-        """Add signatures to a path's and take those of some keys away; returns what it has then.
-
-        Whoever else adds some at the same time loses none. Where the path was not attested, it
-        waits for that.
-        """
-        named = schema.path.c.hash_part == hash_part
-
-        async def work(connection: AsyncConnection) -> tuple[Signature, ...]:
-            query = select(schema.path.c.signatures, schema.path.c.nar_file).where(named)
-            row = (await connection.execute(query)).one()
-            present = map(Signature.parse, filter(None, row.signatures.split("\n")))
-            united = {s for s in (*present, *signatures) if s.key_name not in without}
-            found = tuple(sorted(united))
-            if len(found) > MAX_SIGNATURES:
-                raise BadUpload(f"{hash_part} has too many signatures: {len(found)}")
-            text = "\n".join(map(str, found))
-            await connection.execute(update(schema.path).where(named).values(signatures=text))
-            if self._attest:
-                await enqueue(connection, [row.nar_file])
-            return found
-
-        return await self._engines.write(work)  # type: ignore[no-any-return]
-
     async def publish(self, claimed: NarRecord, true: NarRecord) -> None:
         """Record that a NAR's bytes are in storage, under `true.file`, a bound name.
 
@@ -204,38 +178,7 @@ class Index:
         row = insert_or(schema.refusal).values(**key, **values)
         row = row.on_conflict_do_update(list(key), set_=values)
         await self._engines.write(lambda c: c.execute(row))
-        self._epoch.advance()
-
-    async def withdraw_path(self, hash_part: str) -> None:
-        """Stop serving one path; its pin stays."""
-        change = (
-            update(schema.path).where(schema.path.c.hash_part == hash_part).values(withdrawn=True)
-        )
-        await self._engines.write(lambda c: c.execute(change))
-        self._epoch.advance()
-
-    async def signed_by(self, names: Iterable[str], *, after: str, limit: int) -> list[str]:
-        """Hash parts of paths, served or withdrawn, that carry a signature by one of some keys."""
-        query: Select[Any] = select(schema.path.c.hash_part).where(
-            or_(*(_carries(name) for name in names))
-        )
-        return await self._hash_parts(query, after, limit)
-
-    async def lacking(self, names: Iterable[str], *, after: str, limit: int) -> list[str]:
-        """Hash parts of served paths that lack a signature by one of some keys."""
-        query = select(schema.path.c.hash_part).where(
-            or_(*(~_carries(name) for name in names)), ~schema.path.c.withdrawn
-        )
-        return await self._hash_parts(query, after, limit)
-
-    async def count_lacking(self, names: Iterable[str]) -> int:
-        """How many there are of those."""
-        query: Any = (
-            select(func.count().label("paths"))
-            .select_from(schema.path)
-            .where(or_(*(~_carries(name) for name in names)), ~schema.path.c.withdrawn)
-        )
-        return int((await self._queries.ask(query))[0].paths)
+        self._epoch.refuse()
 
     async def count(self) -> int:
         """How many paths are served."""
@@ -244,18 +187,7 @@ class Index:
             .select_from(schema.path)
             .where(~schema.path.c.withdrawn)
         )
-        return int((await self._queries.ask(query))[0].paths)
-
-    async def realisation_keys(self, *, after: str, limit: int) -> list[str]:
-        """The addresses of realisations, in order, beyond one."""
-        column = schema.realisation.c.key
-        query = select(column).where(column > after).order_by(column).limit(limit)
-        return [row.key for row in await self._queries.ask(query)]
-
-    async def _hash_parts(self, query: Select[Any], after: str, limit: int) -> list[str]:
-        column = schema.path.c.hash_part
-        rows = await self._queries.ask(query.where(column > after).order_by(column).limit(limit))
-        return [row.hash_part for row in rows]
+        return int((await self._surveys.ask(query))[0].paths)
 
     async def withdraw(self, file: str) -> list[str]:
         """Stop serving the narinfos that name a file; returns their hash parts. The pins stay."""
@@ -263,17 +195,18 @@ class Index:
         self._epoch.advance()
         return hash_parts
 
-    async def realisation(self, key: str) -> bytes | None:
-        """The rendered realisation of an address."""
-        query = select(schema.realisation.c.body).where(schema.realisation.c.key == key)
+    async def realisation(self, key: str) -> RealisationRecord | None:
+        """The admitted realisation at an address."""
+        query = select(schema.realisation).where(schema.realisation.c.key == key)
         rows = await self._queries.ask(query)
-        return bytes(rows[0].body) if rows else None
+        return realisation_of(rows[0]) if rows else None
 
-    async def put_realisation(self, key: str, body: bytes, evidence: str) -> None:
-        """Keep a verified, countersigned realisation."""
-        row = insert_or(schema.realisation).values(key=key, body=body, evidence=evidence)
-        row = row.on_conflict_do_update(["key"], set_={"body": body, "evidence": evidence})
-        await self._engines.write(lambda c: c.execute(row))
+    async def admit_realisation(self, record: RealisationRecord) -> RealisationRecord:
+        """Pin a realisation, or find the pin that is there; Refused as by `admit`."""
+        admitted: RealisationRecord = await self._engines.write(
+            lambda c: self._rows.admit_realisation(c, record)
+        )
+        return admitted
 
     async def page(self, *, after: str, limit: int) -> list[Admitted]:
         """Admitted paths in the order of their hash parts, beyond one."""
@@ -282,7 +215,7 @@ class Index:
             .order_by(schema.path.c.hash_part)
             .limit(limit)
         )
-        return [admitted_of(row, self.store_dir) for row in await self._queries.ask(query)]
+        return [admitted_of(row, self.store_dir) for row in await self._surveys.ask(query)]
 
     async def with_stored_nar(self, *, after: str, limit: int) -> list[str]:
         """Hash parts of admitted paths whose NAR is stored, in order, beyond one."""
@@ -293,7 +226,7 @@ class Index:
             .order_by(schema.path.c.hash_part)
             .limit(limit)
         )
-        return [row.hash_part for row in await self._queries.ask(query)]
+        return [row.hash_part for row in await self._surveys.ask(query)]
 
     async def nars_page(self, *, after: str, limit: int) -> list[NarRecord]:
         """Stored NAR files in the order of their names, beyond one."""
@@ -303,7 +236,7 @@ class Index:
             .order_by(schema.nar.c.file)
             .limit(limit)
         )
-        return [nar_of(row) for row in await self._queries.ask(query)]
+        return [nar_of(row) for row in await self._surveys.ask(query)]
 
     async def stored_bytes(self) -> int:
         """The sum of the sizes of the NARs in storage."""

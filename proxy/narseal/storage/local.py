@@ -30,7 +30,8 @@ class LocalStorage:
         self.root = Path(url.removeprefix("file://"))
         self._incoming = self.root / ".narseal" / "incoming"
         self._quarantine = self.root / ".narseal" / "quarantine"
-        self._uploads = self.root / ".narseal" / "uploads"
+        #: What waits for a narinfo.
+        self.uploads = self.root / ".narseal" / "uploads"
 
     def prepare(self, info: CacheInfo) -> None:
         """Make the folders, sweep what a crash left, write nix-cache-info.
@@ -47,7 +48,7 @@ class LocalStorage:
             raise ConfigError(f"storage.url {self.root}: {error.strerror}") from error
         try:
             shutil.rmtree(self._incoming, ignore_errors=True)
-            for folder in (self._incoming, self._quarantine, self._uploads, self.root / "nar"):
+            for folder in (self._incoming, self._quarantine, self.uploads, self.root / "nar"):
                 folder.mkdir(parents=True, exist_ok=True)
             self.write("nix-cache-info", info.render().encode())
         except (OSError, Unavailable) as error:
@@ -131,7 +132,7 @@ class LocalStorage:
     def keep_upload(self, incoming: Path, file: str) -> None:
         """Let a NAR whose hash is its name wait for its narinfo."""
         with storage_errors():
-            os.rename(incoming, self._uploads / file)
+            os.rename(incoming, self.uploads / file)
 
     def open_upload(self, file: str) -> tuple[int, Path] | None:
         """A waiting NAR, open, under an incoming name of its own; None if there is none.
@@ -140,20 +141,20 @@ class LocalStorage:
         """
         path = self._incoming / f"{os.getpid()}-{secrets.token_hex(16)}"
         try:
-            os.link(self._uploads / file, path)
+            os.link(self.uploads / file, path)
         except FileNotFoundError:
             return None
         return os.open(path, os.O_RDWR | os.O_CLOEXEC), path
 
     def discard_upload(self, file: str) -> None:
         """Let a NAR wait no more."""
-        (self._uploads / file).unlink(missing_ok=True)
+        (self.uploads / file).unlink(missing_ok=True)
 
     def sweep_uploads(self, *, max_age: float, max_bytes: int) -> None:
         """Drop what waits for too long; StorageFull if more than `max_bytes` still wait."""
         old = time.time() - max_age
         total = 0
-        for entry in os.scandir(self._uploads):
+        for entry in os.scandir(self.uploads):
             with suppress(FileNotFoundError):
                 status = entry.stat()
                 if status.st_mtime < old:

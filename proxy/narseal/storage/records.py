@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Row, select
@@ -14,6 +14,7 @@ from narseal.nix.content_address import ContentAddress
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import NarInfo
+from narseal.nix.realisation import Entry, parse_at
 from narseal.nix.store_path import StorePath
 from narseal.storage import schema
 
@@ -71,6 +72,57 @@ class PathRecord:
     nar_file: str
     evidence: str
     withdrawn: bool = False
+    #: Names of the operator's keys whose signatures it has, made or verified here.
+    ours: frozenset[str] = frozenset()
+
+    @property
+    def signatures(self) -> tuple[Signature, ...]:
+        """All that are served with it."""
+        return self.info.signatures
+
+    @property
+    def message(self) -> bytes:
+        """The text under the signatures."""
+        return self.info.fingerprint()
+
+    def signed(self, signatures: tuple[Signature, ...], ours: frozenset[str]) -> PathRecord:
+        """The same path with these signatures instead."""
+        return replace(self, info=self.info.with_signatures(signatures), ours=ours)
+
+
+@dataclass(frozen=True, slots=True)
+class RealisationRecord:
+    """An admitted realisation, by the address at which it is asked for."""
+
+    key: str
+    entry: Entry
+    evidence: str
+    withdrawn: bool = False
+    ours: frozenset[str] = frozenset()
+
+    @property
+    def signatures(self) -> tuple[Signature, ...]:
+        """All that are served with it."""
+        return self.entry.signatures
+
+    @property
+    def message(self) -> bytes:
+        """The text under the signatures."""
+        return self.entry.fingerprint()
+
+    def signed(self, signatures: tuple[Signature, ...], ours: frozenset[str]) -> RealisationRecord:
+        """The same realisation with these signatures instead."""
+        return replace(self, entry=self.entry.with_signatures(signatures), ours=ours)
+
+
+def key_of(evidence: str) -> str | None:
+    """The name of the key on whose signature an admission rests, if it rests on one.
+
+    Evidence ends in `signature NAME` then: of an upstream, of an uploader, of the operator (in a
+    rebuilt index).
+    """
+    _, word, name = evidence.rpartition("signature ")
+    return name if word else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +168,40 @@ def admitted_of(row: Row[Any], store_dir: str) -> Admitted:
         file_size=nar.file_size,
         references=tuple(map(StorePath.parse, row.refs.split())),
         deriver=StorePath.parse(row.deriver) if row.deriver else None,
-        signatures=tuple(map(Signature.parse, row.signatures.split("\n")))
-        if row.signatures
-        else (),
+        signatures=signatures_of(row.signatures),
         ca=ContentAddress.parse(row.ca) if row.ca else None,
         extra=tuple((name, value) for name, value in json.loads(row.extra)),
     )
-    return PathRecord(info, row.nar_file, row.evidence, row.withdrawn), nar
+    return PathRecord(info, row.nar_file, row.evidence, row.withdrawn, names_of(row.ours)), nar
+
+
+def signatures_of(text: str) -> tuple[Signature, ...]:
+    """The column of signatures."""
+    return tuple(map(Signature.parse, filter(None, text.split("\n"))))
+
+
+def names_of(text: str) -> frozenset[str]:
+    """The column of names of keys."""
+    return frozenset(filter(None, text.split("\n")))
+
+
+def realisation_of(row: Row[Any]) -> RealisationRecord:
+    """A row of `realisation`."""
+    entry = parse_at(row.key, row.body).with_signatures(signatures_of(row.signatures))
+    return RealisationRecord(row.key, entry, row.evidence, row.withdrawn, names_of(row.ours))
+
+
+def realisation_values(record: RealisationRecord) -> dict[str, Any]:
+    """The columns of `realisation`, as of now and not withdrawn."""
+    return {
+        "key": record.key,
+        "body": record.entry.with_signatures(()).render(),
+        "signatures": "\n".join(map(str, record.signatures)),
+        "ours": "\n".join(sorted(record.ours)),
+        "evidence": record.evidence,
+        "admitted_at": time.time(),
+        "withdrawn": False,
+    }
 
 
 def nar_of(row: Row[Any]) -> NarRecord:
@@ -169,6 +248,7 @@ def path_values(record: PathRecord) -> dict[str, Any]:
         "deriver": str(info.deriver) if info.deriver else None,
         "ca": str(info.ca) if info.ca else None,
         "signatures": "\n".join(map(str, info.signatures)),
+        "ours": "\n".join(sorted(record.ours)),
         "extra": json.dumps(info.extra),
         "nar_file": record.nar_file,
         "evidence": record.evidence,

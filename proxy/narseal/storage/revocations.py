@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Row, Select, delete, or_, select, update
+from sqlalchemy import Row, Select, or_, select, update
 from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -104,16 +104,14 @@ class Revocations:
             if revocation.kind != "key":
                 return
             rests = f"signature {revocation.name}"
-            evidence = schema.path.c.evidence
-            await connection.execute(
-                update(schema.path)
-                .where(or_(evidence == rests, evidence.endswith(f" {rests}", autoescape=True)))
-                .where(~schema.path.c.withdrawn)
-                .values(withdrawn=True)
-            )
-            await connection.execute(
-                delete(schema.realisation).where(schema.realisation.c.evidence == rests)
-            )
+            for table in (schema.path, schema.realisation):
+                evidence = table.c.evidence
+                await connection.execute(
+                    update(table)
+                    .where(or_(evidence == rests, evidence.endswith(f" {rests}", autoescape=True)))
+                    .where(~table.c.withdrawn)
+                    .values(withdrawn=True)
+                )
 
         await self._engines.write(work)
         self._epoch.advance()

@@ -31,6 +31,8 @@ path = Table(
     Column("deriver", String(250)),
     Column("ca", String(250)),
     Column("signatures", Text, nullable=False),
+    #: Names of the operator's keys whose signatures among those were made or verified here.
+    Column("ours", Text, nullable=False, server_default=""),
     Column("extra", Text, nullable=False),
     Column("nar_file", String(80), ForeignKey("nar.file"), nullable=False),
     Column("evidence", String(400), nullable=False),
@@ -76,8 +78,13 @@ realisation = Table(
     "realisation",
     metadata,
     Column("key", String(600), primary_key=True),
+    #: Without signatures.
     Column("body", LargeBinary, nullable=False),
+    Column("signatures", Text, nullable=False),
+    Column("ours", Text, nullable=False),
     Column("evidence", String(400), nullable=False),
+    Column("admitted_at", Float, nullable=False),
+    Column("withdrawn", Boolean, nullable=False),
 )
 
 #: The sum of what is in storage, kept beside the rows that it sums.
@@ -107,6 +114,9 @@ attestation = Table(
     Column("made_at", Float, nullable=False),
     #: Who signed it, as was verified when it was brought; NULL: narseal itself.
     Column("signer", String(2100)),
+    #: SHA-256 of the statement that is signed, where somebody brought it.
+    Column("statement", LargeBinary(32)),
+    Index("attestation_statement", "statement", "signer"),
 )
 
 #: Which file and NAR digests a statement covers.

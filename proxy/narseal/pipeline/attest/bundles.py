@@ -12,6 +12,7 @@ from cryptography.x509 import load_der_x509_certificate
 from narseal.cosign.bundle import Bundle
 from narseal.errors import NotFound, NotYet
 from narseal.nix.hashes import Hash
+from narseal.nix.store_path import StorePath
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
 from narseal.storage import bundle_name
@@ -56,14 +57,14 @@ class Signatures:
             raise absence
         return lines
 
-    async def attestations_of_path(self, hash_part: str) -> bytes:
+    async def attestations_of_path(self, store_path: StorePath) -> bytes:
         """Every bundle whose statement covers a path's NAR or file, a line of JSON each."""
-        found = await self._index.path(hash_part)
+        found = await self._index.path(store_path.hash_part)
         lines = b""
-        if found is not None:
+        if found is not None and found[0].info.store_path == store_path:
             lines = await self._lines(*content_digests(found[0].info, found[1]))
         if not lines:
-            raise NotFound(f"there is no attestation of {hash_part}")
+            raise NotFound(f"there is no attestation of {store_path}")
         return lines
 
     def public_key(self) -> str:
@@ -81,12 +82,12 @@ class Signatures:
     async def keys(self) -> dict[str, Any]:
         """Every public key, for people and programs; revoked ones by name, with the reason."""
         revoked = await self._index.revocations.now()
-        substituter = self._countersigner.public_keys.values()
+        substituter = self._countersigner.ring.without(revoked.keys).keys
         key = self._sigstore.key
         if key and key.public.hint in revoked.cosign_keys:
             key = None
         return {
-            "substituter": [str(key) for key in substituter if key.name not in revoked.keys],
+            "substituter": [str(key) for key in substituter],
             "revoked": [
                 {"kind": r.kind, "name": r.name, "issuer": r.issuer, "reason": r.reason}
                 for r in revoked.all

@@ -100,17 +100,23 @@ class Fetcher:
                 extra={"upstream": record.upstream, "url": record.url, "file": true.file},
             )
         await self.publisher.nar((transfer.descriptor, transfer.path), record, true)
-        for path, nar in await self._index.paths_of(true.file):
-            await self.publisher.narinfo(path, nar)
+        for path, _ in await self._index.paths_of(true.file):
+            await self.publisher.narinfo(path.info.store_path.hash_part)
             if true != replace(record, stored=True):  # else the narinfo says just what it said
                 self._hot.drop(f"/{path.info.store_path.hash_part}.narinfo".encode())
 
     async def fetch_first(
-        self, info: NarInfo, origin: Origin, check: Callable[[Measured], Awaitable[None]]
+        self,
+        info: NarInfo,
+        origin: Origin,
+        check: Callable[[Measured], Awaitable[None]],
+        *,
+        scan: bool = False,
     ) -> NarRecord:
         """Fetch, verify and publish a NAR before its path is admitted.
 
-        `check` has the last word on it; what it raises, the NAR is not published with.
+        `check` has the last word on it; what it raises, the NAR is not published with. With `scan`,
+        it is told which references the NAR lacks.
         With recompression on, xz and bzip2 become zstd here, before anybody saw the narinfo.
         """
         incoming = await self._folder.incoming()
@@ -120,7 +126,9 @@ class Fetcher:
                 self._config.storage.recompress_level,
                 await self._folder.incoming(),
             )
-        transfer = Transfer(info, incoming=incoming, threads=self._threads, sink=recompression)
+        transfer = Transfer(
+            info, incoming=incoming, threads=self._threads, sink=recompression, scan=scan
+        )
         try:
             async with self._slots:
                 measured = await transfer.run(_once(origin), on_wrong=_leave_to_caller)
@@ -156,7 +164,7 @@ class Fetcher:
                 upstream, origin.url, record.nar_hash, error.reason, for_seconds=REFUSED_SECONDS
             )
         for hash_part in await self._index.withdraw(record.file):
-            await self.publisher.remove_narinfo(hash_part)
+            await self.publisher.narinfo(hash_part)
 
     async def _end(self, transfer: Transfer) -> None:
         await transfer.settle()

@@ -9,7 +9,7 @@ from narseal.nix.narinfo import NarInfo
 from narseal.runtime.files import open_regular
 
 
-def inspect_stored(info: NarInfo, path: Path) -> Measured:
+def inspect_stored(info: NarInfo, path: Path, *, scan: bool = False) -> Measured:
     """Hold a file in storage to a narinfo; Refused if it cannot be opened. Blocks."""
     with open_regular(path) as opened:
-        return inspect_file(info, opened)
+        return inspect_file(info, opened, scan=scan)

@@ -20,6 +20,9 @@ class Publisher:
         self._policy = services.policy
         self._folder = services.folder
         self._index = services.index
+        self._epoch = services.epoch
+        #: Whether other rules than ours are in force by now.
+        self.retired = False
         self._threads = services.threads
 
     async def nar(self, incoming: Incoming, claimed: NarRecord, true: NarRecord) -> None:
@@ -30,16 +33,29 @@ class Publisher:
         await self._folder.publish(incoming, f"nar/{true.file}")
         await self._index.publish(claimed, true)
 
-    async def narinfo(self, path: PathRecord, nar: NarRecord) -> None:
-        """Put a path's narinfo beside its stored NAR, unless policy keeps the path back."""
-        if not await self._policy.passes(path.info, content_digests(path.info, nar)):
-            return
-        name = f"{path.info.store_path.hash_part}.narinfo"
-        await self._folder.write(name, served(path, nar).render())
+    async def narinfo(self, hash_part: str) -> None:
+        """Make the folder say of a path what the index and policy say now.
 
-    async def remove_narinfo(self, hash_part: str) -> None:
-        """Take a path's narinfo out of the folder."""
-        await self._folder.remove(f"{hash_part}.narinfo")
+        Its narinfo is there if it is served and its NAR is stored. What was withdrawn while the
+        file was being written is taken away again.
+        """
+        if self.retired:  # the workers with the present rules look after it
+            self._epoch.ask_for_repair()
+            return
+        name = f"{hash_part}.narinfo"
+        seen = None
+        while seen != (mark := self._epoch.read()):
+            seen = mark
+            found = await self._index.path(hash_part)
+            if found and await self._is_visible(*found):
+                await self._folder.write(name, served(*found).render())
+            else:
+                await self._folder.remove(name)
+
+    async def _is_visible(self, path: PathRecord, nar: NarRecord) -> bool:
+        if path.withdrawn or not nar.stored:
+            return False
+        return await self._policy.passes(path.info, content_digests(path.info, nar))
 
     async def verify_stored(self, info: NarInfo, nar: NarRecord) -> None:
         """Hash a path's file in storage again; Refused or Malformed if it is not what it was."""

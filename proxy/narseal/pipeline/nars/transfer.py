@@ -104,6 +104,7 @@ class Transfer:
         incoming: tuple[int, Path],
         threads: ThreadPools,
         sink: Sink | None = None,
+        scan: bool = False,
     ) -> None:
         self.info = info
         self.descriptor, self.path = incoming
@@ -115,6 +116,7 @@ class Transfer:
         self.measured: Measured | None = None
         self._threads = threads
         self._sink = sink
+        self._scan = scan
         # no honest compression makes a file much larger than its NAR
         self._bound = info.nar_size + info.nar_size // 8 + 65536
         self._written = 0
@@ -288,4 +290,5 @@ class Transfer:
         await self._threads.run(os.ftruncate, self.descriptor, 0)
 
     def _inspect(self) -> Inspection:
-        return Inspection(self.info, on_plain=self._sink.feed if self._sink else None)
+        on_plain = self._sink.feed if self._sink else None
+        return Inspection(self.info, scan=self._scan, on_plain=on_plain)

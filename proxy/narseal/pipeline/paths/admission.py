@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from time import monotonic
 
-from narseal.errors import (
-    Denied,
-    Malformed,
-    NarsealError,
-    NotFound,
-    Refused,
-    UpstreamTimeout,
-)
+from narseal.errors import ContentMismatch, Malformed, NarsealError, Refused, Unavailable
 from narseal.nix.inspection import Measured
 from narseal.nix.narinfo import NarInfo
-from narseal.pipeline.caches import Negatives
 from narseal.pipeline.nars.fetcher import Fetcher
 from narseal.pipeline.nars.transfer import Origin
 from narseal.pipeline.paths.finder import Candidate, Finder
-from narseal.pipeline.paths.renewal import Renewal
+from narseal.pipeline.paths.lookup import Lookup
+from narseal.pipeline.paths.renewal import Renewal, path_request
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.upstream_bundles import UpstreamBundles
-from narseal.runtime.single_flight import SingleFlight
 from narseal.storage import Admitted, NarRecord, PathRecord
-from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 from narseal.upstream.race import Answers
 
 _log = logging.getLogger(__name__)
+_TRIES = 4
 
 
 class Admission:
@@ -54,36 +44,20 @@ class Admission:
         self._fetcher = fetcher
         self._renewal = renewal
         self._bundles = bundles
-        self._flights: SingleFlight[str, Admitted] = SingleFlight(
-            services.tasks, on_joined=metrics.flights_joined.inc
-        )
-        self._negatives = Negatives(
-            ttl=self._config.limits.negative_ttl,
-            entries=self._config.limits.negative_entries,
-            clock=monotonic,
-            epoch=services.epoch,
-        )
+        self._lookup: Lookup[Admitted] = Lookup(services, self._find)
 
     async def path(self, hash_part: str) -> Admitted:
         """The admitted, countersigned path of a hash, which policy lets through.
 
         Raises NotFound, Refused or Malformed (all 404), Denied (403), Trouble (5xx).
         """
-        if (known := self._negatives.get(hash_part)) is not None:
-            raise known
-        try:
-            async with asyncio.timeout(self._config.limits.content_hold):
-                return await self._flights.join(hash_part, lambda: self._find(hash_part))
-        except TimeoutError as error:
-            raise UpstreamTimeout(
-                f"{hash_part}: its NAR is still being fetched and verified; ask again"
-            ) from error
+        return await self._lookup.get(hash_part)
 
     async def _find(self, hash_part: str) -> Admitted:
         found = await self._index.path(hash_part)
         can_be_had = found and (found[1].stored or self._services.upstreams)
         if found and can_be_had and not found[0].withdrawn:
-            return await self._renewal.renewed(found)
+            return await self._renewal.path(found)
         return await self._admit(hash_part)
 
     async def _admit(self, hash_part: str) -> Admitted:
@@ -98,36 +72,56 @@ class Admission:
                         await self._finder.refuse(upstream, candidate.info, error)
                     answers.note(error, upstream=upstream.config.url, thing=thing)
         verdict = answers.verdict(thing)
-        if isinstance(verdict, NotFound | Refused | Malformed | Denied):
-            self._negatives.put(hash_part, verdict)
+        self._lookup.remember(hash_part, verdict)
         raise verdict
 
     async def _take(self, upstream: Upstream, candidate: Candidate) -> Admitted:
         """Hold a candidate to its bytes where they come first, countersign it, pin it."""
+        self._policy.check_name(candidate.info.store_path)
+        nar = await self._measured(upstream, candidate)
+        admitted = await self._pin(upstream, candidate, nar)
+        if admitted[1].stored:
+            await self._fetcher.publisher.narinfo(candidate.info.store_path.hash_part)
+        return admitted
+
+    async def _pin(self, upstream: Upstream, candidate: Candidate, nar: NarRecord) -> Admitted:
+        """Countersign and pin; if a key was revoked meanwhile, weigh what is left anew."""
+        for _ in range(_TRIES):
+            record = PathRecord(candidate.info, nar.file, candidate.evidence.text)
+            signed = await self._renewal.sign(record, path_request(record, nar))
+            try:
+                return await self._index.admit(signed, nar)
+            except Refused as error:
+                if error.reason != "revoked":
+                    raise
+                revoked = (await self._index.revocations.now()).keys
+                candidate = self._finder.weigh(upstream, candidate.info, revoked)
+        raise Unavailable(f"{candidate.info.store_path}: keys are being revoked; ask again")
+
+    async def _measured(self, upstream: Upstream, candidate: Candidate) -> NarRecord:
+        """The NAR, fetched and hashed where its content comes first."""
         info, evidence = candidate.info, candidate.evidence
-        self._policy.check_name(info.store_path)
-        recompress = self._config.storage.recompress and info.compression in (
-            "xz",
-            "bzip2",
-        )
-        if evidence.content_first or recompress:
-            self._services.tasks.start(self._prefetch(info), f"references of {info.store_path}")
-
-            async def check(measured: Measured) -> None:
-                if upstream.config.verify == "bundle":
-                    await self._bundles.check(upstream, info, evidence, measured.file_hash)
-                content = frozenset((info.nar_hash.digest, measured.file_hash.digest))
-                await self._policy.check(info, content)
-
-            nar = await self._fetcher.fetch_first(info, Origin(upstream, info.url), check)
-        else:
+        recompress = self._config.storage.recompress and info.compression in ("xz", "bzip2")
+        if not evidence.content_first and not recompress:
             await self._policy.check(info, frozenset((info.nar_hash.digest,)))
-            nar = NarRecord.of(info, upstream.config.url)
-        signed = await self._renewal.sign(info, nar)
-        path, nar = await self._index.admit(PathRecord(signed, nar.file, evidence.text), nar)
-        if nar.stored:
-            await self._fetcher.publisher.narinfo(path, nar)
-        return path, nar
+            return NarRecord.of(info, upstream.config.url)
+        self._services.tasks.start(self._prefetch(info), f"references of {info.store_path}")
+
+        async def check(measured: Measured) -> None:
+            if measured.missing:
+                lacks = ", ".join(sorted(measured.missing)[:4])
+                raise ContentMismatch(
+                    "wrong-references",
+                    f"{info.store_path}: its NAR does not contain {lacks}, to which its narinfo"
+                    " refers, and nobody signed that it does",
+                )
+            if upstream.config.verify == "bundle":
+                await self._bundles.check(upstream, info, evidence, measured.file_hash)
+            content = frozenset((info.nar_hash.digest, measured.file_hash.digest))
+            await self._policy.check(info, content)
+
+        origin = Origin(upstream, info.url)
+        return await self._fetcher.fetch_first(info, origin, check, scan=evidence.scan)
 
     async def _prefetch(self, info: NarInfo) -> None:
         """Where content comes first, the references will be asked for next."""

@@ -12,6 +12,7 @@ from narseal.errors import Malformed, NotFound, Refused, Trouble
 from narseal.nix import narinfo
 from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
+from narseal.nix.store_path import StorePath
 from narseal.pipeline.nars.fetcher import REFUSED_SECONDS
 from narseal.pipeline.nars.transfer import Origin
 from narseal.pipeline.services import Services
@@ -41,7 +42,7 @@ class Finder:
         self._upstreams = services.upstreams
         self._index = services.index
         self._epoch = services.epoch
-        self._own_keys = services.countersigner.public_keys
+        self._own_keys = services.countersigner.ring
         self._lookups = asyncio.Semaphore(services.config.limits.lookups)
         self._refusals: tuple[int, dict[tuple[str, str, bytes], tuple[str, float]]] | None = None
 
@@ -52,16 +53,24 @@ class Finder:
         thing = f"{hash_part}.narinfo"
         return in_order(self._upstreams, lambda u: self._ask(u, hash_part), answers, thing=thing)
 
-    async def preview(self, hash_part: str) -> tuple[Admitted, bool]:
+    async def preview(self, store_path: StorePath, *, ask: bool = True) -> tuple[Admitted, bool]:
         """A path as it is admitted, or as it would be, whatever policy says; and which of both.
 
-        Nothing is signed or kept. NotFound, Refused, Malformed or Trouble if nobody has it.
+        Nothing is signed or kept. Unless it may `ask`, no upstream is. NotFound, Refused, Malformed
+        or Trouble if nobody has it.
         """
+        hash_part = store_path.hash_part
         if found := await self._index.path(hash_part):
+            if found[0].info.store_path != store_path:
+                raise NotFound(f"{store_path} is not here; {found[0].info.store_path} is")
             return found, not found[0].withdrawn
+        if not ask:
+            raise NotFound(f"{store_path} is not here: nobody asked for its narinfo yet")
         answers = Answers()
         async with self.candidates(hash_part, answers) as candidates:
             async for upstream, candidate in candidates:
+                if candidate.info.store_path != store_path:
+                    continue
                 nar = NarRecord.of(candidate.info, upstream.config.url)
                 return (PathRecord(candidate.info, nar.file, candidate.evidence.text), nar), False
         raise answers.verdict(hash_part)
@@ -107,22 +116,31 @@ class Finder:
         revoked = (await self._index.revocations.now()).keys
         with metrics.verifying("nix"):
             info = NarInfo.parse(data, store_dir=self._config.store_dir)
-            info, evidence = weigh(
+            if info.store_path.hash_part != hash_part:
+                raise Refused(
+                    "wrong-path", f"asked for {hash_part}, the narinfo is of {info.store_path}"
+                )
+            candidate = self.weigh(upstream, info, revoked)
+        reason = await self._refusal(upstream.config.url, info.url, info.nar_hash)
+        if reason is not None:
+            raise Refused("refused-source", f"{info.url} had wrong content lately ({reason})")
+        return candidate
+
+    def weigh(self, upstream: Upstream, info: NarInfo, revoked: frozenset[str]) -> Candidate:
+        """What speaks for an upstream's narinfo; Refused if nothing does. See `evidence.weigh`."""
+        return Candidate(
+            *weigh(
                 info,
-                asked=hash_part,
                 upstream=upstream.config,
                 own_keys=self._own_keys,
                 max_nar_size=self._config.limits.nar_size,
                 revoked=revoked,
             )
-        reason = await self._refusal(upstream.config.url, info.url, info.nar_hash)
-        if reason is not None:
-            raise Refused("refused-source", f"{info.url} had wrong content lately ({reason})")
-        return Candidate(info, evidence)
+        )
 
     async def _refusal(self, upstream: str, url: str, nar_hash: Hash) -> str | None:
-        """Why an upstream's file is not taken for a NAR now; read anew when the epoch changed."""
-        now = self._epoch.read()
+        """Why an upstream's file is not taken for a NAR now; read anew when others are."""
+        now = self._epoch.refusals()
         if self._refusals is None or self._refusals[0] != now:
             self._refusals = (now, await self._index.refusals())
         reason, until = self._refusals[1].get((upstream, url, nar_hash.digest), (None, 0.0))

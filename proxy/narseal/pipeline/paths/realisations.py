@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from time import monotonic
+from dataclasses import replace
 
 from narseal.custody.requests import RealisationRequest
 from narseal.custody.tokens import Token
@@ -11,72 +11,63 @@ from narseal.errors import (
     Denied,
     Forbidden,
     Malformed,
-    MalformedRealisation,
     NotFound,
     Refused,
+    Unavailable,
     UploadConflict,
 )
 from narseal.nix import realisation
-from narseal.nix.keys import plausible
-from narseal.nix.realisation import Entry, parse_at
-from narseal.pipeline.caches import Negatives
-from narseal.pipeline.paths.admission import Admission
+from narseal.nix.keyring import KeyRing
+from narseal.nix.narinfo import MOST_BUT_OURS
+from narseal.nix.realisation import BuildTraceEntry, Entry, parse_at
+from narseal.pipeline.paths.lookup import Lookup
+from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
-from narseal.runtime.single_flight import SingleFlight
+from narseal.storage import RealisationRecord
+from narseal.storage.records import key_of
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 from narseal.upstream.race import Answers, in_order
+
+_TRIES = 4
 
 
 class Realisations:
     """Both spellings, by the address below the store URL."""
 
-    def __init__(self, services: Services, admission: Admission) -> None:
-        limits = services.config.limits
-        self._admission = admission
-        self._policy = services.policy
+    def __init__(self, services: Services, renewal: Renewal) -> None:
         self._upstreams = services.upstreams
         self._index = services.index
-        self._countersigner = services.countersigner
         self._epoch = services.epoch
-        self._flights: SingleFlight[str, bytes] = SingleFlight(
-            services.tasks, on_joined=metrics.flights_joined.inc
-        )
-        self._negatives = Negatives(
-            ttl=limits.negative_ttl,
-            entries=limits.negative_entries,
-            clock=monotonic,
-            epoch=services.epoch,
-        )
+        self._own = services.countersigner.ring
+        self._trusted = KeyRing.of(services.config.upload.trusted_keys)
+        self._renewal = renewal
+        self._lookup: Lookup[RealisationRecord] = Lookup(services, self._find)
 
     async def get(self, name: str) -> bytes:
         """The rendered file of `realisations/…` or `build-trace-v2/…` (percent-decoded).
 
         Raises NotFound, Refused, Malformed (all 404), Denied (403) or Trouble.
         """
-        stored = await self._index.realisation(name)
-        if stored is not None:
-            entry = parse_at(name, stored)
-            await self._check(entry)
-            return await self._countersigned(name, entry, stored)
-        if (known := self._negatives.get(name)) is not None:
-            raise known
-        return await self._flights.join(name, lambda: self._admit(name))
+        return (await self._lookup.get(name)).entry.render()
 
-    async def _admit(self, name: str) -> bytes:
+    async def _find(self, name: str) -> RealisationRecord:
+        found = await self._index.realisation(name)
+        if found and not found.withdrawn:
+            await self._renewal.check_out_path(found)
+            return await self._renewal.realisation(found)
         answers = Answers()
         async with in_order(
             self._upstreams, lambda u: self._ask(u, name), answers, thing=name
-        ) as found:
-            async for _, (entry, evidence) in found:
-                await self._check(entry)
-                return await self._countersigned(name, entry, None, evidence)
+        ) as candidates:
+            async for _, record in candidates:
+                await self._renewal.check_out_path(record)
+                return await self._admit(record)
         verdict = answers.verdict(name)
-        if isinstance(verdict, NotFound | Refused | MalformedRealisation):
-            self._negatives.put(name, verdict)
+        self._lookup.remember(name, verdict)
         raise verdict
 
-    async def _ask(self, upstream: Upstream, name: str) -> tuple[Entry, str]:
+    async def _ask(self, upstream: Upstream, name: str) -> RealisationRecord:
         data = await upstream.get(name, limit=realisation.MAX_BYTES)
         if data is None:
             raise NotFound(f"{upstream.config.url} has no {name}")
@@ -84,20 +75,35 @@ class Realisations:
         with metrics.verifying("nix"):
             entry = parse_at(name, data)
             message = entry.fingerprint()
-            pinned = {
-                key.name: key for key in upstream.config.public_keys if key.name not in revoked
-            }
-            known = pinned | self._countersigner.public_keys
-            good = [
-                s
-                for s in entry.signatures
-                if s.key_name in known and known[s.key_name].verifies(message, s)
-            ]
-            evidence = next((s.key_name for s in good if s.key_name in pinned), None)
-            if evidence is None:
+            pinned = KeyRing.of(upstream.config.public_keys)
+            signer = pinned.without(revoked).signer(message, entry.signatures)
+            if signer is None:
                 raise Refused("unsigned", f"{name}: no signature by a key of {upstream.config.url}")
-        foreign = [s for s in entry.signatures if s.key_name not in known]
-        return entry.with_signatures(tuple(sorted([*good, *foreign]))), f"signature {evidence}"
+            kept = self._kept(entry, pinned, revoked)
+        return RealisationRecord(name, kept, f"signature {signer}")
+
+    def _kept(self, entry: Entry, known: KeyRing, revoked: frozenset[str]) -> Entry:
+        """With the signatures that are worth keeping."""
+        signatures = [s for s in entry.signatures if s.key_name not in revoked]
+        ring = KeyRing.of(known.keys, self._own.keys)
+        return entry.with_signatures(ring.kept(entry.fingerprint(), signatures, most=MOST_BUT_OURS))
+
+    async def _admit(self, record: RealisationRecord) -> RealisationRecord:
+        """Countersign and pin; if a key was revoked meanwhile, with what is left."""
+        for _ in range(_TRIES):
+            request = RealisationRequest(record.key, record.entry)
+            try:
+                return await self._index.admit_realisation(
+                    await self._renewal.sign(record, request)
+                )
+            except Refused as error:
+                if error.reason != "revoked":
+                    raise
+                revoked = (await self._index.revocations.now()).keys
+                if key_of(record.evidence) in revoked:
+                    raise
+                record = replace(record, entry=self._kept(record.entry, self._own, revoked))
+        raise Unavailable(f"{record.key}: keys are being revoked; ask again")
 
     async def put(self, name: str, data: bytes, token: Token) -> None:
         """Take an uploaded realisation of a path that is here and that the token covers.
@@ -108,39 +114,44 @@ class Realisations:
             entry = parse_at(name, data)
         except Malformed as error:
             raise BadUpload(str(error)) from error
+        revoked = (await self._index.revocations.now()).keys
+        trusted = self._trusted.without(revoked).signer(entry.fingerprint(), entry.signatures)
+        if trusted is None:
+            _check_scope(name, entry, token)
         out = entry.out_path
-        if not token.may(out.name):
-            raise Forbidden(f"the token {token.name} does not cover {out.name}")
-        if await self._index.path(out.hash_part) is None:
+        found = await self._index.path(out.hash_part)
+        if found is None or found[0].withdrawn or found[0].info.store_path != out:
             raise BadUpload(f"{name}: {out} is not here: upload it first")
-        message = entry.fingerprint()
-        kept = set(plausible(entry.signatures, self._countersigner.public_keys, message))
-        stored = await self._index.realisation(name)
-        if stored is not None:
-            present = parse_at(name, stored)
-            if present.fingerprint() != message:
-                raise UploadConflict(f"{name} is here with {present.out_path}")
-            kept |= set(present.signatures)
-        merged = entry.with_signatures(tuple(sorted(kept)))
-        evidence = f"upload {token.id}"
+        evidence = f"upload {token.id}" + (f" signature {trusted}" if trusted else "")
+        kept = self._kept(entry, self._trusted, revoked)
+        record = RealisationRecord(name, kept, evidence)
         try:
-            await self._check(entry)
-            await self._countersigned(name, merged, stored, evidence)
-        except Denied:  # signed once its path may be served
-            await self._index.put_realisation(name, merged.render(), evidence)
+            try:
+                await self._renewal.check_out_path(record)
+                admitted = await self._admit(record)
+            except Denied:  # signed once its path may be served
+                admitted = await self._index.admit_realisation(record)
+        except Refused as error:
+            kind = UploadConflict if error.reason == "conflict" else BadUpload
+            raise kind(str(error)) from error
+        if more := set(kept.signatures) - set(admitted.signatures):
+            await self._index.realisations.sign(name, more)
+            self._epoch.advance()
         self._epoch.arrive()
 
-    async def _check(self, entry: Entry) -> None:
-        """Denied if policy keeps the path back that it is about; else as `Admission.path`."""
-        if self._policy.active:
-            await self._admission.path(entry.out_path.hash_part)
 
-    async def _countersigned(
-        self, name: str, entry: Entry, stored: bytes | None, evidence: str = "stored"
-    ) -> bytes:
-        request = RealisationRequest(name, entry)
-        signatures = await self._countersigner.countersign(request, entry.signatures)
-        body = entry.with_signatures(signatures).render()
-        if body != stored:
-            await self._index.put_realisation(name, body, evidence)
-        return body
+def _check_scope(name: str, entry: Entry, token: Token) -> None:
+    """Forbidden unless the token covers the output and the derivation that it is an output of."""
+    out = entry.out_path
+    if not token.may(out.name):
+        raise Forbidden(f"the token {token.name} does not cover {out.name}")
+    if isinstance(entry, BuildTraceEntry):
+        derivation = entry.drv_path.name.removesuffix(".drv")
+        if not token.may(derivation):
+            raise Forbidden(f"the token {token.name} does not cover the derivation {derivation}")
+    elif not token.covers_all:
+        raise Forbidden(
+            f"{name} names its derivation by a hash alone, so only a token that covers everything"
+            f' (--allow "*") may bring it, or one of upload.trusted_keys signs it; {token.name}'
+            f" covers {', '.join(token.allow) or 'nothing'}"
+        )

@@ -1,31 +1,38 @@
-"""Keeping the signatures of what is admitted as keys come and go."""
+"""The life of what is admitted, paths and realisations alike: signed anew, held to evidence, withdrawn."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import TypeVar
 
-from narseal.custody.requests import PathRequest
+from narseal.custody.requests import PathRequest, RealisationRequest, Request
 from narseal.errors import Malformed, NotFound, Refused
 from narseal.nix.addressing import check_content_address
-from narseal.nix.narinfo import NarInfo
+from narseal.nix.keyring import KeyRing
 from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
-from narseal.storage import Admitted, NarRecord, PathRecord
+from narseal.storage import Admitted, NarRecord, PathRecord, RealisationRecord
+from narseal.storage.claims import Claims
+
+R = TypeVar("R", PathRecord, RealisationRecord)
 
 
 class Renewal:
-    """Signs admitted paths with the keys that are active now, as long as something speaks for them."""
+    """Signs admitted records with the keys that are active now, as long as something speaks for them."""
 
     def __init__(self, services: Services, publisher: Publisher) -> None:
-        self._config = services.config
-        self._upstreams = services.upstreams
         self._index = services.index
         self._policy = services.policy
         self._countersigner = services.countersigner
         self._publisher = publisher
+        self._pinned = KeyRing.of(
+            *(upstream.config.public_keys for upstream in services.upstreams),
+            services.config.upload.trusted_keys,
+        )
 
-    async def renewed(self, found: Admitted) -> Admitted:
+    async def path(self, found: Admitted) -> Admitted:
         """An admitted path that policy lets through, signed by every key that is active now.
 
         Denied by policy; Refused if it carries a revoked key's signature and no evidence holds
@@ -33,61 +40,115 @@ class Renewal:
         """
         path, nar = found
         await self._policy.check(path.info, content_digests(path.info, nar))
-        revoked = (await self._index.revocations.now()).keys
-        if revoked and any(s.key_name in revoked for s in path.info.signatures):
-            await self._verify_anew(path, nar, revoked)
-        signed = await self.sign(path.info, nar)
-        if signed is path.info:
-            return path, nar
-        hash_part = signed.store_path.hash_part
-        united = await self._index.sign(hash_part, signed.signatures, without=revoked)
-        path = replace(path, info=signed.with_signatures(united))
-        if nar.stored:
-            await self._publisher.narinfo(path, nar)
-        return path, nar
 
-    async def renew(self, hash_part: str) -> None:
-        """Sign an admitted path anew, as if it had been asked for; see `renewed`.
+        async def verify() -> None:
+            check_content_address(path.info)
+            await self._publisher.verify_stored(path.info, nar)
+
+        renewed = await self._renewed(self._index.paths, path, path_request(path, nar), verify)
+        if renewed is not path and nar.stored:
+            await self._publisher.narinfo(path.info.store_path.hash_part)
+        return renewed, nar
+
+    async def realisation(self, record: RealisationRecord) -> RealisationRecord:
+        """The same for a realisation; see `path`."""
+
+        async def verify() -> None:
+            if not record.evidence.startswith("upload "):
+                raise Refused("unsigned", f"{record.key}: a realisation has no content to measure")
+
+        request = RealisationRequest(record.key, record.entry)
+        return await self._renewed(self._index.realisations, record, request, verify)
+
+    async def renew_path(self, hash_part: str) -> None:
+        """Sign an admitted path anew, as if it had been asked for; see `path`.
 
         NotFound if it is not admitted, or was withdrawn.
         """
         found = await self._index.path(hash_part)
         if not found or found[0].withdrawn:
             raise NotFound(f"{hash_part} was withdrawn: it had no other evidence")
-        await self.renewed(found)
+        await self.path(found)
 
-    async def strip(self, hash_part: str) -> None:
+    async def renew_realisation(self, key: str) -> None:
+        """The same for a realisation; Denied, too, if policy keeps the path back that it is of."""
+        record = await self._index.realisation(key)
+        if not record or record.withdrawn:
+            raise NotFound(f"{key} was withdrawn: it had no other evidence")
+        await self.check_out_path(record)
+        await self.realisation(record)
+
+    async def strip_path(self, hash_part: str) -> None:
         """Take revoked keys' signatures off a path that is not served."""
+        await self._index.paths.sign(hash_part, ())
+        await self._publisher.narinfo(hash_part)
+
+    async def strip_realisation(self, key: str) -> None:
+        """The same for a realisation."""
+        await self._index.realisations.sign(key, ())
+
+    async def check_out_path(self, record: RealisationRecord) -> None:
+        """Denied if policy keeps the path back that a realisation is of."""
+        if not self._policy.active:
+            return
+        found = await self._index.path(record.entry.out_path.hash_part)
+        if found is None:
+            self._policy.check_name(record.entry.out_path)
+        else:
+            await self._policy.check(found[0].info, content_digests(found[0].info, found[1]))
+
+    async def sign(self, record: R, request: Request) -> R:
+        """Add the signatures of our active keys that are missing, before it is admitted."""
+        done = await self._countersigner.countersign(request, record.signatures)
+        return record.signed(done.signatures, done.ours)
+
+    async def _renewed(
+        self, claims: Claims, record: R, request: Request, verify: Callable[[], Awaitable[None]]
+    ) -> R:
         revoked = (await self._index.revocations.now()).keys
-        if await self._index.path(hash_part):
-            await self._index.sign(hash_part, (), without=revoked)
-            await self._publisher.remove_narinfo(hash_part)
+        names = {signature.key_name for signature in record.signatures}
+        key = request_key(request)
+        if names & revoked:
+            await self._hold(claims, record, key, verify, revoked)
+        active = {operator.public.name for operator in await self._countersigner.active()}
+        if active and active <= record.ours and not names & revoked:
+            return record
+        done = await self._countersigner.countersign(request, record.signatures)
+        signed = await claims.sign(key, done.signatures, ours=done.ours, drop=done.dropped)
+        return record.signed(*signed)
 
-    async def sign(self, info: NarInfo, nar: NarRecord) -> NarInfo:
-        """Add the signatures of our active keys that are missing; the same value if none is."""
-        as_stored = replace(info, compression=nar.compression) if nar.stored else info
-        request = PathRequest(as_stored, nar.file if nar.stored else None)
-        signatures = await self._countersigner.countersign(request, info.signatures)
-        return info if signatures is info.signatures else info.with_signatures(signatures)
-
-    async def _verify_anew(self, path: PathRecord, nar: NarRecord, revoked: frozenset[str]) -> None:
-        """Hold a path to an upstream's signature, its content address, or its bytes in storage."""
-        info = path.info
-        message = info.fingerprint()
-        pinned = [key for u in self._upstreams for key in u.config.public_keys]
-        pinned += self._config.upload.trusted_keys
-        signed = any(
-            key.verifies(message, signature)
-            for signature in info.signatures
-            for key in pinned
-            if key.name == signature.key_name and key.name not in revoked
-        )
+    async def _hold(
+        self,
+        claims: Claims,
+        record: R,
+        key: str,
+        verify: Callable[[], Awaitable[None]],
+        revoked: frozenset[str],
+    ) -> None:
+        """Hold a record to a signature by a key that is not revoked, or to what `verify` measures."""
+        pinned = self._pinned.without(revoked)
+        if pinned.signer(record.message, record.signatures):
+            return
         try:
-            if not signed and not check_content_address(info):
-                await self._publisher.verify_stored(info, nar)
+            await verify()
         except (Refused, Malformed) as error:
-            await self._index.withdraw_path(info.store_path.hash_part)
-            await self._publisher.remove_narinfo(info.store_path.hash_part)
+            await claims.withdraw(key)
+            if isinstance(record, PathRecord):
+                await self._publisher.narinfo(key)
             raise Refused(
-                "unsigned", f"{info.store_path}: a key was revoked and nothing else speaks for it"
+                "unsigned", f"{key}: a key was revoked and nothing else speaks for it"
             ) from error
+
+
+def path_request(path: PathRecord, nar: NarRecord) -> PathRequest:
+    """What a signer is asked: the narinfo with its evidence, in the compression that is stored."""
+    if not nar.stored:
+        return PathRequest(path.info, None)
+    return PathRequest(replace(path.info, compression=nar.compression), nar.file)
+
+
+def request_key(request: Request) -> str:
+    """Under which key the index has what is to be signed."""
+    if isinstance(request, RealisationRequest):
+        return request.name
+    return request.info.store_path.hash_part

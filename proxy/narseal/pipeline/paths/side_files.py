@@ -11,12 +11,10 @@ import re
 from dataclasses import dataclass
 
 from narseal.errors import (
-    BadUpload,
     Malformed,
     NotFound,
     Refused,
     Unavailable,
-    UploadConflict,
 )
 from narseal.nix.base32 import CHARS
 from narseal.pipeline.services import Services
@@ -66,26 +64,6 @@ class SideFiles:
             data = await self._flights.join(name, lambda: self._fetch(name))
         return SideFile(data, "text/plain; charset=utf-8" if is_log else "application/json")
 
-    async def put(self, name: str, data: bytes) -> None:
-        """Keep an uploaded listing, log or pointer; BadUpload if it is none.
-
-        UploadConflict if another is there: nobody's file is overwritten.
-        """
-        try:
-            if not name.startswith("log/"):
-                tree = await self._threads.run(_json_object, data, name)
-                if name.startswith("debuginfo/"):
-                    _pointer(tree, name)
-                else:
-                    _check_listing(tree, name)
-        except Malformed as error:
-            raise BadUpload(str(error)) from error
-        present = await self._folder.read(name)
-        if present is None:
-            await self._folder.write(name, data)
-        elif present != data:
-            raise UploadConflict(f"{name} is here already, with other content")
-
     async def _fetch(self, name: str) -> bytes:
         answers = Answers()
         async with in_order(
@@ -105,15 +83,15 @@ class SideFiles:
             raise NotFound(f"{upstream.config.url} has no {name}")
         if name.startswith("log/"):
             return data
-        tree = await self._threads.run(_json_object, data, name)
+        tree = await self._threads.run(json_object, data, name)
         if name.startswith("debuginfo/"):
             return await self._debuginfo(tree, upstream, name)
-        _check_listing(tree, name)
+        check_listing(tree, name)
         return data
 
     async def _debuginfo(self, tree: dict[str, object], upstream: Upstream, name: str) -> bytes:
         """Point at our own name of the archive; only an admitted narinfo gives it one."""
-        archive, member = _pointer(tree, name)
+        archive, member = pointer(tree, name)
         url = archive.removeprefix("../")
         nar = await self._index.nar_of_source(upstream.config.url, url)
         if nar is None:
@@ -121,12 +99,14 @@ class SideFiles:
         return json.dumps({"archive": f"../nar/{nar.file}", "member": member}).encode()
 
 
-def _check_listing(tree: dict[str, object], name: str) -> None:
+def check_listing(tree: dict[str, object], name: str) -> None:
+    """Malformed unless it is a listing as Nix writes it."""
     if tree.get("version") != 1 or not isinstance(tree.get("root"), dict):
         raise Malformed(f"{name}: not a listing of version 1")
 
 
-def _pointer(tree: dict[str, object], name: str) -> tuple[str, str]:
+def pointer(tree: dict[str, object], name: str) -> tuple[str, str]:
+    """Archive and member of a debug-info pointer; Malformed if it is none."""
     archive, member = tree.get("archive"), tree.get("member")
     if (
         tree.keys() != {"archive", "member"}
@@ -137,7 +117,8 @@ def _pointer(tree: dict[str, object], name: str) -> tuple[str, str]:
     return archive, member
 
 
-def _json_object(data: bytes, name: str) -> dict[str, object]:
+def json_object(data: bytes, name: str) -> dict[str, object]:
+    """The object that a JSON file is; Malformed if it is none. Blocks."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError) as error:

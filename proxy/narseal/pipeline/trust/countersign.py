@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from narseal.cosign.statement import AuditHead
@@ -11,11 +12,24 @@ from narseal.custody.agent import AgentKey
 from narseal.custody.operator import OperatorKey
 from narseal.custody.requests import Request
 from narseal.errors import Refused, Unavailable
-from narseal.nix.keys import PublicKey, Signature
+from narseal.nix.keyring import KeyRing
+from narseal.nix.keys import Signature
 from narseal.storage import Revocations
 from narseal.telemetry import metrics
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Countersigned:
+    """What a signer's work came to."""
+
+    #: Everybody's, the operator's among them, in order.
+    signatures: tuple[Signature, ...]
+    #: Names of the operator's keys whose are among them, made or verified just now.
+    ours: frozenset[str]
+    #: Those that bore one of our names, or a revoked one, and were not good.
+    dropped: tuple[Signature, ...]
 
 
 class Countersigner:
@@ -25,41 +39,41 @@ class Countersigner:
         #: All of them, retired ones too.
         self.keys = tuple(keys)
         self._revocations = revocations
-        #: Public halves of all of them, retired ones too, by name.
-        self.public_keys: dict[str, PublicKey] = {key.public.name: key.public for key in keys}
+        #: Public halves of all of them.
+        self.ring = KeyRing.of(key.public for key in keys)
 
     async def countersign(
         self, request: Request, signatures: tuple[Signature, ...]
-    ) -> tuple[Signature, ...]:
-        """`signatures` and one by each active key that has none among them yet, less revoked ones.
+    ) -> Countersigned:
+        """`signatures` and one by each active key that has no good one among them, less revoked ones.
 
-        The request is for what there is evidence for; those of `signatures` that carry our names
-        were verified. Returns the same tuple if nothing had to be made. Refused if no signer
-        signs it; Unavailable if one cannot now, or no key is active.
+        The request is for what there is evidence for. What bears one of our names is ours only if
+        it verifies. Refused if no signer signs it; Unavailable if one cannot now, or no key is
+        active.
         """
         revoked = (await self._revocations.now()).keys
-        kept = signatures
-        if revoked and any(s.key_name in revoked for s in signatures):
-            kept = tuple(s for s in signatures if s.key_name not in revoked)
-        present = {signature.key_name for signature in kept}
-        active = await self.active()
+        good = self.ring.without(revoked).verified(request.message, signatures)
+        kept = [s for s in signatures if s.key_name not in self.ring and s.key_name not in revoked]
+        ours = {signature.key_name for signature in good}
         made: list[Signature] = []
         refusal: Refused | None = None
-        for key in active:
-            if key.public.name in present:
+        for key in await self.active():
+            if key.public.name in ours:
                 continue
             try:
                 with metrics.signing("nix"):
                     made.append(await key.custodian.sign(request))
             except Refused as error:
                 refusal = error
-        if not made and not present & self.public_keys.keys():
+        if not made and not ours:
             raise refusal or Unavailable(
                 "no key of the operator's is active: add a [[signing.key]]"
             )
         if refusal:
             _log.warning("%s", refusal)
-        return tuple(sorted([*kept, *made])) if made else kept
+        found = tuple(sorted({*kept, *good, *made}))
+        names = frozenset(ours | {signature.key_name for signature in made})
+        return Countersigned(found, names, tuple(set(signatures) - set(found)))
 
     async def heads(self) -> list[AuditHead]:
         """Where the audit logs of the signers stand."""

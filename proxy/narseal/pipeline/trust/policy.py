@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from narseal.config import Config, PolicyConfig, RequirementConfig, Who
@@ -67,7 +67,7 @@ class Policy:
         self,
         config: Config,
         *,
-        own_keys: Mapping[str, PublicKey],
+        own_names: Collection[str],
         attestations: Attestations,
         revocations: Revocations,
         folder: Folder,
@@ -77,7 +77,7 @@ class Policy:
         self._default = config.policy_default
         #: Whether any path could be kept back.
         self.active = bool(config.policy) or config.policy_default == "deny"
-        self._keys = known_keys(config, own_keys.keys())
+        self._keys = known_keys(config, own_names)
         self._signers = attesting_signers(config)
         self._attestations = attestations
         self._revocations = revocations

@@ -13,6 +13,7 @@ from narseal.errors import Malformed, NarsealError
 from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
 from narseal.storage import Revocation, bundle_name
+from narseal.storage.claims import Claims
 
 _PAGE = 500
 _SETTLE = 1.0  # seconds after which every answer that was being made has gone out
@@ -54,28 +55,27 @@ class Revoking:
         stripped = signed = 0
         withdrawn: list[tuple[str, str]] = []
         if revocation.kind == "key":
-            async for hash_part in self._carrying(revocation.name):
-                stripped += 1
-                try:
-                    await self._renewal.renew(hash_part)
-                    signed += 1
-                except NarsealError as error:
-                    withdrawn.append((hash_part, str(error)))
-                    await self._renewal.strip(hash_part)
-                progress("paths", stripped)
+            renewal = self._renewal
+            kinds = (
+                (self._index.paths, renewal.renew_path, renewal.strip_path),
+                (self._index.realisations, renewal.renew_realisation, renewal.strip_realisation),
+            )
+            for claims, renew, strip in kinds:
+                async for key in _carrying(claims, revocation.name):
+                    stripped += 1
+                    try:
+                        await renew(key)
+                        signed += 1
+                    except NarsealError as error:
+                        withdrawn.append((key, str(error)))
+                        await strip(key)
+                    progress("paths", stripped)
             bundles = 0
         else:
             bundles = await self._drop_bundles(revocation, progress)
         await asyncio.sleep(max(0.0, _SETTLE - (time.monotonic() - started)))
         await self._countersigner.note(revocation.kind, revocation.name, revocation.reason)
         return Outcome(stripped, signed, tuple(withdrawn), bundles)
-
-    async def _carrying(self, name: str) -> AsyncIterator[str]:
-        after = ""
-        while page := await self._index.signed_by([name], after=after, limit=_PAGE):
-            for hash_part in page:
-                yield hash_part
-            after = page[-1]
 
     async def _drop_bundles(self, revocation: Revocation, progress: Progress) -> int:
         """Forget bundles that it signed; narseal's own are made anew by the key that is active."""
@@ -102,6 +102,14 @@ class Revoking:
                     count += 1
             after = page[-1][0]
         return count
+
+
+async def _carrying(claims: Claims, name: str) -> AsyncIterator[str]:
+    after = ""
+    while page := await claims.signed_by(name, after=after, limit=_PAGE):
+        for key in page:
+            yield key
+        after = page[-1]
 
 
 def _is_by(data: bytes, revocation: Revocation) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import closing, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import closing
 
 from narseal.errors import Denied, NarsealError, Unavailable
-from narseal.pipeline.paths.realisations import Realisations
 from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
 from narseal.telemetry import metrics
@@ -21,13 +21,12 @@ _LOOK = 5.0  # seconds between two looks for work
 class Rotation:
     """One worker of all does it, at a bounded rate; readers meanwhile sign what they ask for."""
 
-    def __init__(self, services: Services, renewal: Renewal, realisations: Realisations) -> None:
+    def __init__(self, services: Services, renewal: Renewal) -> None:
         self._index = services.index
         self._countersigner = services.countersigner
         self._leadership = services.leadership("rotation")
         self._rate = services.config.signing.resign_rate
         self._renewal = renewal
-        self._realisations = realisations
 
     async def run(self) -> None:
         """Until cancelled: whenever keys become active, sign what lacks their signatures."""
@@ -42,41 +41,41 @@ class Rotation:
                 names = frozenset(k.public.name for k in await self._countersigner.active())
                 if names and names != done:
                     await self._sign_all(names)
-                    metrics.resign_waiting.set(await self._index.count_lacking(names))
+                    metrics.resign_waiting.set(await self._index.paths.count_lacking(names))
                     done = names
             except Unavailable as error:
                 _log.warning("signing with new keys waits: %s", error)
             await asyncio.sleep(_LOOK)
 
     async def _sign_all(self, names: frozenset[str]) -> None:
-        waiting = await self._index.count_lacking(names)
-        if waiting:
-            _log.info("signing %d paths with keys that came later", waiting)
-        after = ""
-        while page := await self._index.lacking(names, after=after, limit=_PAGE):
-            for hash_part in page:
-                start = time.monotonic()
-                await self._sign(hash_part)
-                waiting = max(0, waiting - 1)
-                metrics.resign_waiting.set(waiting)
-                await asyncio.sleep(max(0.0, 1 / self._rate - (time.monotonic() - start)))
-            after = page[-1]
-        after = ""
-        while keys := await self._index.realisation_keys(after=after, limit=_PAGE):
-            for key in keys:
-                with suppress(Denied):
-                    await self._realisations.get(key)
-            after = keys[-1]
+        kinds = (
+            (self._index.paths, self._renewal.renew_path),
+            (self._index.realisations, self._renewal.renew_realisation),
+        )
+        for claims, renew in kinds:
+            waiting = await claims.count_lacking(names)
+            if waiting:
+                _log.info("signing %d with keys that came later", waiting)
+            after = ""
+            while page := await claims.lacking(names, after=after, limit=_PAGE):
+                for key in page:
+                    start = time.monotonic()
+                    await _sign(key, renew)
+                    waiting = max(0, waiting - 1)
+                    metrics.resign_waiting.set(waiting)
+                    await asyncio.sleep(max(0.0, 1 / self._rate - (time.monotonic() - start)))
+                after = page[-1]
 
-    async def _sign(self, hash_part: str) -> None:
-        try:
-            await self._renewal.renew(hash_part)
-        except Unavailable:
-            raise
-        except Denied:
-            metrics.resigned.labels("kept-back").inc()
-        except NarsealError as error:
-            metrics.resigned.labels("refused").inc()
-            _log.warning("%s is not signed anew: %s", hash_part, error)
-        else:
-            metrics.resigned.labels("signed").inc()
+
+async def _sign(key: str, renew: Callable[[str], Awaitable[None]]) -> None:
+    try:
+        await renew(key)
+    except Unavailable:
+        raise
+    except Denied:
+        metrics.resigned.labels("kept-back").inc()
+    except NarsealError as error:
+        metrics.resigned.labels("refused").inc()
+        _log.warning("%s is not signed anew: %s", key, error)
+    else:
+        metrics.resigned.labels("signed").inc()

@@ -20,6 +20,7 @@ from narseal.errors import (
     Refused,
     UploadTooLarge,
 )
+from narseal.nix.store_path import StorePath
 from narseal.pipeline.paths.admission import Admission
 from narseal.pipeline.paths.finder import Finder
 from narseal.pipeline.services import Services
@@ -57,9 +58,9 @@ class Provenance:
         """Of one bundle."""
         return self._config.size
 
-    async def put_for_path(self, hash_part: str, data: bytes) -> bool:
+    async def put_for_path(self, store_path: StorePath, data: bytes) -> bool:
         """Keep an attestation of a store path's NAR or stored file; see `put`."""
-        (path, nar), _ = await self._finder.preview(hash_part)
+        (path, nar), _ = await self._finder.preview(store_path)
         return await self._put(content_digests(path.info, nar), str(path.info.store_path), data)
 
     async def put(self, digest: bytes, data: bytes) -> bool:
@@ -71,9 +72,12 @@ class Provenance:
         """
         return await self._put(frozenset((digest,)), f"sha256:{digest.hex()}", data)
 
-    async def status(self, hash_part: str) -> dict[str, Any]:
-        """What is known of a path, and what policy says of it; as JSON. See `Finder.preview`."""
-        (path, nar), admitted = await self._finder.preview(hash_part)
+    async def status(self, store_path: StorePath, *, ask: bool = True) -> dict[str, Any]:
+        """What is known of a path, and what policy says of it; as JSON. See `Finder.preview`.
+
+        Unless it may `ask` the upstreams, only of a path that was admitted.
+        """
+        (path, nar), admitted = await self._finder.preview(store_path, ask=ask)
         info = path.info
         digests = content_digests(info, nar)
         verdict = await self._policy.verdict(info, digests)

@@ -22,21 +22,24 @@ from narseal.errors import (
     Malformed,
     NotFound,
     Refused,
+    Unavailable,
     UploadConflict,
     UploadTooLarge,
 )
 from narseal.nix.addressing import check_content_address
 from narseal.nix.compression import is_file_name
 from narseal.nix.hashes import Hash
-from narseal.nix.inspection import Inspection, Measured
-from narseal.nix.keys import Signature, plausible
+from narseal.nix.inspection import Measured, inspect_file
+from narseal.nix.keyring import KeyRing
+from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MOST_BUT_OURS, NarInfo
-from narseal.nix.references import ReferenceScanner
+from narseal.pipeline.nars.inspect import inspect_stored
 from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.paths.admission import Admission
-from narseal.pipeline.paths.renewal import Renewal
+from narseal.pipeline.paths.renewal import Renewal, path_request
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
+from narseal.pipeline.uploads.side_files import SideFileUploads
 from narseal.storage import (
     Admitted,
     NarRecord,
@@ -46,6 +49,7 @@ from narseal.storage import (
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 19
+_TRIES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,10 @@ class Uploads:
         self._admission = admission
         self._renewal = renewal
         self._publisher = publisher
-        self._trusted = {key.name: key for key in self._upload.trusted_keys}
+        self._side_files = SideFileUploads(services)
+        self._trusted = KeyRing.of(self._upload.trusted_keys)
+        #: What bears one of these names is kept only if it verifies.
+        self._known = KeyRing.of(self._upload.trusted_keys, services.countersigner.ring.keys)
 
     def check_size(self, size: int | None) -> None:
         """UploadTooLarge, before a byte of the body is taken."""
@@ -153,10 +160,8 @@ class Uploads:
         """The trusted upload key that signed it, or None if the token itself covers the path."""
         revoked = (await self._index.revocations.now()).keys
         message = info.fingerprint()
-        for signature in info.signatures:
-            key = self._trusted.get(signature.key_name)
-            if key and key.name not in revoked and key.verifies(message, signature):
-                return key.name
+        if signer := self._trusted.without(revoked).signer(message, info.signatures):
+            return signer
         if not token.may(info.store_path.name):
             raise Forbidden(
                 f"the token {token.name} does not cover {info.store_path.name}; it covers"
@@ -176,15 +181,13 @@ class Uploads:
             return
         if len(more) + len(path.info.signatures) > MOST_BUT_OURS:
             raise BadUpload(f"{info.store_path} has {len(path.info.signatures)} signatures already")
-        united = await self._index.sign(info.store_path.hash_part, more)
-        merged = replace(path, info=path.info.with_signatures(united))
-        if nar.stored:
-            await self._publisher.narinfo(merged, nar)
+        await self._index.paths.sign(info.store_path.hash_part, more)
         self._epoch.advance()
+        if nar.stored:
+            await self._publisher.narinfo(info.store_path.hash_part)
 
-    def _kept(self, info: NarInfo) -> list[Signature]:
-        known = self._trusted | self._countersigner.public_keys
-        return plausible(info.signatures, known, info.fingerprint())
+    def _kept(self, info: NarInfo) -> tuple[Signature, ...]:
+        return self._known.kept(info.fingerprint(), info.signatures, most=MOST_BUT_OURS)
 
     async def _check_references(self, info: NarInfo) -> None:
         """A path comes after what it refers to, here or at an upstream."""
@@ -201,25 +204,21 @@ class Uploads:
                 ) from error
 
     async def _arrived(self, info: NarInfo) -> _Arrived:
-        """The uploaded NAR, held to the narinfo; or a stored one that is the same."""
+        """The NAR that a narinfo claims, uploaded or in storage already, held to the narinfo."""
         file = info.url.removeprefix("nar/")
-        if stored := await self._stored(file, info):
-            return _Arrived(stored, None)
+        if record := await self._stored(file, info):
+            path = self._folder.path(f"nar/{record.file}")
+            measured = await self._threads.run_transfer(_inspect_stored, info, path)
+            self._check(info, measured)
+            return _Arrived(record, None)
         incoming = await self._folder.open_upload(file)
         if incoming is None:
-            if stored := await self._stored(file, info):  # another client was faster
-                return _Arrived(stored, None)
+            if await self._stored(file, info):  # another client was faster
+                return await self._arrived(info)
             raise BadUpload(f"nar/{file} is not here: upload it before its narinfo")
         try:
-            measured, missing = await self._threads.run_transfer(_inspect, info, incoming[0])
-            claimed = (info.file_hash or measured.file_hash, info.file_size or measured.file_size)
-            if claimed != (measured.file_hash, measured.file_size):
-                raise ContentMismatch(
-                    "content-mismatch",
-                    f"nar/{file}: its FileHash is {measured.file_hash}, its size"
-                    f" {measured.file_size}; the narinfo says otherwise",
-                )
-            self._check_missing(info, missing)
+            measured = await self._threads.run_transfer(_inspect, info, incoming[0])
+            self._check(info, measured)
         except (Refused, Malformed, BadUpload):
             await self._folder.discard(incoming)
             await self._folder.discard_upload(file)
@@ -238,7 +237,17 @@ class Uploads:
         )
         return record if record and record.stored and same else None
 
-    def _check_missing(self, info: NarInfo, missing: set[str]) -> None:
+    def _check(self, info: NarInfo, measured: Measured) -> None:
+        claimed = (info.file_hash or measured.file_hash, info.file_size or measured.file_size)
+        if claimed != (measured.file_hash, measured.file_size):
+            raise ContentMismatch(
+                "content-mismatch",
+                f"{info.url}: its FileHash is {measured.file_hash}, its size"
+                f" {measured.file_size}; the narinfo says otherwise",
+            )
+        self._check_missing(info, measured.missing)
+
+    def _check_missing(self, info: NarInfo, missing: frozenset[str]) -> None:
         if not missing:
             return
         sentence = f"{info.store_path}: its NAR does not contain {', '.join(sorted(missing)[:4])}"
@@ -249,26 +258,43 @@ class Uploads:
     async def _admit(
         self, info: NarInfo, arrived: _Arrived, token: Token, trusted: str | None
     ) -> None:
-        evidence = f"upload {token.id}" + (f" signature {trusted}" if trusted else "")
-        kept = info.with_signatures(tuple(sorted(set(self._kept(info)))[:MOST_BUT_OURS]))
         record = replace(arrived.record, stored=True)
         if arrived.incoming:
             try:  # its name is its own hash: whatever is there under it is the same
                 await self._folder.publish(arrived.incoming, f"nar/{record.file}")
             finally:
                 await self._folder.discard(arrived.incoming)
-        passes = await self._policy.passes(kept, content_digests(kept, record))
-        if passes:
-            kept = await self._renewal.sign(kept, record)
-        path, nar = await self._pin(PathRecord(kept, record.file, evidence), record)
-        await self._publisher.narinfo(path, nar)
-        await self._folder.discard_upload(info.url.removeprefix("nar/"))
+        admitted = await self._signed_and_pinned(info, record, token, trusted)
+        file = info.url.removeprefix("nar/")
+        await self._publisher.narinfo(info.store_path.hash_part)
+        await self._side_files.claim(file, admitted, token)
+        await self._folder.discard_upload(file)
         self._epoch.arrive()
+        path = admitted[0]
         _log.info(
             "uploaded %s",
             info.store_path,
-            extra={"token": token.name, "evidence": evidence, "kept_back": not passes},
+            extra={"token": token.name, "evidence": path.evidence, "kept_back": not path.ours},
         )
+
+    async def _signed_and_pinned(
+        self, info: NarInfo, nar: NarRecord, token: Token, trusted: str | None
+    ) -> Admitted:
+        """Sign what policy lets through, and pin; if a key was revoked meanwhile, decide anew."""
+        for _ in range(_TRIES):
+            evidence = f"upload {token.id}" + (f" signature {trusted}" if trusted else "")
+            revoked = (await self._index.revocations.now()).keys
+            kept = tuple(s for s in self._kept(info) if s.key_name not in revoked)
+            path = PathRecord(info.with_signatures(kept), nar.file, evidence)
+            if await self._policy.passes(path.info, content_digests(path.info, nar)):
+                path = await self._renewal.sign(path, path_request(path, nar))
+            try:
+                return await self._pin(path, nar)
+            except Refused as error:
+                if error.reason != "revoked":
+                    raise
+                trusted = await self._authorise(info, token)
+        raise Unavailable(f"{info.store_path}: keys are being revoked; bring it again")
 
     async def _pin(self, path: PathRecord, record: NarRecord) -> Admitted:
         """Bring both into the index."""
@@ -288,16 +314,15 @@ class Uploads:
         )
 
 
-def _inspect(info: NarInfo, descriptor: int) -> tuple[Measured, set[str]]:
+def _inspect(info: NarInfo, descriptor: int) -> Measured:
     """In a thread: the whole file, decoded and hashed, and the references that it lacks."""
-    claimed = {reference.hash_part for reference in info.references}
-    scanner = ReferenceScanner(claimed)
-    inspection = Inspection(info, on_plain=scanner.feed)
-    offset = 0
-    while data := os.pread(descriptor, _CHUNK, offset):
-        offset += len(data)
-        inspection.feed(data)
-    return inspection.finish(), claimed - scanner.found
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    with open(descriptor, "rb", buffering=0, closefd=False) as file:
+        return inspect_file(info, file, scan=True)
+
+
+def _inspect_stored(info: NarInfo, path: Path) -> Measured:
+    return inspect_stored(info, path, scan=True)
 
 
 def _append(descriptor: int, hasher: hashlib._Hash, chunk: bytearray) -> None:

@@ -1,0 +1,84 @@
+"""Who signed this message: the one place where signatures are held to public keys."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from narseal.nix.keys import PublicKey, Signature
+
+#: Signatures that are tried for one message: whoever sends more only has fewer looked at.
+MAX_VERIFICATIONS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRing:
+    """Public keys by name; several may have the same name."""
+
+    _keys: Mapping[str, tuple[PublicKey, ...]]
+
+    @classmethod
+    def of(cls, *groups: Iterable[PublicKey]) -> KeyRing:
+        """A ring of all keys of some groups."""
+        keys: dict[str, tuple[PublicKey, ...]] = {}
+        for key in (key for group in groups for key in group):
+            if key not in keys.get(key.name, ()):
+                keys[key.name] = (*keys.get(key.name, ()), key)
+        return cls(keys)
+
+    def without(self, revoked: Collection[str]) -> KeyRing:
+        """The same ring less the keys of some names."""
+        if not revoked or not any(name in revoked for name in self._keys):
+            return self
+        return KeyRing({name: keys for name, keys in self._keys.items() if name not in revoked})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._keys
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    @property
+    def keys(self) -> Iterable[PublicKey]:
+        """All of them."""
+        return (key for keys in self._keys.values() for key in keys)
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all keys."""
+        return self._keys.keys()
+
+    def verified(self, message: bytes, signatures: Iterable[Signature]) -> tuple[Signature, ...]:
+        """Those of the signatures that are by a key of this ring, in their order.
+
+        At most MAX_VERIFICATIONS that bear a name of the ring are tried.
+        """
+        good: list[Signature] = []
+        tried = 0
+        for signature in signatures:
+            for key in self._keys.get(signature.key_name, ()):
+                if tried == MAX_VERIFICATIONS:
+                    return tuple(good)
+                tried += 1
+                if key.verifies(message, signature):
+                    good.append(signature)
+                    break
+        return tuple(good)
+
+    def signer(self, message: bytes, signatures: Iterable[Signature]) -> str | None:
+        """The name of the first key of this ring that signed the message, None if none did."""
+        good = self.verified(message, signatures)
+        return good[0].key_name if good else None
+
+    def kept(
+        self, message: bytes, signatures: Iterable[Signature], *, most: int
+    ) -> tuple[Signature, ...]:
+        """The signatures that are worth keeping, at most `most`, in order.
+
+        What bears a name of this ring is kept only if it verifies; of the others nobody here can
+        tell, and they are kept as they came.
+        """
+        found = tuple(dict.fromkeys(signatures))
+        good = self.verified(message, found)
+        strangers = [signature for signature in found if signature.key_name not in self]
+        return tuple(sorted([*good, *strangers[: max(0, most - len(good))]]))

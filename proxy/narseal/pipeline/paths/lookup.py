@@ -1,0 +1,77 @@
+"""How an answer is found: remembered absence, one flight a key, and decided again at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from time import monotonic
+from typing import Generic, TypeVar
+
+from narseal.errors import (
+    Denied,
+    Malformed,
+    NarsealError,
+    NotFound,
+    Refused,
+    Unavailable,
+    UpstreamTimeout,
+)
+from narseal.pipeline.caches import Negatives
+from narseal.pipeline.services import Services
+from narseal.runtime.single_flight import SingleFlight
+from narseal.telemetry import metrics
+
+R = TypeVar("R")
+_TRIES = 8
+
+
+class Lookup(Generic[R]):
+    """Answers of one kind, by key.
+
+    Finding one takes time, in which keys may be revoked and paths withdrawn. So an answer only
+    leaves if nothing was withdrawn since it was begun; else it is found again.
+    """
+
+    def __init__(self, services: Services, find: Callable[[str], Awaitable[R]]) -> None:
+        limits = services.config.limits
+        self._find = find
+        self._epoch = services.epoch
+        self._hold = limits.content_hold
+        self._flights: SingleFlight[str, tuple[int, R]] = SingleFlight(
+            services.tasks, on_joined=metrics.flights_joined.inc
+        )
+        self._negatives = Negatives(
+            ttl=limits.negative_ttl,
+            entries=limits.negative_entries,
+            clock=monotonic,
+            epoch=services.epoch,
+        )
+
+    async def get(self, key: str) -> R:
+        """The answer, as it holds now.
+
+        NotFound, Refused or Malformed (all 404), Denied (403) or Trouble (5xx), which is never
+        remembered.
+        """
+        if (known := self._negatives.get(key)) is not None:
+            raise known
+        try:
+            async with asyncio.timeout(self._hold):
+                for _ in range(_TRIES):
+                    mark, found = await self._flights.join(key, lambda: self._fly(key))
+                    if mark == self._epoch.read():
+                        return found
+        except TimeoutError as error:
+            raise UpstreamTimeout(
+                f"{key}: its NAR is still being fetched and verified; ask again"
+            ) from error
+        raise Unavailable(f"{key}: what may be served is changing; ask again")
+
+    def remember(self, key: str, verdict: NarsealError) -> None:
+        """Remember that nobody has a thing, or why it is refused, for a time."""
+        if isinstance(verdict, NotFound | Refused | Malformed | Denied):
+            self._negatives.put(key, verdict)
+
+    async def _fly(self, key: str) -> tuple[int, R]:
+        mark = self._epoch.read()
+        return mark, await self._find(key)

@@ -1,0 +1,122 @@
+"""The life of what carries signatures, the same for paths and for realisations.
+
+Both tables have the columns `signatures`, `ours`, `evidence` and `withdrawn`. Every change reads the
+revocations in its own transaction: what is revoked while somebody still signs is not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from sqlalchemy import Column, ColumnElement, Row, Select, Table, func, literal, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from narseal.errors import BadUpload, NotFound
+from narseal.nix.keys import Signature
+from narseal.nix.narinfo import MAX_SIGNATURES
+from narseal.storage import schema
+from narseal.storage.engine import Engines
+from narseal.storage.epoch import Epoch
+from narseal.storage.records import names_of, signatures_of
+
+#: Signatures, and the names of the operator's keys whose are among them.
+Signed = tuple[tuple[Signature, ...], frozenset[str]]
+
+#: Done within the transaction that signed a row.
+OnSigned = Callable[[AsyncConnection, str], Awaitable[None]]
+
+_Ask = Callable[[Select[Any]], Awaitable[list[Row[Any]]]]
+
+
+class Claims:
+    """The rows of one table, by their key."""
+
+    def __init__(
+        self,
+        table: Table,
+        key: Column[str],
+        engines: Engines,
+        ask: _Ask,
+        epoch: Epoch,
+        on_signed: OnSigned | None = None,
+    ) -> None:
+        self._table = table
+        self._key = key
+        self._engines = engines
+        self._ask = ask
+        self._epoch = epoch
+        self._on_signed = on_signed
+
+    async def sign(
+        self,
+        key: str,
+        signatures: Iterable[Signature],
+        *,
+        ours: Iterable[str] = (),
+        drop: Iterable[Signature] = (),
+    ) -> Signed:
+        """Add signatures to a row's, take others and all by revoked keys away; what it has then.
+
+        Whoever else adds some at the same time loses none. `ours` are the names of the operator's
+        keys whose signatures were made or verified. NotFound if the row is gone.
+        """
+        table = self._table.c
+        named = self._key == key
+
+        async def work(connection: AsyncConnection) -> Signed:
+            query = select(table.signatures, table.ours).where(named)
+            row = (await connection.execute(query)).first()
+            if row is None:
+                raise NotFound(f"{key} is not in the index any more")
+            revoked = await revoked_keys(connection)
+            united = {*signatures_of(row.signatures), *signatures} - set(drop)
+            found = tuple(sorted(s for s in united if s.key_name not in revoked))
+            if len(found) > MAX_SIGNATURES:
+                raise BadUpload(f"{key} has too many signatures: {len(found)}")
+            names = (names_of(row.ours) | frozenset(ours)) - revoked
+            values = {"signatures": "\n".join(map(str, found)), "ours": "\n".join(sorted(names))}
+            await connection.execute(update(self._table).where(named).values(values))
+            if self._on_signed:
+                await self._on_signed(connection, key)
+            return found, names
+
+        return await self._engines.write(work)  # type: ignore[no-any-return]
+
+    async def withdraw(self, key: str) -> None:
+        """Stop serving one; its pin stays."""
+        change = update(self._table).where(self._key == key).values(withdrawn=True)
+        await self._engines.write(lambda c: c.execute(change))
+        self._epoch.advance()
+
+    async def signed_by(self, name: str, *, after: str, limit: int) -> list[str]:
+        """Keys of rows, served or withdrawn, that carry a signature in a name."""
+        text = literal("\n") + self._table.c.signatures
+        return await self._keys([text.contains(f"\n{name}:", autoescape=True)], after, limit)
+
+    async def lacking(self, names: Iterable[str], *, after: str, limit: int) -> list[str]:
+        """Keys of served rows that lack a signature by one of some keys of the operator's."""
+        return await self._keys(self._lack(names), after, limit)
+
+    async def count_lacking(self, names: Iterable[str]) -> int:
+        """How many there are of those."""
+        query: Any = select(func.count().label("rows")).select_from(self._table)
+        return int((await self._ask(query.where(*self._lack(names))))[0].rows)
+
+    def _lack(self, names: Iterable[str]) -> list[ColumnElement[bool]]:
+        text = literal("\n") + self._table.c.ours + literal("\n")
+        lack = [~text.contains(f"\n{name}\n", autoescape=True) for name in names]
+        return [or_(*lack), ~self._table.c.withdrawn]
+
+    async def _keys(
+        self, conditions: list[ColumnElement[bool]], after: str, limit: int
+    ) -> list[str]:
+        query: Select[Any] = select(self._key.label("key")).where(*conditions, self._key > after)
+        return [row.key for row in await self._ask(query.order_by(self._key).limit(limit))]
+
+
+async def revoked_keys(connection: AsyncConnection) -> frozenset[str]:
+    """The names of revoked substituter keys, as a transaction sees them."""
+    table = schema.revocation.c
+    rows = await connection.execute(select(table.name).where(table.kind == "key"))
+    return frozenset(row.name for row in rows)
