@@ -393,7 +393,8 @@ async def test_content_mode_signs_only_after_the_bytes_were_hashed(
     tmp_path: Path, upstream: FakeCache
 ) -> None:
     dependency = entry("dependency")
-    item = entry("unsigned", references=(dependency.info.store_path,))
+    path = dependency.info.store_path
+    item = entry("unsigned", path.full("/nix/store").encode(), references=(path,))
     upstream.add(item, dependency)
     async with narseal(
         tmp_path, {"url": upstream.url, "verify": "content", "public_keys": []}

@@ -385,7 +385,7 @@ async def test_nothing_is_put_anywhere_else(path: str, tmp_path: Path) -> None:
 async def test_side_files_are_kept_and_not_overwritten(tmp_path: Path) -> None:
     listing = b'{"version":1,"root":{"type":"regular","size":1}}'
     build_id = "debuginfo/" + "a" * 40 + ".debug"
-    pointer = b'{"archive":"../nar/x","member":"m"}'
+    pointer = f'{{"archive":"../{ITEM.info.url}","member":"m"}}'.encode()
     async with uploading(tmp_path) as uploader:
         client = uploader.client
         for name, good, bad in (
@@ -396,7 +396,12 @@ async def test_side_files_are_kept_and_not_overwritten(tmp_path: Path) -> None:
             assert (await client.get(name))[0] == 404
             assert (await uploader.put(name, good))[0] == 201
             assert (await uploader.put(name, good))[0] == 201
-            assert (await client.get(name))[1] == good
+            assert (await client.get(name))[0] == 404, "nobody vouches for it yet"
+        await uploader.path(ITEM)
+        assert (await client.get(f"{ITEM.hash}.ls"))[1] == listing
+        assert (await client.get(build_id))[1] == pointer
+        assert (await uploader.put(f"{ITEM.hash}.ls", listing))[0] == 201
+        assert (await uploader.put(f"{ITEM.hash}.ls", listing + b"\n"))[0] == 409
         log = f"log/{'0' * 32}-x.drv"
         assert (await uploader.put(log, b"built\n"))[0] == 201
         assert (await uploader.put(log, b"other\n"))[0] == 409

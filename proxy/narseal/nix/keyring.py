@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from narseal.nix.keys import PublicKey, Signature
 
-#: Signatures that are tried for one message: whoever sends more only has fewer looked at.
-MAX_VERIFICATIONS = 8
+#: Bad signatures after which no more are tried for a message.
+MAX_FAILURES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +51,18 @@ class KeyRing:
     def verified(self, message: bytes, signatures: Iterable[Signature]) -> tuple[Signature, ...]:
         """Those of the signatures that are by a key of this ring, in their order.
 
-        At most MAX_VERIFICATIONS that bear a name of the ring are tried.
+        None are tried beyond MAX_FAILURES that bear a name of the ring and are not good.
         """
         good: list[Signature] = []
-        tried = 0
+        failures = 0
         for signature in signatures:
             for key in self._keys.get(signature.key_name, ()):
-                if tried == MAX_VERIFICATIONS:
+                if failures == MAX_FAILURES:
                     return tuple(good)
-                tried += 1
                 if key.verifies(message, signature):
                     good.append(signature)
                     break
+                failures += 1
         return tuple(good)
 
     def signer(self, message: bytes, signatures: Iterable[Signature]) -> str | None:

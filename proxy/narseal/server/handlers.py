@@ -132,7 +132,7 @@ class ReadHandlers:
     async def status_of(self, request: web.Request) -> web.Response:
         """What is known of a store path, and what policy says of it."""
         tree = await self._substituter.provenance.status(
-            StorePath.parse(request.match_info["path"]), ask=False
+            StorePath.parse(request.match_info["path"])
         )
         return web.json_response(tree, headers=cache("no-store"))
 

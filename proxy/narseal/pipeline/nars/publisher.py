@@ -21,6 +21,7 @@ class Publisher:
         self._folder = services.folder
         self._index = services.index
         self._epoch = services.epoch
+        self._countersigner = services.countersigner
         #: Whether other rules than ours are in force by now.
         self.retired = False
         self._threads = services.threads
@@ -55,6 +56,10 @@ class Publisher:
     async def _is_visible(self, path: PathRecord, nar: NarRecord) -> bool:
         if path.withdrawn or not nar.stored:
             return False
+        revoked = (await self._index.revocations.now()).keys
+        ring = self._countersigner.ring.without(revoked)
+        if not path.ours - revoked and not ring.signer(path.message, path.signatures):
+            return False  # it waits for a signature of ours
         return await self._policy.passes(path.info, content_digests(path.info, nar))
 
     async def verify_stored(self, info: NarInfo, nar: NarRecord) -> None:

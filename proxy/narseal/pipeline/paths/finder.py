@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from time import time
+from time import monotonic, time
 
 from narseal.errors import Malformed, NotFound, Refused, Trouble
 from narseal.nix import narinfo
@@ -15,6 +16,7 @@ from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.nars.fetcher import REFUSED_SECONDS
 from narseal.pipeline.nars.transfer import Origin
+from narseal.pipeline.paths.lookup import Lookup
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.evidence import Evidence, weigh
 from narseal.storage import Admitted, NarRecord, PathRecord
@@ -23,7 +25,9 @@ from narseal.upstream import Upstream
 from narseal.upstream.race import Answers, in_order
 
 #: What is refused for reasons that another narinfo of the same file need not share.
-_NOT_BYTES = ("conflict", "bad-bundle", "signer-refused")
+_NOT_BYTES = ("conflict", "bad-bundle", "signer-refused", "wrong-references")
+_REMEMBERED = 30.0  # seconds, of what an upstream said of a path that nobody fetched
+_MOST_PREVIEWS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,8 @@ class Finder:
         self._index = services.index
         self._epoch = services.epoch
         self._own_keys = services.countersigner.ring
+        self._previews: OrderedDict[str, tuple[float, Admitted]] = OrderedDict()
+        self._previewing: Lookup[Admitted] = Lookup(services, self._preview)
         self._lookups = asyncio.Semaphore(services.config.limits.lookups)
         self._refusals: tuple[int, dict[tuple[str, str, bytes], tuple[str, float]]] | None = None
 
@@ -53,27 +59,37 @@ class Finder:
         thing = f"{hash_part}.narinfo"
         return in_order(self._upstreams, lambda u: self._ask(u, hash_part), answers, thing=thing)
 
-    async def preview(self, store_path: StorePath, *, ask: bool = True) -> tuple[Admitted, bool]:
+    async def preview(self, store_path: StorePath) -> tuple[Admitted, bool]:
         """A path as it is admitted, or as it would be, whatever policy says; and which of both.
 
-        Nothing is signed or kept. Unless it may `ask`, no upstream is. NotFound, Refused, Malformed
-        or Trouble if nobody has it.
+        Nothing is signed or kept, but what an upstream said is remembered for a moment. NotFound,
+        Refused, Malformed or Trouble if nobody has it.
         """
-        hash_part = store_path.hash_part
-        if found := await self._index.path(hash_part):
+        if found := await self._index.path(store_path.hash_part):
             if found[0].info.store_path != store_path:
                 raise NotFound(f"{store_path} is not here; {found[0].info.store_path} is")
             return found, not found[0].withdrawn
-        if not ask:
-            raise NotFound(f"{store_path} is not here: nobody asked for its narinfo yet")
+        name = str(store_path)
+        known = self._previews.get(name)
+        if known and known[0] > monotonic():
+            return known[1], False
+        seen = await self._previewing.get(name)
+        self._previews[name] = monotonic() + _REMEMBERED, seen
+        while len(self._previews) > _MOST_PREVIEWS:
+            self._previews.popitem(last=False)
+        return seen, False
+
+    async def _preview(self, name: str) -> Admitted:
+        store_path = StorePath.parse(name)
         answers = Answers()
-        async with self.candidates(hash_part, answers) as candidates:
+        async with self.candidates(store_path.hash_part, answers) as candidates:
             async for upstream, candidate in candidates:
-                if candidate.info.store_path != store_path:
-                    continue
-                nar = NarRecord.of(candidate.info, upstream.config.url)
-                return (PathRecord(candidate.info, nar.file, candidate.evidence.text), nar), False
-        raise answers.verdict(hash_part)
+                if candidate.info.store_path == store_path:
+                    nar = NarRecord.of(candidate.info, upstream.config.url)
+                    return PathRecord(candidate.info, nar.file, candidate.evidence.text), nar
+        verdict = answers.verdict(name)
+        self._previewing.remember(name, verdict)
+        raise verdict
 
     async def origins(self, record: NarRecord, info: NarInfo) -> AsyncIterator[Origin]:
         """Where the very file of an admitted path can be had: its own upstream, then others."""

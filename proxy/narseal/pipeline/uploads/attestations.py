@@ -72,12 +72,9 @@ class Provenance:
         """
         return await self._put(frozenset((digest,)), f"sha256:{digest.hex()}", data)
 
-    async def status(self, store_path: StorePath, *, ask: bool = True) -> dict[str, Any]:
-        """What is known of a path, and what policy says of it; as JSON. See `Finder.preview`.
-
-        Unless it may `ask` the upstreams, only of a path that was admitted.
-        """
-        (path, nar), admitted = await self._finder.preview(store_path, ask=ask)
+    async def status(self, store_path: StorePath) -> dict[str, Any]:
+        """What is known of a path, and what policy says of it; as JSON. See `Finder.preview`."""
+        (path, nar), admitted = await self._finder.preview(store_path)
         info = path.info
         digests = content_digests(info, nar)
         verdict = await self._policy.verdict(info, digests)
