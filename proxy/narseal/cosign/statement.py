@@ -97,14 +97,16 @@ class AttestedPath:
         return frozenset((self.file_hash.digest, self.info.nar_hash.digest))
 
     def facts(self) -> dict[str, Any]:
-        """What the predicate says of it: what the substituter's signature covers, and the deriver."""
+        """What the predicate says of it: what the substituter's signature covers, and the file.
+
+        Not the deriver: no signature covers it, and anybody on the way could have set it.
+        """
         info = self.info
         return {
             "storePath": f"{info.store_dir}/{info.store_path}",
             "narHash": f"sha256:{info.nar_hash.nix32}",
             "narSize": info.nar_size,
             "references": sorted(f"{info.store_dir}/{path}" for path in info.references),
-            "deriver": f"{info.store_dir}/{info.deriver}" if info.deriver else None,
             "file": {"name": self.file, "sha256": self.file_hash.digest.hex()},
         }
 
@@ -185,7 +187,7 @@ def check_own(data: bytes, *, store_dir: str) -> tuple[int, list[AuditHead]]:
     return len(paths), heads
 
 
-_FACTS = ("storePath", "narHash", "narSize", "references", "deriver", "file")
+_FACTS = ("storePath", "narHash", "narSize", "references", "file")
 _FILE_NAME = re.compile(r"[0-9a-z]{52}\.nar(\.[a-z0-9]{2,4})?", re.ASCII)
 
 
@@ -195,8 +197,7 @@ def _read_fact(item: Any, store_dir: str) -> tuple[StorePath, Hash, Hash, str]:
         if set(item) != set(_FACTS) or set(item["file"]) != {"name", "sha256"}:
             raise ValueError("other fields than narseal's")
         size, references, name = item["narSize"], item["references"], item["file"]["name"]
-        texts = [item["storePath"], *references, *([item["deriver"]] if item["deriver"] else [])]
-        found = [StorePath.parse(_below(text, store_dir)) for text in texts]
+        found = [StorePath.parse(_below(t, store_dir)) for t in (item["storePath"], *references)]
         nar, file = Hash.parse(item["narHash"]), Hash.parse(f"sha256:{item['file']['sha256']}")
         if type(size) is not int or size < 0 or not _FILE_NAME.fullmatch(name):
             raise ValueError("a size or a file name that is none")
@@ -230,7 +231,7 @@ def contradictions(statement: Statement, info: NarInfo) -> list[str]:
     if not named:
         return [f"the attestation does not name {path}"]
     wanted = AttestedPath(info, "", info.nar_hash).facts()
-    fields = ("narHash", "narSize", "references", "deriver")
+    fields = ("narHash", "narSize", "references")
     return [
         f"{field} is {str(item.get(field))[:200]} in the attestation and"
         f" {str(wanted[field])[:200]} in the narinfo"

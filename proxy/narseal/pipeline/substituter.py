@@ -79,6 +79,7 @@ class Substituter:
         self.uploads = Uploads(services, admission, self._renewal, self._publisher)
         self.provenance = Provenance(services, admission, self.everything.finder)
         self.revoking = Revoking(services, self._renewal)
+        self.repair = Repair(services, self._publisher)
         self._background: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -93,15 +94,21 @@ class Substituter:
         async with open_services(config, epoch=epoch) as services, asyncio.TaskGroup() as group:
             substituter = cls(services)
             if serving:
-                substituter._background = [group.create_task(work) for work in substituter._works()]
+                substituter._background = [
+                    group.create_task(work, name="upkeep") for work in substituter._works()
+                ]
             try:
                 yield substituter
             finally:
                 await substituter.retire()
 
+    def begin_to_retire(self) -> None:
+        """Other rules are in force: what is published from now on is left to them to show."""
+        self._publisher.retired = True
+
     async def retire(self) -> None:
         """Do nothing any more of its own accord; what is asked is answered on."""
-        self._publisher.retired = True
+        self.begin_to_retire()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -123,7 +130,7 @@ class Substituter:
         services = self.services
         works = [
             self.status.weigh(),
-            Repair(services, self._publisher).run(),
+            self.repair.run(),
             Rotation(services, self._renewal).run(),
         ]
         if services.config.cosign.mode != "off":

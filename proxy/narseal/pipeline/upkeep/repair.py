@@ -33,11 +33,12 @@ class Repair:
         """At the start, and whenever somebody asks for it, until cancelled."""
         while True:
             asked = self._epoch.repairs()
-            await self._look_after_all()
+            await self.look_after_all()
             while asked == self._epoch.repairs():  # noqa: ASYNC110 (a number that processes share)
                 await asyncio.sleep(_LOOK)
 
-    async def _look_after_all(self) -> None:
+    async def look_after_all(self) -> None:
+        """Once: every path whose NAR is stored."""
         after = ""
         try:
             while page := await self._index.with_stored_nar(after=after, limit=_PAGE):

@@ -1,0 +1,344 @@
+"""Every order of two things: what was true when it was weighed is looked at again where it counts.
+
+One operation runs; at each point where it waits for the index, the folder, an upstream or a key, in
+turn, another operation is run to its end. Whatever the point, nothing that a later look would not
+admit is answered, signed or left in the folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from narseal.config import Config
+from narseal.custody import write_private
+from narseal.custody.file import FileKey
+from narseal.nix.narinfo import NarInfo
+from narseal.pipeline.substituter import Substituter
+from narseal.pipeline.upkeep import revocation
+from narseal.runtime.batching import Batcher
+from narseal.storage import Epoch, Folder, Revocation, epoch_file
+from narseal.upstream.http import HttpUpstream
+from tests.faults.test_uploads import Uploader, add
+from tests.tools.cache import Entry, entry, key, store_path
+from tests.tools.narseal import OPERATOR, UPSTREAM, Client, narseal, settings
+from tests.tools.upstream import FakeCache, fake_cache
+
+OTHER = key("upstream-2")
+SECOND = key("operator-2")
+UPLOADER = key("uploader-1")
+_MOST = 200
+_INSIDE: ContextVar[bool] = ContextVar("inside", default=False)
+
+
+@dataclass
+class Gate:
+    """Counts the waits of what runs; at one of them, runs something else."""
+
+    at: int = 0
+    passed: int = 0
+    action: Callable[[], Awaitable[None]] | None = None
+    done: bool = field(default=False)
+
+    async def __call__(self) -> None:
+        task = asyncio.current_task()
+        if _INSIDE.get() or self.action is None or (task and task.get_name() == "upkeep"):
+            return
+        self.passed += 1
+        if self.passed == self.at:
+            token = _INSIDE.set(True)
+            try:
+                await self.action()
+                self.done = True
+            finally:
+                _INSIDE.reset(token)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate()
+    monkeypatch.setattr(revocation, "_SETTLE", 0.0)
+
+    def watch(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+
+        async def watched(*args: Any, **options: Any) -> Any:
+            await gate()
+            result = await method(*args, **options)
+            await gate()
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Batcher, "ask")
+    watch(HttpUpstream, "get")
+    watch(FileKey, "sign")
+    for name in ("read", "write", "remove", "publish", "incoming", "open_upload", "link"):
+        watch(Folder, name)
+    yield gate
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[FakeCache]:
+    async with fake_cache() as cache:
+        yield cache
+
+
+@asynccontextmanager
+async def command(config: Config) -> AsyncIterator[Substituter]:
+    """What a command opens beside a narseal that serves."""
+    epoch = Epoch(epoch_file(config.storage.index))
+    async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
+        yield substituter
+
+
+def revoke(folder: Path, name: str, *upstreams: dict[str, Any], **more: Any) -> Any:
+    config = Config(**settings(folder, *upstreams, **more))
+
+    async def action() -> None:
+        async with command(config) as substituter:
+            await substituter.revoking.revoke(
+                Revocation("key", name, "", 0.0, "stolen"), lambda *_: None
+            )
+
+    return action
+
+
+async def everywhere(
+    gate: Gate,
+    tmp_path: Path,
+    act: Callable[[Path, Gate], Awaitable[None]],
+) -> None:
+    """Run `act` once for each point at which it waits; it sets `gate.action` itself."""
+    for at in range(1, _MOST):
+        gate.at, gate.passed, gate.action, gate.done = at, 0, None, False
+        await act(tmp_path / str(at), gate)
+        if not gate.done:
+            assert at > 5, "the gates were not passed"
+            return
+    pytest.fail(f"more than {_MOST} waits")
+
+
+def names(body: bytes) -> set[str]:
+    return {signature.key_name for signature in NarInfo.parse(body).signatures}
+
+
+async def check(client: Client, item: Entry, revoked: str, *, speaks: bool) -> None:
+    """What a later look finds: `speaks` says whether anything but the revoked key does."""
+    status, body, _ = await client.get(f"{item.hash}.narinfo")
+    assert status == (200 if speaks else 404), (status, body)
+    if status == 200:
+        assert revoked not in names(body)
+        assert names(body) & {OPERATOR.name, SECOND.name}
+    file = client.storage / f"{item.hash}.narinfo"
+    if file.exists():
+        assert speaks
+        assert revoked not in names(file.read_bytes())
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+@pytest.mark.parametrize("content", [False, True])
+async def test_revocation_at_each_wait_of_an_admission(
+    tmp_path: Path, upstream: FakeCache, gate: Gate, *, speaks: bool, content: bool
+) -> None:
+    """F2: the path was signed and admitted on a key that was revoked while its NAR was fetched."""
+    item = entry("app", b"1", compression="zstd")
+    item = item.signed(UPSTREAM, OTHER) if speaks else item.signed(UPSTREAM)
+    upstream.add(item)
+    there = {
+        "url": upstream.url,
+        "public_keys": [str(UPSTREAM.public), str(OTHER.public)],
+        "sign_when": "content" if content else "evidence",
+    }
+
+    async def act(folder: Path, gate: Gate) -> None:
+        async with narseal(folder, there) as client:
+            gate.action = revoke(folder, UPSTREAM.name, there)
+            status, body, _ = await client.get(f"{item.hash}.narinfo")
+            gate.action = None
+            if gate.done and status == 200:
+                assert speaks, "it was answered on the word of a revoked key"
+                assert UPSTREAM.name not in names(body)
+            if gate.done:
+                await check(client, item, UPSTREAM.name, speaks=speaks)
+
+    await everywhere(gate, tmp_path, act)
+
+
+async def test_revocation_at_each_wait_of_a_publication(
+    tmp_path: Path, upstream: FakeCache, gate: Gate
+) -> None:
+    """A NAR arrives while the key is revoked that its path rests on: the folder does not show it."""
+    item = entry("app", b"1", compression="zstd").signed(UPSTREAM)
+    upstream.add(item)
+    there = {"url": upstream.url}
+
+    async def act(folder: Path, gate: Gate) -> None:
+        async with narseal(folder, there) as client:
+            info = await client.narinfo(item.hash)
+            gate.action = revoke(folder, UPSTREAM.name, there)
+            await client.get(info.url)
+            await client.until(lambda: info.url in client.published() or gate.done, 60)
+        gate.action = None
+        async with narseal(folder, there) as client:  # what was under way has ended
+            if gate.done:
+                await check(client, item, UPSTREAM.name, speaks=False)
+
+    await everywhere(gate, tmp_path, act)
+
+
+@pytest.mark.parametrize("kind", ["path", "realisation"])
+async def test_revocation_of_ours_at_each_wait_of_a_renewal(
+    tmp_path: Path, upstream: FakeCache, gate: Gate, kind: str
+) -> None:
+    """Both keys sign; one is revoked while an answer is made: it carries the other alone."""
+    item = entry("app", b"1", compression="zstd").signed(UPSTREAM)
+    name = f"build-trace-v2/{store_path('app.drv')}/out.doi"
+    upstream.add(item)
+    upstream.files[name] = _trace(name, item)
+    there = {"url": upstream.url}
+    asked = f"{item.hash}.narinfo" if kind == "path" else name
+
+    async def act(folder: Path, gate: Gate) -> None:
+        folder.mkdir(parents=True)
+        write_private(folder / "second.secret", SECOND.render())
+        first = {"url": f"file:{folder}/operator.secret"}
+        both = {"key": [first, {"url": f"file:{folder}/second.secret"}]}
+        async with narseal(folder, there) as client:
+            assert (await client.get(asked))[0] == 200
+        async with narseal(folder, there, signing=both) as client:
+            gate.action = revoke(folder, OPERATOR.name, there, signing=both)
+            status, body, _ = await client.get(asked)
+            gate.action = None
+            for _ in range(2):
+                if gate.done and status == 200:
+                    assert OPERATOR.name.encode() + b":" not in body, body
+                    assert f'"{OPERATOR.name}"'.encode() not in body
+                status, body, _ = await client.get(asked)
+            assert not gate.done or status == 200
+
+    await everywhere(gate, tmp_path, act)
+
+
+def _trace(name: str, item: Entry) -> bytes:
+    from narseal.nix.realisation import parse_at
+
+    bare = f'{{"outPath":"{item.info.store_path}","signatures":[]}}'.encode()
+    parsed = parse_at(name, bare)
+    return parsed.with_signatures((UPSTREAM.sign(parsed.fingerprint()),)).render()
+
+
+async def test_revocation_at_each_wait_of_a_realisation(
+    tmp_path: Path, upstream: FakeCache, gate: Gate
+) -> None:
+    """F4: a realisation lives the life of a path, also after it was signed anew."""
+    item = entry("app", b"1", compression="zstd").signed(UPSTREAM)
+    name = f"build-trace-v2/{store_path('app.drv')}/out.doi"
+    upstream.add(item)
+    upstream.files[name] = _trace(name, item)
+    there = {"url": upstream.url}
+
+    async def act(folder: Path, gate: Gate) -> None:
+        async with narseal(folder, there) as client:
+            gate.action = revoke(folder, UPSTREAM.name, there)
+            status, _, _ = await client.get(name)
+            gate.action = None
+            if gate.done:
+                assert status != 200
+                assert (await client.get(name))[0] == 404
+
+    await everywhere(gate, tmp_path, act)
+
+
+async def test_revocation_at_each_wait_of_an_upload(tmp_path: Path, gate: Gate) -> None:
+    """The uploader's key is revoked while what it signed is taken; the token covers nothing."""
+    item = entry("app", b"1", compression="zstd").signed(UPLOADER)
+
+    async def act(folder: Path, gate: Gate) -> None:
+        folder.mkdir(parents=True)
+        token = add(folder, "nothing-*")
+        upload = {
+            "enabled": True,
+            "tokens_file": str(folder / "tokens"),
+            "trusted_keys": [str(UPLOADER.public)],
+        }
+        async with narseal(folder, upload=upload) as client:
+            uploader = Uploader(client, token)
+            assert (await uploader.put(item.info.url, item.file))[0] == 201
+            gate.action = revoke(folder, UPLOADER.name, upload=upload)
+            status, text = await uploader.put(f"{item.hash}.narinfo", item.info.render())
+            gate.action = None
+            if gate.done:
+                assert status in (201, 403), text
+                await check(client, item, UPLOADER.name, speaks=False)
+
+    await everywhere(gate, tmp_path, act)
+
+
+async def test_an_admission_at_each_wait_of_a_revocation(
+    tmp_path: Path, upstream: FakeCache, gate: Gate
+) -> None:
+    """The other way round: somebody asks for a path at each moment of the revocation."""
+    item = entry("app", b"1", compression="zstd").signed(UPSTREAM)
+    upstream.add(item)
+    there = {"url": upstream.url}
+
+    async def act(folder: Path, gate: Gate) -> None:
+        async with narseal(folder, there) as client:
+            info = await client.narinfo(item.hash)
+            await client.get(info.url)
+            await client.until(lambda: f"{item.hash}.narinfo" in client.published(), 60)
+
+            async def ask() -> None:
+                await client.get(f"{item.hash}.narinfo")
+                await client.get(info.url)
+
+            gate.action = ask
+            await revoke(folder, UPSTREAM.name, there)()
+            gate.action = None
+            await check(client, item, UPSTREAM.name, speaks=False)
+
+    await everywhere(gate, tmp_path, act)
+
+
+async def test_changed_rules_at_each_wait_of_a_publication(
+    tmp_path: Path, upstream: FakeCache, gate: Gate
+) -> None:
+    """New workers with other rules begin while an old one fetches: the folder follows the new ones."""
+    item = entry("app", b"1", compression="zstd").signed(UPSTREAM)
+    upstream.add(item)
+    there = {"url": upstream.url}
+    denied = {"policy": [{"match": ["app"], "action": "deny"}]}
+
+    async def act(folder: Path, gate: Gate) -> None:
+        folder.mkdir(parents=True)
+        config = Config(**settings(folder, there))
+        newer = Config(**settings(folder, there, **denied))
+        async with narseal(folder, there):
+            pass  # makes the index and the folder
+        file = folder / "storage" / f"{item.hash}.narinfo"
+        epoch = Epoch(epoch_file(config.storage.index))
+        async with Substituter.opened(newer, epoch=epoch, serving=False) as new:
+            async with Substituter.opened(config, epoch=epoch, serving=False) as old:
+                await old.everything.narinfo(item.hash)
+
+                async def reload() -> None:
+                    old.begin_to_retire()
+                    await new.repair.look_after_all()
+
+                gate.action = reload
+                reader = await old.everything.nars.get(item.info.url.removeprefix("nar/"))
+                reader.close()
+            gate.action = None  # what the old one had begun has ended
+            await new.repair.look_after_all()
+            if gate.done:
+                assert not file.exists()
+
+    await everywhere(gate, tmp_path, act)
