@@ -194,6 +194,12 @@ class UpstreamTimeout(UpstreamTrouble):
     reason = "upstream-timeout"
 
 
+class UpstreamTooSlow(UpstreamTimeout):
+    """An upstream drips: it holds a connection and brings less than `limits.least_rate`."""
+
+    reason = "upstream-too-slow"
+
+
 class Unavailable(Trouble):
     """narseal itself cannot do it now: index, disk or a limit; a later try can succeed."""
 

@@ -241,8 +241,10 @@ class LimitsConfig(Section):
     negative_entries: Annotated[int, Field(ge=0)] = 50_000
     #: How long a narinfo may wait for its NAR where content comes first (Nix waits 300 s).
     content_hold: Annotated[Duration, Field(le=280)] = 240.0
-    #: NARs that each worker fetches at a time.
+    #: NARs that each worker fetches from one upstream at a time.
     transfers: Annotated[int, Field(ge=1)] = 64
+    #: Bytes a second below which a NAR is taken up elsewhere (64 times as many if nobody reads it).
+    least_rate: Size = 1 << 10
     #: Narinfos, logs and other small things that each worker asks for at a time.
     lookups: Annotated[int, Field(ge=1)] = 256
     #: Largest log, listing or other side file.

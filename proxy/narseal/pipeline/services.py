@@ -44,6 +44,10 @@ class Services:
         return Leadership(index_file(self.config.storage.index).with_suffix(f".{of}.lock"))
 
 
+#: Threads for long work on files that are here.
+_LOCAL = 8
+
+
 @asynccontextmanager
 async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
     """Keys, upstreams, index and threads; on leaving, running work gets its time to end.
@@ -55,7 +59,8 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
         not_after = key.not_after.timestamp() if key.not_after else 0
         metrics.key_not_after.labels(key.public.name).set(not_after)
     upstreams = [connect(upstream) for upstream in config.upstream]
-    threads = ThreadPools(transfers=config.limits.transfers)
+    # as many for each upstream: one that hangs takes none of another's
+    threads = ThreadPools(transfers=config.limits.transfers * max(1, len(upstreams)) + _LOCAL)
     tasks = BackgroundTasks()
     folder = Folder(LocalStorage(config.storage.url), threads)
     attest = config.cosign.mode != "off"

@@ -60,9 +60,7 @@ class NarHandlers:
     ) -> web.StreamResponse:
         """A complete, verified file that is worth a place in memory."""
         body = await self._services.threads.run(os.pread, descriptor, _SMALL, 0)
-        answer = hot_answer(
-            "nar", _NAR, _IMMUTABLE, body, file_etag(file), "Accept-Ranges: bytes\r\n"
-        )
+        answer = hot_answer("nar", _NAR, _IMMUTABLE, body, file_etag(file))
         self._services.hot.put(f"/nar/{file}".encode(), answer, mark)
         metrics.nar_bytes.labels(source).inc(len(body))
         return whole(request, body, _NAR, _IMMUTABLE, file_etag(file))
@@ -146,13 +144,11 @@ def view_of(substituter: Substituter, request: web.Request) -> View:
     return substituter.stored if is_upload(request) else substituter.everything
 
 
-def hot_answer(
-    route: str, content_type: str, control: str, body: bytes, etag: str, more: str = ""
-) -> Hot:
+def hot_answer(route: str, content_type: str, control: str, body: bytes, etag: str) -> Hot:
     """A finished answer, as the hot path sends it."""
     head = (
         f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
-        f"Cache-Control: {control}\r\nETag: {etag}\r\n{more}"
+        f"Cache-Control: {control}\r\nETag: {etag}\r\nAccept-Ranges: bytes\r\n"
         "Server: narseal\r\n\r\n"
     )
     return Hot(route, head.encode() + body, len(body))

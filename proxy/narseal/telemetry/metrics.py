@@ -42,6 +42,7 @@ REASONS = (
     "nar-size",
     "policy",
     "refused-source",
+    "revoked",
     "signer-refused",
     "too-large",
     "truncated",
@@ -49,6 +50,7 @@ REASONS = (
     "unsupported-compression",
     "wrong-path",
     "wrong-compression",
+    "wrong-references",
 )
 ROUTES = (
     "narinfo",

@@ -7,7 +7,7 @@ is worth a third of a relay's time against chunks that are handed from the loop 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import urllib3
@@ -45,6 +45,10 @@ class Bulk:
             try:
                 if response.status in ABSENT:
                     raise NotFound(f"{url}: {response.status}")
+                if offset and response.status == 200:
+                    # it knows no Range: what is here already comes again, and is passed over
+                    yield Body(_length(response), _beyond(offset, response.read1, url))
+                    return
                 if response.status != (206 if offset else 200):
                     raise UpstreamTrouble(f"{url}: {response.status} {response.reason or ''}")
                 yield Body(_whole_size(response, offset, url), response.read1)
@@ -128,10 +132,32 @@ class _PublicTlsPool(urllib3.HTTPSConnectionPool):
     ConnectionCls = _PublicTls
 
 
+def _length(response: urllib3.BaseHTTPResponse) -> int | None:
+    length = response.headers.get("Content-Length", "")
+    return int(length) if length.isascii() and length.isdigit() else None
+
+
+def _beyond(offset: int, read: Callable[[int], bytes], url: str) -> Callable[[int], bytes]:
+    """`read`, once the first `offset` bytes were read and dropped."""
+    left = offset
+
+    def read_beyond(size: int) -> bytes:
+        nonlocal left
+        while left:
+            passed = read(min(left, size))
+            if not passed:
+                raise UpstreamTrouble(
+                    f"{url}: ended before byte {offset}, where it broke off before"
+                )
+            left -= len(passed)
+        return read(size)
+
+    return read_beyond
+
+
 def _whole_size(response: urllib3.BaseHTTPResponse, offset: int, url: str) -> int | None:
     if not offset:
-        length = response.headers.get("Content-Length", "")
-        return int(length) if length.isascii() and length.isdigit() else None
+        return _length(response)
     content_range = response.headers.get("Content-Range", "")
     unit, _, rest = content_range.partition(" ")
     span, _, size = rest.partition("/")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -10,11 +9,13 @@ from dataclasses import replace
 from narseal.errors import Malformed, NarsealError, Refused
 from narseal.nix.inspection import Measured
 from narseal.nix.narinfo import NarInfo
+from narseal.pipeline.nars.pace import Slots
 from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.nars.recompress import Recompression
-from narseal.pipeline.nars.transfer import Origin, Reader, Transfer
+from narseal.pipeline.nars.transfer import Origin, Reader, Sink, Transfer
 from narseal.pipeline.services import Services
 from narseal.storage import NarRecord, file_name
+from narseal.storage.folder import Incoming
 from narseal.telemetry import metrics
 from narseal.telemetry.rejections import reject
 
@@ -36,7 +37,7 @@ class Fetcher:
         self._threads = services.threads
         #: What puts the files where they can be seen.
         self.publisher = publisher
-        self._slots = asyncio.Semaphore(services.config.limits.transfers)
+        self._slots = Slots(services.config.limits.transfers)
         self._running: dict[str, Transfer] = {}
 
     def join(self, file: str) -> Reader | None:
@@ -61,7 +62,7 @@ class Fetcher:
         if reader or now != record:
             await self._folder.discard(incoming)
             return reader
-        transfer = Transfer(info, incoming=incoming, threads=self._threads)
+        transfer = self._transfer(info, incoming)
         self._running[record.file] = transfer
         self._tasks.start(self._bring(record, transfer, origins()), f"nar {record.file}")
         return Reader(transfer)
@@ -70,16 +71,48 @@ class Fetcher:
         self, record: NarRecord, transfer: Transfer, origins: AsyncIterator[Origin]
     ) -> None:
         try:
-            async with self._slots:
-                measured = await transfer.run(
-                    origins, on_wrong=lambda wrong, error: self._wrong(record, wrong, error)
-                )
+            measured = await transfer.run(
+                origins, on_wrong=lambda wrong, error: self._wrong(record, wrong, error)
+            )
             await self._publish(record, transfer, measured)
         except NarsealError as error:
             _log.warning("NAR %s: %s", record.file, error)
         finally:
             del self._running[record.file]
             await self._end(transfer)
+        if transfer.failure and transfer.released:
+            await self._judge(record, transfer.info, transfer.suspects)
+
+    async def _judge(self, record: NarRecord, info: NarInfo, suspects: list[Origin]) -> None:
+        """Readers got wrong bytes that several gave: ask each alone; who has them right is taken."""
+        for origin in suspects:
+            if record.file in self._running:
+                return
+            transfer = self._transfer(info, await self._folder.incoming(), is_awaited=True)
+            self._running[record.file] = transfer
+            await self._bring(record, transfer, _once(origin))
+            if transfer.measured:
+                return
+
+    def _transfer(
+        self,
+        info: NarInfo,
+        incoming: Incoming,
+        *,
+        sink: Sink | None = None,
+        scan: bool = False,
+        is_awaited: bool = False,
+    ) -> Transfer:
+        return Transfer(
+            info,
+            incoming=incoming,
+            threads=self._threads,
+            slots=self._slots,
+            least_rate=self._config.limits.least_rate,
+            sink=sink,
+            scan=scan,
+            is_awaited=is_awaited,
+        )
 
     async def _publish(self, record: NarRecord, transfer: Transfer, measured: Measured) -> None:
         known = record.file_hash in (None, measured.file_hash)
@@ -126,12 +159,9 @@ class Fetcher:
                 self._config.storage.recompress_level,
                 await self._folder.incoming(),
             )
-        transfer = Transfer(
-            info, incoming=incoming, threads=self._threads, sink=recompression, scan=scan
-        )
+        transfer = self._transfer(info, incoming, sink=recompression, scan=scan, is_awaited=True)
         try:
-            async with self._slots:
-                measured = await transfer.run(_once(origin), on_wrong=_leave_to_caller)
+            measured = await transfer.run(_once(origin), on_wrong=_leave_to_caller)
             await check(measured)
             nar = NarRecord.of(info, origin.upstream.config.url)
             if recompression:

@@ -24,10 +24,12 @@ from narseal.errors import (
     NarsealError,
     NotFound,
     Refused,
+    UpstreamTooSlow,
     UpstreamTrouble,
 )
 from narseal.nix.inspection import Inspection, Measured
 from narseal.nix.narinfo import NarInfo
+from narseal.pipeline.nars.pace import Pace, Slots
 from narseal.runtime.threads import ThreadPools
 from narseal.storage import storage_errors
 from narseal.telemetry import metrics
@@ -68,6 +70,7 @@ class Reader:
 
     def __init__(self, transfer: Transfer) -> None:
         self._transfer = transfer
+        transfer.readers += 1
         #: The reader's own, good until closed whatever becomes of the transfer.
         self.descriptor = os.dup(transfer.descriptor)
 
@@ -91,7 +94,12 @@ class Reader:
 
     def close(self) -> None:
         """Let go of the file."""
+        self._transfer.readers -= 1
         os.close(self.descriptor)
+
+
+class _OtherSizeError(UpstreamTrouble):
+    """An origin says that the file has another size than the one before said."""
 
 
 class Transfer:
@@ -103,8 +111,11 @@ class Transfer:
         *,
         incoming: tuple[int, Path],
         threads: ThreadPools,
+        slots: Slots,
+        least_rate: int,
         sink: Sink | None = None,
         scan: bool = False,
+        is_awaited: bool = False,
     ) -> None:
         self.info = info
         self.descriptor, self.path = incoming
@@ -117,6 +128,16 @@ class Transfer:
         self._threads = threads
         self._sink = sink
         self._scan = scan
+        self._slots = slots
+        self._least_rate = least_rate
+        #: Somebody waits for the whole of it, whether anybody reads along or not.
+        self._is_awaited = is_awaited
+        #: How many read along.
+        self.readers = 0
+        #: Who gave bytes since it was begun, or begun anew.
+        self._sources: set[Origin] = set()
+        #: Several gave bytes that together are wrong: who lied shows when each is asked alone.
+        self.suspects: list[Origin] = []
         # no honest compression makes a file much larger than its NAR
         self._bound = info.nar_size + info.nar_size // 8 + 65536
         self._written = 0
@@ -172,22 +193,50 @@ class Transfer:
         on_wrong: OnWrong,
     ) -> Measured:
         last: NarsealError = NotFound(f"no upstream has the NAR of {self.info.store_path}")
-        contributors: set[Origin] = set()
         async for origin in origins:
-            contributors.add(origin)
             try:
-                await self._pull_patiently(origin)
-                return await self._finish()
+                return await self._from(origin)
             except (NotFound, UpstreamTrouble) as error:
                 last = error
             except (Refused, Malformed) as error:
-                await on_wrong(contributors, error)
                 last = error
+                await self._blame(origin, error, on_wrong)
                 if self.released:
                     break
                 await self._restart()
-                contributors = set()
+        for origin in [] if self.released else self.suspects:
+            await self._restart()
+            try:
+                return await self._from(origin)
+            except (NotFound, UpstreamTrouble) as error:
+                last = error
+            except (Refused, Malformed) as error:
+                last = error
+                await on_wrong({origin}, error)
         raise last
+
+    async def _blame(self, origin: Origin, error: Refused | Malformed, on_wrong: OnWrong) -> None:
+        """One who gave all of the wrong bytes lied; of several, nobody knows yet who did."""
+        if self._sources <= {origin}:
+            await on_wrong({origin}, error)
+        else:
+            self._suspect(origin)
+
+    def _suspect(self, origin: Origin) -> None:
+        self.suspects += [o for o in (*self._sources, origin) if o not in self.suspects]
+
+    async def _from(self, origin: Origin) -> Measured:
+        """What is left of the file, from one origin; the whole, verified."""
+        async with self._slots.of(origin.upstream):
+            try:
+                await self._pull_patiently(origin)
+            except _OtherSizeError:
+                self._suspect(origin)
+                if self.released:
+                    raise
+                await self._restart()
+                await self._pull_patiently(origin)
+        return await self._finish()
 
     async def _pull_patiently(self, origin: Origin) -> None:
         """Pull the rest, resuming as long as the upstream still gives something."""
@@ -197,6 +246,8 @@ class Transfer:
             self._job = self._threads.run_transfer(self._pull, origin)
             try:
                 return await asyncio.shield(self._job)
+            except (UpstreamTooSlow, _OtherSizeError):
+                raise
             except UpstreamTrouble as error:
                 if self._written == self.size:
                     return None  # all was there; only the end of the line was not clean
@@ -211,9 +262,12 @@ class Transfer:
         """In a thread: read and write, while another inspects the portion before."""
         with origin.upstream.open(origin.url, self._written) as body, self._inspecting() as inspect:
             self._agree(body.size)
+            pace = Pace(least=self._least_rate, window=origin.upstream.config.stall_timeout)
             while data := body.read(_CHUNK):
                 if self._given_up:
                     raise UpstreamTrouble("the transfer was given up")
+                pace.took(len(data), is_read=self._is_awaited or self.readers > 0)
+                self._sources.add(origin)
                 self._write(data)
                 inspect(data)
                 self._release()
@@ -243,7 +297,7 @@ class Transfer:
         if (size or 0) > self._bound:
             raise Refused("too-large", f"{self.info.store_path}: a file of {size} bytes")
         if self._written and self.size is not None and size != self.size:
-            raise UpstreamTrouble(f"the file now has {size} bytes, before {self.size}")
+            raise _OtherSizeError(f"the file now has {size} bytes, before {self.size}")
         if not self._written:
             self.size = size
 
@@ -283,6 +337,7 @@ class Transfer:
 
     async def _restart(self) -> None:
         self._written = 0
+        self._sources = set()
         self.size = None
         self._inspection = self._inspect()
         if self._sink:

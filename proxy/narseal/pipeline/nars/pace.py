@@ -1,0 +1,49 @@
+"""What one upstream may take of a worker: so many transfers at a time, and none that only drips."""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+
+from narseal.errors import UpstreamTooSlow
+from narseal.upstream import Upstream
+
+#: What nobody reads any more has to come so many times faster.
+_UNREAD = 64
+
+
+class Slots:
+    """Each upstream has its own, so that one that hangs holds up no other's NARs."""
+
+    def __init__(self, each: int) -> None:
+        self._each = each
+        self._by_url: dict[str, asyncio.Semaphore] = {}
+
+    def of(self, upstream: Upstream) -> asyncio.Semaphore:
+        """Those of an upstream; to be entered."""
+        return self._by_url.setdefault(upstream.config.url, asyncio.Semaphore(self._each))
+
+
+class Pace:
+    """Holds one connection to a least rate, in bytes a second, over each `window` of seconds."""
+
+    def __init__(self, *, least: int, window: float) -> None:
+        self._least = least
+        self._window = window
+        self._since: float | None = None
+        self._bytes = 0
+
+    def took(self, count: int, *, is_read: bool) -> None:
+        """So many bytes came; UpstreamTooSlow if that is too few by now."""
+        if self._since is None:  # what was passed over before is not counted
+            self._since = monotonic()
+        self._bytes += count
+        elapsed = monotonic() - self._since
+        if elapsed < self._window:
+            return
+        least = self._least * (1 if is_read else _UNREAD)
+        if self._bytes < least * elapsed:
+            raise UpstreamTooSlow(
+                f"{self._bytes} bytes in {elapsed:.0f} s; limits.least_rate asks for {least} a second"
+            )
+        self._since, self._bytes = monotonic(), 0

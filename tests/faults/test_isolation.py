@@ -1,0 +1,166 @@
+"""Trouble of one upstream is not trouble of another (findings, group 5)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from tests.tools.cache import Entry, entry
+from tests.tools.narseal import UPSTREAM, narseal
+from tests.tools.upstream import FakeCache, Fault, fake_cache
+
+BIG = entry("big", bytes(range(256)) * (20 << 10), compression="none").signed(UPSTREAM)
+
+
+@pytest.fixture
+async def caches() -> AsyncIterator[tuple[FakeCache, FakeCache]]:
+    async with fake_cache() as first, fake_cache() as second:
+        yield first, second
+
+
+def wrong_prefix(cache: FakeCache, item: Entry, at: int) -> Fault:
+    """So many wrong bytes, then the line breaks; of the length that is right."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        if "Range" in request.headers:
+            return web.Response(status=503)
+        response = web.StreamResponse()
+        response.content_length = len(item.file)
+        await response.prepare(request)
+        await response.write(b"x" * at)
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    return fault
+
+
+def wrong_length(item: Entry, at: int) -> Fault:
+    """Announces twice the size, sends right bytes, breaks off."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        if "Range" in request.headers:
+            return web.Response(status=503)
+        response = web.StreamResponse()
+        response.content_length = 2 * len(item.file)
+        await response.prepare(request)
+        await response.write(item.file[:at])
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    return fault
+
+
+@pytest.mark.parametrize("kind", ["prefix", "length"])
+@pytest.mark.parametrize("size", [1000, 200_000, 3 << 20])
+async def test_a_bad_mirror_does_not_disable_an_honest_one(
+    tmp_path: Path, caches: tuple[FakeCache, FakeCache], kind: str, size: int
+) -> None:
+    """F7: both were refused for an hour, because together they gave wrong bytes."""
+    bad, good = caches
+    bad.add(BIG)
+    good.add(BIG)
+    fault = wrong_prefix(bad, BIG, size) if kind == "prefix" else wrong_length(BIG, size)
+    bad.fault(BIG.info.url, fault, times=100)
+    upstreams = ({"url": bad.url, "priority": 1}, {"url": good.url, "priority": 2})
+    async with narseal(tmp_path, *upstreams) as client:
+        info = await client.narinfo(BIG.hash)
+        for _ in range(20):  # what readers saw of wrong bytes ends broken, and is judged behind
+            try:
+                status, body, _ = await client.get(info.url)
+            except OSError:
+                continue
+            except Exception as error:  # noqa: BLE001 - aiohttp's word for a broken body
+                assert "Payload" in type(error).__name__
+                continue
+            if status == 200:
+                break
+            await asyncio.sleep(0.1)
+        else:
+            pytest.fail("the honest mirror was not used")
+        assert body == BIG.file
+        assert (await client.narinfo(BIG.hash)).fingerprint() == BIG.info.fingerprint()
+        other = entry("other", b"o", compression="none").signed(UPSTREAM)
+        good.add(other)
+        there = await client.narinfo(other.hash)
+        assert (await client.get(there.url))[1] == other.file
+
+
+def without_range(cache: FakeCache, item: Entry, at: int) -> Fault:
+    """Knows no Range, and breaks off once."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        response.content_length = len(item.file)
+        await response.prepare(request)
+        await response.write(item.file[:at])
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    return fault
+
+
+@pytest.mark.parametrize("size", [1000, 3 << 20])
+async def test_an_upstream_without_ranges_may_break_off_once(
+    tmp_path: Path, caches: tuple[FakeCache, FakeCache], size: int
+) -> None:
+    """F44: 502 "200 OK"."""
+    upstream, _ = caches
+    upstream.add(BIG)
+
+    async def whole(_: web.Request) -> web.StreamResponse:
+        return web.Response(body=BIG.file)
+
+    upstream.fault(BIG.info.url, without_range(upstream, BIG, size))
+    upstream.fault(BIG.info.url, whole)
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        info = await client.narinfo(BIG.hash)
+        assert (await client.get(info.url))[1] == BIG.file
+        for _ in range(2):  # cold and from memory
+            assert (await client.get(f"{BIG.hash}.narinfo"))[2]["Accept-Ranges"] == "bytes"
+
+
+async def test_an_upstream_that_drips_holds_up_no_other(
+    tmp_path: Path, caches: tuple[FakeCache, FakeCache]
+) -> None:
+    """F19: it took every transfer of the worker, also after its readers had left."""
+    slow, good = caches
+    dripping = [entry(f"d{n}", b"%d" % n * 100_000, compression="none").signed(UPSTREAM) for n in range(8)]
+    healthy = entry("healthy", b"h", compression="none").signed(UPSTREAM)
+    slow.add(*dripping)
+    good.add(healthy)
+    dripped = 0
+
+    async def drip(request: web.Request) -> web.StreamResponse:
+        nonlocal dripped
+        response = web.StreamResponse()
+        response.content_length = 100_000
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b"n")
+                await asyncio.sleep(0.05)
+        except ConnectionError:
+            dripped += 1
+            return response
+
+    for item in dripping:
+        slow.fault(item.info.url, drip, times=100)
+    upstreams = ({"url": slow.url, "stall_timeout": "1s"}, {"url": good.url})
+    async with narseal(tmp_path, *upstreams, limits={"transfers": 2}) as client:
+        asking = []
+        for item in dripping:
+            info = await client.narinfo(item.hash)
+            asking.append(asyncio.create_task(client.get(info.url)))
+        info = await client.narinfo(healthy.hash)
+        assert (await client.get(info.url))[1] == healthy.file
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        await client.until(lambda: dripped >= len(dripping), 120)
