@@ -16,8 +16,9 @@ from narseal.nix.base32 import CHARS
 from narseal.nix.compression import COMPRESSIONS
 from narseal.server.auth import Gate
 from narseal.server.failure import failure
+from narseal.server.file_answers import Broken
 from narseal.server.handlers import ReadHandlers
-from narseal.server.nar_handlers import UPLOAD, Broken
+from narseal.server.nar_handlers import UPLOAD
 from narseal.server.tally import Tally
 from narseal.server.upload_handlers import UploadHandlers
 from narseal.telemetry.logs import request_id

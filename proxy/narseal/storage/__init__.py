@@ -8,6 +8,7 @@ from narseal.storage.index import Index
 from narseal.storage.local import LocalStorage, storage_errors
 from narseal.storage.records import Admitted, Attestation, NarRecord, PathRecord, file_name
 from narseal.storage.revocations import Revocation, Revocations, Revoked
+from narseal.storage.unverified import UnverifiedFiles
 
 __all__ = [
     "Admitted",
@@ -22,6 +23,7 @@ __all__ = [
     "Revocation",
     "Revocations",
     "Revoked",
+    "UnverifiedFiles",
     "backup",
     "bundle_name",
     "epoch_file",
