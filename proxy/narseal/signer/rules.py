@@ -11,11 +11,10 @@ import binascii
 import hashlib
 import logging
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ from narseal.custody import requests
 from narseal.custody.file import FileKey
 from narseal.custody.operator import open_cosign_key
 from narseal.custody.requests import PathRequest, RealisationRequest
+from narseal.custody.wire import number_of
 from narseal.errors import ConfigError, Malformed, NarsealError, Refused
 from narseal.nix.addressing import check_content_address
 from narseal.nix.compression import is_file_name
@@ -33,6 +33,7 @@ from narseal.nix.keys import PublicKey, Signature
 from narseal.nix.narinfo import NarInfo
 from narseal.runtime.files import open_regular
 from narseal.signer.audit import AuditLog
+from narseal.signer.rate import Rate
 
 _log = logging.getLogger(__name__)
 _MAX_NAR = 1 << 40
@@ -54,7 +55,7 @@ class Approved:
     """A request that is signed as soon as it is written down."""
 
     #: As the request has it.
-    number: object
+    number: int
     key: str
     record: dict[str, Any]
     #: With a substituter key: the message. With a cosign key: the digest, or the statement.
@@ -91,7 +92,7 @@ class SigningRules:
         for key in (*config.trusted_keys, *(key.public for key in keys)):
             self._trusted.setdefault(key.name, []).append(key)
         self.audit = AuditLog(Path(config.audit.log), FileKey.load(config.audit.key))
-        self._rate = _Rate(config.rate, config.per_day)
+        self._rate = Rate(config.rate, config.per_day)
 
     def public_keys(self) -> list[dict[str, str]]:
         """What it signs with, for whoever asks."""
@@ -106,16 +107,16 @@ class SigningRules:
             ),
         ]
 
-    def consider(self, tree: Mapping[str, Any], peer: Peer) -> Approved | ToHash:
+    def consider(self, tree: dict[str, Any], peer: Peer) -> Approved | ToHash:
         """Whether a request is signed, and with what record; Refused or Malformed say why not."""
         kind, name = tree.get("kind"), tree.get("key")
         if kind == "revocation":
-            return self._consider_revocation(dict(tree), peer)
+            return self._consider_revocation(tree, peer)
         if kind in ("statement", "digest"):
-            return self._consider_cosign(dict(tree), str(kind), name, peer)
+            return self._consider_cosign(tree, str(kind), name, peer)
         if not isinstance(name, str) or name not in self._keys:
             raise Refused("signer-refused", f"there is no substituter key {str(name)[:60]!r}")
-        request = requests.parse(dict(tree), store_dir=self._config.store_dir)
+        request = requests.parse(tree, store_dir=self._config.store_dir)
         if isinstance(request, PathRequest):
             evidence, needs_hash = self._evidence_of_path(request)
             info = request.info
@@ -128,17 +129,23 @@ class SigningRules:
             what = {"subject": request.name, "digest": str(request.entry.out_path)}
         record: dict[str, Any] = {"kind": kind, **what, "key": name, "evidence": evidence}
         record |= _of(peer)
-        agreed = Approved(tree.get("id"), name, record, request.message, str(kind))
+        agreed = Approved(number_of(tree), name, record, request.message, str(kind))
         if needs_hash and isinstance(request, PathRequest):
             return ToHash(request.info, request.file, agreed)
         return agreed
+
+    def allowance(self, most: int) -> int:
+        """How many signatures the rate lets out now, up to `most`; they are taken from it.
+
+        Unavailable if none does today any more.
+        """
+        return self._rate.take(most)
 
     def sign(self, agreed: Sequence[Approved]) -> list[bytes | str]:
         """Write a group down, then sign it: signatures, or why one could not be made. Blocks.
 
         OSError if the log cannot be written: then nothing is signed.
         """
-        self._rate.take(len(agreed))
         self.audit.append([item.record for item in agreed])
         outcomes: list[bytes | str] = []
         for item in agreed:
@@ -169,7 +176,7 @@ class SigningRules:
             raise Malformed("a revocation has of, name and reason, and no others")
         record: dict[str, Any] = {"kind": "revocation", "of": texts[0], "subject": texts[1]}
         record |= {"reason": texts[2], **_of(peer)}
-        return Approved(tree.get("id"), "", record, b"", "revocation")
+        return Approved(number_of(tree), "", record, b"", "revocation")
 
     def _signature(self, item: Approved) -> bytes:
         if item.kind == "revocation":
@@ -209,22 +216,15 @@ class SigningRules:
             digest = hashlib.sha256(message).hexdigest()
         record: dict[str, Any] = {"kind": kind, "subject": subject, "digest": f"sha256:{digest}"}
         record |= {"key": name, "evidence": "form", **_of(peer)}
-        return Approved(tree.get("id"), name, record, message, kind)
+        return Approved(number_of(tree), name, record, message, kind)
 
     def _evidence_of_path(self, request: PathRequest) -> tuple[str, bool]:
         """What speaks for it, and whether its file must be hashed for that."""
         info = request.info
         if info.nar_size > _MAX_NAR:
             raise Refused("too-large", f"a NAR of {info.nar_size} bytes")
-        message = info.fingerprint()
-        tried = 0
-        for signature in info.signatures:
-            for key in self._trusted.get(signature.key_name, ()):
-                tried += 1
-                if key.verifies(message, signature):
-                    return f"signature {key.name}", False
-                if tried >= _MAX_VERIFICATIONS:
-                    break
+        if key := self._signer_of(info.fingerprint(), info.signatures):
+            return f"signature {key.name}", False
         if check_content_address(info):
             return "content-address", False
         named = any(fnmatchcase(info.store_path.name, glob) for glob in self._config.content)
@@ -235,6 +235,12 @@ class SigningRules:
                 " name is not among those that are signed on their content",
             )
         return "content-address" if info.ca is not None and not named else "content", True
+
+    def _signer_of(self, message: bytes, signatures: Sequence[Signature]) -> PublicKey | None:
+        """The trusted key that signed, of a bounded number of signatures and keys that are tried."""
+        pairs = ((key, s) for s in signatures for key in self._trusted.get(s.key_name, ()))
+        tried = islice(pairs, _MAX_VERIFICATIONS)
+        return next((key for key, signature in tried if key.verifies(message, signature)), None)
 
     def hash(self, waiting: ToHash) -> Approved:
         """Hold the file in storage to the narinfo, here, where the proxy cannot touch it.
@@ -250,10 +256,8 @@ class SigningRules:
         return waiting.agreed
 
     def _evidence_of_realisation(self, request: RealisationRequest) -> str:
-        for signature in request.entry.signatures[:_MAX_VERIFICATIONS]:
-            for key in self._trusted.get(signature.key_name, ()):
-                if key.verifies(request.message, signature):
-                    return f"signature {key.name}"
+        if key := self._signer_of(request.message, request.entry.signatures):
+            return f"signature {key.name}"
         name = request.entry.out_path.name
         if any(fnmatchcase(name, glob) for glob in self._config.content):
             return "name"
@@ -262,33 +266,6 @@ class SigningRules:
             f"{request.name}: no signature by a trusted key, and {name} is not among the names"
             " that are signed on their content",
         )
-
-
-class _Rate:
-    """Signatures a second, and a day."""
-
-    def __init__(self, rate: int, per_day: int) -> None:
-        self._rate = rate
-        self._per_day = per_day
-        self._left = float(rate)
-        self._at = time.monotonic()
-        self._day = ""
-        self._today = 0
-
-    def take(self, count: int) -> None:
-        """Refused if that is too many now."""
-        now = time.monotonic()
-        self._left = min(float(self._rate), self._left + (now - self._at) * self._rate)
-        self._at = now
-        day = datetime.now(UTC).date().isoformat()
-        if day != self._day:
-            self._day, self._today = day, 0
-        if self._rate and count > self._left:
-            raise Refused("signer-refused", f"more than {self._rate} signatures a second (rate)")
-        if self._per_day and self._today + count > self._per_day:
-            raise Refused("signer-refused", f"more than {self._per_day} signatures today (per_day)")
-        self._left -= count
-        self._today += count
 
 
 class _MessageKey(Protocol):
