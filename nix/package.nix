@@ -22,6 +22,7 @@ python3Packages.buildPythonApplication {
     brotli
     click
     cryptography
+    ijson
     jinja2
     prometheus-client
     pydantic

@@ -75,7 +75,7 @@ async def test_a_bad_mirror_does_not_disable_an_honest_one(
                 status, body, _ = await client.get(info.url)
             except OSError:
                 continue
-            except Exception as error:  # noqa: BLE001 - aiohttp's word for a broken body
+            except Exception as error:
                 assert "Payload" in type(error).__name__
                 continue
             if status == 200:
@@ -131,7 +131,9 @@ async def test_an_upstream_that_drips_holds_up_no_other(
 ) -> None:
     """F19: it took every transfer of the worker, also after its readers had left."""
     slow, good = caches
-    dripping = [entry(f"d{n}", b"%d" % n * 100_000, compression="none").signed(UPSTREAM) for n in range(8)]
+    dripping = [
+        entry(f"d{n}", b"%d" % n * 100_000, compression="none").signed(UPSTREAM) for n in range(8)
+    ]
     healthy = entry("healthy", b"h", compression="none").signed(UPSTREAM)
     slow.add(*dripping)
     good.add(healthy)

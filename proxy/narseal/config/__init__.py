@@ -249,6 +249,8 @@ class LimitsConfig(Section):
     lookups: Annotated[int, Field(ge=1)] = 256
     #: Largest log, listing or other side file.
     side_file: Size = 64 << 20
+    #: Bytes of upstreams' side files, which nobody signed, that are kept on disk.
+    side_files: Size = 1 << 30
     connections: Annotated[int, Field(ge=1)] = 4096
     connections_per_address: Annotated[int, Field(ge=1)] = 1024
     #: For the whole head of a request to arrive.

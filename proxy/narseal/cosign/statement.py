@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from narseal.errors import MalformedAttestation
+from narseal.errors import Malformed, MalformedAttestation
+from narseal.nix.bounded_json import load_json
 from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import StorePath
@@ -246,9 +247,9 @@ def read_json(data: bytes, *, limit: int, what: str) -> Any:
     if len(data) > limit:
         raise MalformedAttestation(f"{what} has more than {limit} bytes")
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise MalformedAttestation(f"{what} is not JSON: {error}") from error
+        return load_json(data, what=what)
+    except Malformed as error:
+        raise MalformedAttestation(str(error)) from error
 
 
 def pae(payload_type: str, payload: bytes) -> bytes:

@@ -7,9 +7,12 @@ import socket
 from typing import Any
 
 from narseal.errors import Malformed
+from narseal.nix.bounded_json import load_json
 
 #: Bytes of one message: a statement of 1,024 subjects, in base64.
 MAX_BYTES = 32 << 20
+#: What every JSON implementation has as a whole number.
+MAX_ID = 2**53 - 1
 
 
 def encode(tree: dict[str, Any]) -> bytes:
@@ -20,13 +23,28 @@ def encode(tree: dict[str, Any]) -> bytes:
 
 def decode(body: bytes) -> dict[str, Any]:
     """A message's object; Malformed if it is none."""
-    try:
-        tree = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Malformed(f"not JSON: {error}") from error
+    tree = load_json(body, what="the message")
     if not isinstance(tree, dict):
         raise Malformed("not a JSON object")
     return tree
+
+
+def check_request(tree: dict[str, Any]) -> None:
+    """Malformed unless it is flat: texts of Unicode, numbers and nulls."""
+    if any(isinstance(value, dict | list) for value in tree.values()):
+        raise Malformed("a request has no objects or arrays in it")
+    try:
+        "".join(value for value in tree.values() if isinstance(value, str)).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise Malformed(f"a text is not Unicode: {error.reason}") from error
+
+
+def number_of(tree: dict[str, Any]) -> int:
+    """The number of a request, which its answer has, too; Malformed if it has none."""
+    number = tree.get("id")
+    if type(number) is not int or not 0 <= number <= MAX_ID:
+        raise Malformed(f"id is not a number from 0 to {MAX_ID}")
+    return number
 
 
 class Frames:

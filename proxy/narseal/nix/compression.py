@@ -1,7 +1,8 @@
 """The compressions of a NAR: names, file suffixes, magic bytes, and bounded streaming decoders.
 
 A decoder never returns more than it is asked for, whatever the input promises, reads concatenated
-frames to their end, and refuses bytes behind the last one.
+frames to their end, and refuses bytes behind the last one. Its work is bounded by what comes in and
+what goes out: frames that hold next to nothing are refused when there are many.
 """
 
 from __future__ import annotations
@@ -65,8 +66,13 @@ CONTENT_ENCODINGS = {
 }
 
 _STEP = 1 << 18
+_SLICE = 1 << 14  # bytes that a frame gets at a time: so many it can hand back when it ends
+_FREE_FRAMES = 1024
+_FRAME_BYTES = 1024  # of plain bytes that each frame beyond those must stand for
 _XZ_MEMORY = 192 << 20  # xz -9 takes 65 MiB
 _ZSTD_WINDOW_LOG = 27  # zstd --long
+_SMALL_XZ_MEMORY = 80 << 20  # xz -9; taken as it is filled
+_SMALL_ZSTD_WINDOW_LOG = 23  # RFC 9659: no more in a Content-Encoding
 
 
 class _Frame(Protocol):
@@ -82,14 +88,17 @@ class _Frame(Protocol):
     def needs_input(self) -> bool: ...
 
 
-def decompressor(compression: str) -> Decompressor:
-    """A decoder for one NAR; Refused where narseal cannot decode, so cannot verify."""
+def decompressor(compression: str, *, small: bool = False) -> Decompressor:
+    """A decoder for one NAR; Refused where narseal cannot decode, so cannot verify.
+
+    With `small`, for another file, whose frames may not claim the memory that a NAR's may.
+    """
     if compression == "none":
         return Plain()
     if compression == "br":
         return _Brotli()
     if compression in _FRAMES:
-        return _Framed(_FRAMES[compression])
+        return _Framed(_FRAMES[compression], small=small)
     raise Refused(
         "unsupported-compression",
         f"a NAR compressed with {compression} cannot be verified; let the upstream use zstd or xz",
@@ -120,21 +129,36 @@ class Plain:
 class _Framed:
     """xz, zstd, bzip2, gzip, lzma: one frame after another, nothing between or behind."""
 
-    def __init__(self, make: Callable[[], _Frame]) -> None:
+    def __init__(self, make: Callable[[bool], _Frame], *, small: bool) -> None:
         self._make = make
-        self._frame = make()
+        self._small = small
+        self._frame = make(small)
+        self._frames = 1
+        self._plain = 0
 
     def feed(self, data: bytes) -> Iterator[bytes]:
+        at = 0
+        while at < len(data):
+            piece = data[at : at + _SLICE]
+            at += len(piece)
+            yield from self._feed_slice(piece)
+
+    def finish(self) -> None:
+        if not self._frame.eof:
+            raise Refused("truncated", "the compressed bytes end before their stream does")
+
+    def _feed_slice(self, data: bytes) -> Iterator[bytes]:
         while True:
             if self._frame.eof:
                 if not data:
                     return
-                self._frame = self._make()
+                self._begin_frame()
             try:
                 piece = self._frame.decompress(data, _STEP)
             except (lzma.LZMAError, zstd.ZstdError, zlib.error, OSError, ValueError) as error:
-                raise Refused("corrupt", f"the compressed NAR does not decode: {error}") from error
+                raise Refused("corrupt", f"the compressed bytes do not decode: {error}") from error
             if piece:
+                self._plain += len(piece)
                 yield piece
             if self._frame.eof:
                 data = self._frame.unused_data
@@ -143,9 +167,11 @@ class _Framed:
             else:
                 data = b""
 
-    def finish(self) -> None:
-        if not self._frame.eof:
-            raise Refused("truncated", "the compressed NAR ends before its stream does")
+    def _begin_frame(self) -> None:
+        self._frames += 1
+        if self._frames > _FREE_FRAMES + self._plain // _FRAME_BYTES:
+            raise Refused("corrupt", f"{self._frames} compressed frames that hold next to nothing")
+        self._frame = self._make(self._small)
 
 
 class _Gzip:
@@ -169,14 +195,21 @@ class _Gzip:
         return piece
 
 
-_FRAMES: dict[str, Callable[[], _Frame]] = {
-    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY),
-    "lzma": lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_XZ_MEMORY),
-    "zstd": lambda: zstd.ZstdDecompressor(
-        options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG}
-    ),
-    "bzip2": bz2.BZ2Decompressor,
-    "gzip": _Gzip,
+def _lzma(form: int, *, small: bool) -> _Frame:
+    return lzma.LZMADecompressor(form, memlimit=_SMALL_XZ_MEMORY if small else _XZ_MEMORY)
+
+
+def _zstd(*, small: bool) -> _Frame:
+    window = _SMALL_ZSTD_WINDOW_LOG if small else _ZSTD_WINDOW_LOG
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: window})
+
+
+_FRAMES: dict[str, Callable[[bool], _Frame]] = {
+    "xz": lambda small: _lzma(lzma.FORMAT_XZ, small=small),
+    "lzma": lambda small: _lzma(lzma.FORMAT_ALONE, small=small),
+    "zstd": lambda small: _zstd(small=small),
+    "bzip2": lambda _: bz2.BZ2Decompressor(),
+    "gzip": lambda _: _Gzip(),
 }
 
 
@@ -195,11 +228,11 @@ class _Brotli:
                 yield piece
                 piece = self._inner.process(b"", output_buffer_limit=_STEP)
         except brotli.error as error:
-            raise Refused("corrupt", f"the compressed NAR does not decode: {error}") from error
+            raise Refused("corrupt", f"the compressed bytes do not decode: {error}") from error
 
     def finish(self) -> None:
         if not self._inner.is_finished():
-            raise Refused("truncated", "the compressed NAR ends before its stream does")
+            raise Refused("truncated", "the compressed bytes end before their stream does")
 
 
 def zstd_compressor(level: int) -> zstd.ZstdCompressor:

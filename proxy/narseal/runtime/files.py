@@ -1,12 +1,54 @@
-"""Opening what lies in a folder that somebody else may write into."""
+"""Open files: who closes them, and how one is opened that somebody else may write."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from narseal.errors import Refused
+
+
+class OpenFile:
+    """A file open for reading, for as long as anybody has it.
+
+    With a path it is on its way in, and goes with its last owner unless it was renamed.
+    """
+
+    __slots__ = ("descriptor", "path", "size")
+
+    def __init__(self, descriptor: int, size: int, path: Path | None = None) -> None:
+        self.descriptor = descriptor
+        self.size = size
+        self.path = path
+
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        """A file that is there; FileNotFoundError if it is not. Blocks."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return cls(descriptor, os.fstat(descriptor).st_size)
+
+    @classmethod
+    def incoming(cls, created: tuple[int, Path]) -> Self:
+        """An empty file that was just created, to be written."""
+        return cls(created[0], 0, created[1])
+
+    def write(self, data: bytes) -> None:
+        """Append; OSError if it cannot be written. Blocks."""
+        view = memoryview(data)
+        while view:
+            done = os.write(self.descriptor, view)
+            self.size += done
+            view = view[done:]
+
+    def read(self) -> bytes:
+        """All of it. Blocks."""
+        return os.pread(self.descriptor, self.size, 0)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+        if self.path:
+            self.path.unlink(missing_ok=True)
 
 
 def open_regular(path: Path) -> BinaryIO:

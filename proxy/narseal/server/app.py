@@ -16,8 +16,9 @@ from narseal.nix.base32 import CHARS
 from narseal.nix.compression import COMPRESSIONS
 from narseal.server.auth import Gate
 from narseal.server.failure import failure
+from narseal.server.file_answers import Broken
 from narseal.server.handlers import ReadHandlers
-from narseal.server.nar_handlers import UPLOAD, Broken
+from narseal.server.nar_handlers import UPLOAD
 from narseal.server.tally import Tally
 from narseal.server.upload_handlers import UploadHandlers
 from narseal.telemetry.logs import request_id
@@ -43,8 +44,8 @@ def application(
     async def finish_head(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Server"] = "narseal"
         response.headers["X-Request-Id"] = request.get(_ID, "")
-        if handlers.draining:
-            response.force_close()
+        if handlers.draining or (request.body_exists and not request.content.is_eof()):
+            response.force_close()  # a body that nobody read ends with its connection
 
     middlewares = [accounting(tally), *([reading(gate)] if gate else [])]
     app = web.Application(middlewares=middlewares, client_max_size=1 << 20)
@@ -85,7 +86,7 @@ def application(
         ("status", "/", handlers.status),
     ]
     for name, pattern, handler in table:
-        app.router.add_get(pattern, handler, name=name)
+        app.router.add_get(pattern, handler, name=name, expect_handler=_unread)
     puts = putting.handlers() if putting else {}
     for name, pattern, handler in table:
         if putting is None or name not in puts:
@@ -94,9 +95,24 @@ def application(
         app.router.add_put(pattern, puts[name], name=f"put-{name}", expect_handler=expect)
         if "narinfo" in puts:
             below = f"/upload{pattern}"
-            app.router.add_get(below, handler, name=f"{UPLOAD}{name}")
+            app.router.add_get(below, handler, name=f"{UPLOAD}{name}", expect_handler=_unread)
             app.router.add_put(below, puts[name], name=f"{UPLOAD}put-{name}", expect_handler=expect)
+    app.router.add_route("*", "/{_:(?s:.*)}", _nothing, expect_handler=_unread)
     return app
+
+
+async def _unread(_: web.Request) -> None:
+    """`Expect: 100-continue` of what brings no body that is wanted: the answer comes at once."""
+
+
+async def _nothing(request: web.Request) -> web.StreamResponse:
+    """What no route has, or none with this method; a body that it brings is not read."""
+    allowed: set[str] = set()
+    for resource in list(request.app.router.resources())[:-1]:
+        allowed |= (await resource.resolve(request))[1]
+    if allowed:
+        raise web.HTTPMethodNotAllowed(request.method, allowed)
+    raise web.HTTPNotFound
 
 
 #: What is for everybody though reading needs a token.

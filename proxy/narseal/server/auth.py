@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import os
 import time
 from collections import OrderedDict
+from contextlib import suppress
 
 from aiohttp import web
 
@@ -55,7 +55,7 @@ class Gate:
         known = self._good.get(key)
         if known and now < known[1] and (known[0].expires or time.time() + 1) > time.time():
             return known[0]
-        token = await self._threads.run(self._check, text) if text else None
+        token = await self._check(text) if text else None
         if token is None:
             await self._refuse(request.remote or "", given=bool(text))
             raise Unauthorised(
@@ -68,11 +68,13 @@ class Gate:
             self._good.popitem(last=False)
         return token
 
-    def _check(self, text: str) -> Token | None:
-        """In a thread."""
+    async def _check(self, text: str) -> Token | None:
         if self._oidc and text.count(".") == 2:
-            return self._oidc.check(text)
-        return self._tokens.check(text, now=time.time()) if self._tokens else None
+            return await self._oidc.check(text)
+        tokens = self._tokens
+        if tokens is None:
+            return None
+        return await self._threads.run(lambda: tokens.check(text, now=time.time()))
 
     async def _refuse(self, address: str, *, given: bool) -> None:
         """Count; a request without any token is how a client learns that one is needed."""
@@ -88,13 +90,13 @@ class Gate:
 
 
 def _token(header: str) -> str:
+    """The token of an Authorization field (RFC 9110, section 11.6.2); "?" for what can be none."""
     scheme, _, value = header.partition(" ")
+    found = "?" if header else ""
     if scheme.lower() == "bearer":
-        return value.strip()[:_MAX_TOKEN]
-    if scheme.lower() == "basic":
-        try:
-            pair = base64.b64decode(value.strip(), validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError):
-            return "?"
-        return pair.partition(":")[2][:_MAX_TOKEN] or "?"
-    return "?" if header else ""
+        found = value.strip()
+    elif scheme.lower() == "basic":
+        with suppress(ValueError):  # not base-64, or not UTF-8 in it
+            found = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2] or "?"
+    # bytes that are not UTF-8 come as surrogates; no token has any
+    return found[:_MAX_TOKEN] if found.isascii() else "?"

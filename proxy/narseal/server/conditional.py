@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 
@@ -61,6 +62,12 @@ def etag_of(body: bytes) -> str:
 def file_etag(file: str) -> str:
     """The ETag of a NAR file: its name is its content's."""
     return f'"{file}"'
+
+
+def etag_of_file(descriptor: int) -> str:
+    """The ETag of a file that is replaced, and never changed, under its name."""
+    status = os.fstat(descriptor)
+    return f'"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"'
 
 
 def cache(control: str) -> dict[str, str]:

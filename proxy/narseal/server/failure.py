@@ -16,5 +16,6 @@ def failure(error: NarsealError) -> web.Response:
         headers["Retry-After"] = str(error.retry_after)
     elif error.status in (502, 503, 504, 507):
         headers["Retry-After"] = "5"
-    sentence = " ".join(str(error).split())[:900]
+    # it may quote a header field, whose bytes need not be text
+    sentence = " ".join(str(error).split())[:900].encode("ascii", "backslashreplace").decode()
     return web.Response(status=error.status, text=sentence + "\n", headers=headers)

@@ -11,7 +11,9 @@ from narseal import __version__
 from narseal.nix.hashes import Hash
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.substituter import Substituter
-from narseal.server.conditional import cache, etag_of, whole
+from narseal.runtime.files import OpenFile
+from narseal.server.conditional import cache, etag_of, etag_of_file, whole
+from narseal.server.file_answers import Head, send_file, send_lines
 from narseal.server.nar_handlers import NarHandlers, hot_answer, is_upload, view_of
 from narseal.server.tally import Tally
 from narseal.telemetry import metrics
@@ -20,6 +22,7 @@ _SHORT = "public, max-age=300"
 _NARINFO = "text/x-nix-narinfo"
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _LISTED = 1000
+_SMALL = 64 << 10  # bytes that are answered from memory
 
 
 class ReadHandlers:
@@ -60,8 +63,8 @@ class ReadHandlers:
     async def side_file(self, request: web.Request) -> web.StreamResponse:
         """A listing, a log or a debug-info pointer."""
         name = request.match_info["name"]
-        file = await view_of(self._substituter, request).side_file(name)
-        return whole(request, file.data, file.content_type, _SHORT, etag_of(file.data))
+        found = await view_of(self._substituter, request).side_file(name)
+        return await self._file(request, found.file, found.content_type)
 
     async def realisation(self, request: web.Request) -> web.StreamResponse:
         """A countersigned realisation."""
@@ -73,8 +76,10 @@ class ReadHandlers:
         """The Sigstore bundle of a NAR file."""
         file = request.match_info["file"]
         await self._substituter.everything.nars.check(file)
-        body = await self._substituter.signatures.bundle_of(file)
-        return whole(request, body, _BUNDLE, _SHORT, etag_of(body))
+        found = await self._substituter.signatures.bundle_of(file)
+        if isinstance(found, bytes):
+            return whole(request, found, _BUNDLE, _SHORT, etag_of(found))
+        return await self._file(request, found, _BUNDLE)
 
     async def signature(self, request: web.Request) -> web.StreamResponse:
         """A NAR file's own signature, for older cosign."""
@@ -94,12 +99,13 @@ class ReadHandlers:
         """Every bundle whose statement covers a digest, or a path's NAR, a line each."""
         signatures = self._substituter.signatures
         if "path" in request.match_info:
-            body = await signatures.attestations_of_path(
+            digests = await signatures.attestations_of_path(
                 StorePath.parse(request.match_info["path"])
             )
         else:
-            body = await signatures.attestations_of(Hash.parse(request.match_info["digest"]))
-        return whole(request, body, "application/jsonl", _SHORT, etag_of(body))
+            digests = await signatures.attestations_of(Hash.parse(request.match_info["digest"]))
+        head = Head("application/jsonl", _SHORT, etag_of(b"".join(digests)))
+        return await send_lines(request, self._services, head, signatures.bundles(digests))
 
     async def keys(self, _: web.Request) -> web.Response:
         """All public keys, as JSON."""
@@ -176,6 +182,16 @@ class ReadHandlers:
             config=self._services.config,
         )
         return web.Response(text=page, content_type="text/html", headers=cache("no-store"))
+
+    async def _file(
+        self, request: web.Request, file: OpenFile, content_type: str
+    ) -> web.StreamResponse:
+        """A file whose name is not its content's."""
+        if file.size <= _SMALL:
+            body = await self._services.threads.run(file.read)
+            return whole(request, body, content_type, _SHORT, etag_of(body))
+        head = Head(content_type, _SHORT, etag_of_file(file.descriptor))
+        return await send_file(request, self._services, head, file.descriptor, file.size)
 
 
 def _is_loopback(remote: str | None) -> bool:

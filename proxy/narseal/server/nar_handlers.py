@@ -7,12 +7,12 @@ import os
 
 from aiohttp import web
 
-from narseal.errors import NarsealError, UpstreamTimeout
+from narseal.errors import UpstreamTimeout
 from narseal.pipeline.caches import Hot
 from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter, View
-from narseal.server.conditional import caching, etag_matches, file_etag, span_of, whole
-from narseal.server.file_sender import FileSender
+from narseal.server.conditional import file_etag, whole
+from narseal.server.file_answers import Head, send_file
 from narseal.telemetry import metrics
 
 #: What the names of routes below `/upload/` begin with.
@@ -22,16 +22,6 @@ _SMALL = 64 << 10
 _NAR = "application/x-nix-nar"
 # a client gives up after 300 s without a byte (Nix's stalled-download-timeout)
 _FIRST_BYTE = 280.0
-
-
-class Broken(ConnectionError):
-    """An answer that was begun and could not be ended."""
-
-    def __init__(self, response: web.StreamResponse, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.response = response
-        #: For the count: 499 (as nginx has it) when the client left, else what went wrong.
-        self.status = cause.status if isinstance(cause, NarsealError) else 499
 
 
 class NarHandlers:
@@ -85,53 +75,13 @@ class NarHandlers:
     async def _send(
         self, request: web.Request, file: str, descriptor: int, size: int, reader: Reader | None
     ) -> web.StreamResponse:
-        etag = file_etag(file)
-        headers = caching(_IMMUTABLE, etag) | {"Content-Type": _NAR}
-        if etag_matches(request.headers.get("If-None-Match"), etag):
-            return web.Response(status=304, headers=headers)
-        span = span_of(request, size, etag)
-        if isinstance(span, web.Response):
-            return span
-        response = web.StreamResponse(status=200 if span is None else 206, headers=headers)
-        if span is not None:
-            response.headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{size}"
-        start, stop = (span.start, span.stop) if span else (0, size)
-        response.content_length = stop - start
-        if request.method == "HEAD":
-            return response
-        if reader:
-            await reader.follow(start)
-        await response.prepare(request)
-        await self._stream(request, response, descriptor, start, stop, reader)
+        head = Head(_NAR, _IMMUTABLE, file_etag(file))
+        follow = reader.follow if reader else None
+        response = await send_file(request, self._services, head, descriptor, size, follow)
+        if response.prepared:
+            source = "upstream" if reader else "storage"
+            metrics.nar_bytes.labels(source).inc(response.content_length or 0)
         return response
-
-    async def _stream(
-        self,
-        request: web.Request,
-        response: web.StreamResponse,
-        descriptor: int,
-        start: int,
-        stop: int,
-        reader: Reader | None,
-    ) -> None:
-        async def all_there(_: int) -> int:
-            return stop
-
-        sending = FileSender(
-            request,
-            response,
-            timeout=self._services.config.limits.send_timeout,
-            threads=self._services.threads,
-        )
-        try:
-            await sending.send(descriptor, start, stop, reader.follow if reader else all_there)
-        except (NarsealError, ConnectionError) as error:
-            # never a clean end: the client must see that the line broke
-            if request.transport:
-                request.transport.abort()
-            raise Broken(response, error) from error
-        source = "upstream" if reader else "storage"
-        metrics.nar_bytes.labels(source).inc(stop - start)
 
 
 def is_upload(request: web.Request) -> bool:

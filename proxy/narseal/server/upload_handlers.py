@@ -6,13 +6,13 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from narseal.errors import BadUpload, NarsealError, Refused, UploadTooLarge
+from narseal.errors import BadUpload, NarsealError
 from narseal.nix import narinfo, realisation
-from narseal.nix.compression import CONTENT_ENCODINGS, decompressor
 from narseal.nix.hashes import Hash
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.substituter import Substituter
 from narseal.server.auth import Gate
+from narseal.server.bodies import Bodies
 from narseal.server.failure import failure
 
 
@@ -23,6 +23,7 @@ class UploadHandlers:
         self._substituter = substituter
         self._services = substituter.services
         self._gate = gate
+        self._bodies = Bodies(substituter.services)
 
     def handlers(self) -> dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]]:
         """What the configuration lets in, by the name of the route that gives it out."""
@@ -72,7 +73,7 @@ class UploadHandlers:
     async def narinfo(self, request: web.Request) -> web.Response:
         """A narinfo, which makes its NAR visible."""
         token = await self._gate.identify(request)
-        data = await self._body(request, narinfo.MAX_BYTES)
+        data = await self._bodies.small(request, narinfo.MAX_BYTES)
         uploads = self._substituter.uploads
         new = await uploads.put_narinfo(request.match_info["hash"], data, token)
         return web.Response(status=201 if new else 200)
@@ -80,48 +81,28 @@ class UploadHandlers:
     async def realisation(self, request: web.Request) -> web.Response:
         """A realisation of either spelling."""
         token = await self._gate.identify(request)
-        data = await self._body(request, realisation.MAX_BYTES)
+        data = await self._bodies.small(request, realisation.MAX_BYTES)
         await self._substituter.everything.realisations.put(request.match_info["name"], data, token)
         return web.Response(status=201)
 
     async def side_file(self, request: web.Request) -> web.Response:
         """A listing, a log or a debug-info pointer."""
         token = await self._gate.identify(request)
-        data = await self._body(request, self._services.config.limits.side_file)
-        await self._substituter.side_file_uploads.put(request.match_info["name"], data, token)
+        name = request.match_info["name"]
+        limit = self._substituter.everything.side_files.limit(name)
+        file = await self._bodies.file(request, limit)
+        await self._substituter.side_file_uploads.put(name, file, token)
         return web.Response(status=201)
 
     async def attestation(self, request: web.Request) -> web.Response:
         """An attestation of a digest or a store path. Who brings it matters less than who signed."""
         await self._gate.identify(request)
         provenance = self._substituter.provenance
-        data = await self._body(request, provenance.max_bytes)
-        if "path" in request.match_info:
-            new = await provenance.put_for_path(StorePath.parse(request.match_info["path"]), data)
-        else:
-            digest = Hash.parse(request.match_info["digest"]).digest
-            new = await provenance.put(digest, data)
+        async with self._bodies.large(request, provenance.max_bytes) as data:
+            if "path" in request.match_info:
+                path = StorePath.parse(request.match_info["path"])
+                new = await provenance.put_for_path(path, data)
+            else:
+                digest = Hash.parse(request.match_info["digest"]).digest
+                new = await provenance.put(digest, data)
         return web.Response(status=201 if new else 200)
-
-    async def _body(self, request: web.Request, limit: int) -> bytes:
-        """A small body, decoded, both within the bound."""
-        encoding = request.headers.get("Content-Encoding", "identity")
-        compression = "none" if encoding == "identity" else CONTENT_ENCODINGS.get(encoding)
-        if (request.content_length or 0) > limit:
-            raise UploadTooLarge(f"{request.content_length} bytes; {limit} are taken")
-        try:
-            decoder = decompressor(compression or encoding)
-            body = bytearray()
-            taken = 0
-            async for chunk in request.content.iter_any():
-                taken += len(chunk)
-                if taken > limit:
-                    raise UploadTooLarge(f"more than {limit} bytes")
-                for piece in decoder.feed(chunk):
-                    body += piece
-                    if len(body) > limit:
-                        raise UploadTooLarge(f"more than {limit} bytes when decoded")
-            decoder.finish()
-        except Refused as error:
-            raise BadUpload(f"the body as {encoding}: {error}") from error
-        return bytes(body)

@@ -32,6 +32,7 @@ from narseal.telemetry import metrics
 _FLUSH = 0.5
 _LOOK = 0.1
 _LONGEST = 6 * 3600.0  # of a download, when the configuration changed meanwhile
+_LINGER = 2.0  # seconds that a body goes on coming which nobody reads
 _MAX_LINE = 4096
 _MAX_HEADERS = 64
 
@@ -50,19 +51,19 @@ async def work(
     async with Substituter.opened(config, epoch=epoch) as substituter:
         tally = Tally(access_log=config.log.access)
         handlers = ReadHandlers(substituter, tally)
-        upload = config.upload
+        services, upload = substituter.services, config.upload
         gate = (
             Gate(
                 Tokens(Path(expand(upload.tokens_file))) if upload.tokens_file else None,
-                Oidc(upload.oidc) if upload.oidc else None,
-                substituter.services.threads,
+                Oidc(upload.oidc, services.threads, services.tasks) if upload.oidc else None,
+                services.threads,
             )
             if upload.tokens_file or upload.oidc
             else None
         )
         putting = UploadHandlers(substituter, gate) if gate else None
         app = application(handlers, tally, putting, gate if upload.private else None)
-        runner = HotRunner(app, hot=substituter.services.hot, limits=config.limits, tally=tally)
+        runner = HotRunner(app, hot=services.hot, limits=config.limits, tally=tally)
         await runner.setup()
         metrics_runner = web.AppRunner(metrics_application(handlers), access_log=None)
         await metrics_runner.setup()
@@ -117,6 +118,7 @@ class HotRunner(web.AppRunner):
             "auto_decompress": False,
             "access_log": None,
             "keepalive_timeout": limits.keepalive_timeout,
+            "lingering_time": _LINGER,
             "max_line_size": _MAX_LINE,
             "max_field_size": _MAX_LINE,
             "max_headers": _MAX_HEADERS,

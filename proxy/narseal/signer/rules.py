@@ -11,10 +11,8 @@ import binascii
 import hashlib
 import logging
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,18 +23,21 @@ from narseal.custody import requests
 from narseal.custody.file import FileKey
 from narseal.custody.operator import open_cosign_key
 from narseal.custody.requests import PathRequest, RealisationRequest
+from narseal.custody.wire import number_of
 from narseal.errors import ConfigError, Malformed, NarsealError, Refused
 from narseal.nix.addressing import check_content_address
 from narseal.nix.compression import is_file_name
 from narseal.nix.inspection import inspect_file
+from narseal.nix.keyring import KeyRing
 from narseal.nix.keys import PublicKey, Signature
 from narseal.nix.narinfo import NarInfo
+from narseal.nix.realisation import BuildTraceEntry
 from narseal.runtime.files import open_regular
 from narseal.signer.audit import AuditLog
+from narseal.signer.rate import Rate
 
 _log = logging.getLogger(__name__)
 _MAX_NAR = 1 << 40
-_MAX_VERIFICATIONS = 8
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _MAX_REASON = 400
 
@@ -54,7 +55,7 @@ class Approved:
     """A request that is signed as soon as it is written down."""
 
     #: As the request has it.
-    number: object
+    number: int
     key: str
     record: dict[str, Any]
     #: With a substituter key: the message. With a cosign key: the digest, or the statement.
@@ -87,11 +88,9 @@ class SigningRules:
             raise ConfigError("there is no [[key]] and no [[cosign_key]]: nothing to sign with")
         if config.content and not config.storage:
             raise ConfigError("content needs storage: the signer hashes the files itself")
-        self._trusted: dict[str, list[PublicKey]] = {}
-        for key in (*config.trusted_keys, *(key.public for key in keys)):
-            self._trusted.setdefault(key.name, []).append(key)
+        self._trusted = KeyRing.of(config.trusted_keys, (key.public for key in keys))
         self.audit = AuditLog(Path(config.audit.log), FileKey.load(config.audit.key))
-        self._rate = _Rate(config.rate, config.per_day)
+        self._rate = Rate(config.rate, config.per_day)
 
     def public_keys(self) -> list[dict[str, str]]:
         """What it signs with, for whoever asks."""
@@ -106,16 +105,16 @@ class SigningRules:
             ),
         ]
 
-    def consider(self, tree: Mapping[str, Any], peer: Peer) -> Approved | ToHash:
+    def consider(self, tree: dict[str, Any], peer: Peer) -> Approved | ToHash:
         """Whether a request is signed, and with what record; Refused or Malformed say why not."""
         kind, name = tree.get("kind"), tree.get("key")
         if kind == "revocation":
-            return self._consider_revocation(dict(tree), peer)
+            return self._consider_revocation(tree, peer)
         if kind in ("statement", "digest"):
-            return self._consider_cosign(dict(tree), str(kind), name, peer)
+            return self._consider_cosign(tree, str(kind), name, peer)
         if not isinstance(name, str) or name not in self._keys:
             raise Refused("signer-refused", f"there is no substituter key {str(name)[:60]!r}")
-        request = requests.parse(dict(tree), store_dir=self._config.store_dir)
+        request = requests.parse(tree, store_dir=self._config.store_dir)
         if isinstance(request, PathRequest):
             evidence, needs_hash = self._evidence_of_path(request)
             info = request.info
@@ -128,17 +127,23 @@ class SigningRules:
             what = {"subject": request.name, "digest": str(request.entry.out_path)}
         record: dict[str, Any] = {"kind": kind, **what, "key": name, "evidence": evidence}
         record |= _of(peer)
-        agreed = Approved(tree.get("id"), name, record, request.message, str(kind))
+        agreed = Approved(number_of(tree), name, record, request.message, str(kind))
         if needs_hash and isinstance(request, PathRequest):
             return ToHash(request.info, request.file, agreed)
         return agreed
+
+    def allowance(self, most: int) -> int:
+        """How many signatures the rate lets out now, up to `most`; they are taken from it.
+
+        Unavailable if none does today any more.
+        """
+        return self._rate.take(most)
 
     def sign(self, agreed: Sequence[Approved]) -> list[bytes | str]:
         """Write a group down, then sign it: signatures, or why one could not be made. Blocks.
 
         OSError if the log cannot be written: then nothing is signed.
         """
-        self._rate.take(len(agreed))
         self.audit.append([item.record for item in agreed])
         outcomes: list[bytes | str] = []
         for item in agreed:
@@ -169,7 +174,7 @@ class SigningRules:
             raise Malformed("a revocation has of, name and reason, and no others")
         record: dict[str, Any] = {"kind": "revocation", "of": texts[0], "subject": texts[1]}
         record |= {"reason": texts[2], **_of(peer)}
-        return Approved(tree.get("id"), "", record, b"", "revocation")
+        return Approved(number_of(tree), "", record, b"", "revocation")
 
     def _signature(self, item: Approved) -> bytes:
         if item.kind == "revocation":
@@ -209,22 +214,15 @@ class SigningRules:
             digest = hashlib.sha256(message).hexdigest()
         record: dict[str, Any] = {"kind": kind, "subject": subject, "digest": f"sha256:{digest}"}
         record |= {"key": name, "evidence": "form", **_of(peer)}
-        return Approved(tree.get("id"), name, record, message, kind)
+        return Approved(number_of(tree), name, record, message, kind)
 
     def _evidence_of_path(self, request: PathRequest) -> tuple[str, bool]:
         """What speaks for it, and whether its file must be hashed for that."""
         info = request.info
         if info.nar_size > _MAX_NAR:
             raise Refused("too-large", f"a NAR of {info.nar_size} bytes")
-        message = info.fingerprint()
-        tried = 0
-        for signature in info.signatures:
-            for key in self._trusted.get(signature.key_name, ()):
-                tried += 1
-                if key.verifies(message, signature):
-                    return f"signature {key.name}", False
-                if tried >= _MAX_VERIFICATIONS:
-                    break
+        if signer := self._trusted.signer(info.fingerprint(), info.signatures):
+            return f"signature {signer}", False
         check_content_address(info)
         named = any(fnmatchcase(info.store_path.name, glob) for glob in self._config.content)
         if info.ca is None and not named:
@@ -245,49 +243,31 @@ class SigningRules:
         if storage is None or file is None or not is_file_name(file, info.compression):
             raise Refused("unsigned", f"{info.store_path}: there is no file to hash as evidence")
         with open_regular(Path(storage.removeprefix("file://")) / "nar" / file) as opened:
-            inspect_file(info, opened)
+            measured = inspect_file(info, opened, scan=True)
+        if measured.missing and info.ca is None:  # a CA names its references itself
+            lacks = ", ".join(sorted(measured.missing)[:4])
+            raise Refused(
+                "wrong-references", f"{info.store_path}: its NAR does not contain {lacks}"
+            )
         return waiting.agreed
 
     def _evidence_of_realisation(self, request: RealisationRequest) -> str:
-        for signature in request.entry.signatures[:_MAX_VERIFICATIONS]:
-            for key in self._trusted.get(signature.key_name, ()):
-                if key.verifies(request.message, signature):
-                    return f"signature {key.name}"
-        name = request.entry.out_path.name
-        if any(fnmatchcase(name, glob) for glob in self._config.content):
-            return "name"
-        raise Refused(
-            "unsigned",
-            f"{request.name}: no signature by a trusted key, and {name} is not among the names"
-            " that are signed on their content",
-        )
-
-
-class _Rate:
-    """Signatures a second, and a day."""
-
-    def __init__(self, rate: int, per_day: int) -> None:
-        self._rate = rate
-        self._per_day = per_day
-        self._left = float(rate)
-        self._at = time.monotonic()
-        self._day = ""
-        self._today = 0
-
-    def take(self, count: int) -> None:
-        """Refused if that is too many now."""
-        now = time.monotonic()
-        self._left = min(float(self._rate), self._left + (now - self._at) * self._rate)
-        self._at = now
-        day = datetime.now(UTC).date().isoformat()
-        if day != self._day:
-            self._day, self._today = day, 0
-        if self._rate and count > self._left:
-            raise Refused("signer-refused", f"more than {self._rate} signatures a second (rate)")
-        if self._per_day and self._today + count > self._per_day:
-            raise Refused("signer-refused", f"more than {self._per_day} signatures today (per_day)")
-        self._left -= count
-        self._today += count
+        entry = request.entry
+        if signer := self._trusted.signer(request.message, entry.signatures):
+            return f"signature {signer}"
+        names = [entry.out_path.name]
+        if isinstance(entry, BuildTraceEntry):
+            names.append(entry.drv_path.name.removesuffix(".drv"))
+        elif "*" not in self._config.content:
+            names.append(entry.id)  # a derivation that is named by a hash alone
+        for name in names:
+            if not any(fnmatchcase(name, glob) for glob in self._config.content):
+                raise Refused(
+                    "unsigned",
+                    f"{request.name}: no signature by a trusted key, and {name} is not among the"
+                    " names that are signed on their content",
+                )
+        return "name"
 
 
 class _MessageKey(Protocol):

@@ -10,6 +10,7 @@ import pwd
 import signal
 import socket
 import struct
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ import uvloop
 from narseal.config.signer import SignerConfig
 from narseal.custody import wire
 from narseal.custody.memory import forbid_dumps, lock_all
-from narseal.errors import ConfigError, Malformed, NarsealError
+from narseal.errors import ConfigError, Malformed, NarsealError, Unavailable
 from narseal.runtime.sockets import listen, notify_systemd
 from narseal.signer.rules import Approved, Peer, SigningRules, ToHash
 
@@ -31,6 +32,8 @@ _WAITING = 1024  # requests of one connection on their way
 _CONNECTIONS = 64
 _HASHERS = 4
 _MAX_REASON = 800
+_PATIENCE = 10.0  # seconds that a request waits for its turn; narseal waits for 30
+_PAUSE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class _Asked:
 
     body: bytes
     line: _Line
+    #: By the monotonic clock, in seconds.
+    at: float
 
 
 class SignerServer:
@@ -78,7 +83,8 @@ class SignerServer:
 
     def take(self, line: _Line, bodies: list[bytes]) -> None:
         """Requests of a connection, in their order."""
-        self._asked.extend(_Asked(body, line) for body in bodies)
+        now = time.monotonic()
+        self._asked.extend(_Asked(body, line, now) for body in bodies)
         self._wake.set()
 
     async def _consider(self, group: asyncio.TaskGroup) -> None:
@@ -108,7 +114,8 @@ class SignerServer:
         try:
             agreed = await loop.run_in_executor(self._hashing, self._desk.hash, waiting)
         except Exception as error:  # as in _decide
-            _send({asked.line: [wire.encode(self._refusal(tree, asked.line.peer, error))]})
+            answer = self._refusal(waiting.agreed.number, tree, asked.line.peer, error)
+            _send({asked.line: [wire.encode(answer)]})
         else:
             await self._agreed.put([(asked, agreed)])
 
@@ -118,20 +125,24 @@ class SignerServer:
     def _decide(self, asked: _Asked) -> Approved | ToHash | dict[str, Any]:
         """In a thread: what becomes of a request, or the answer to it."""
         tree: dict[str, Any] = {}
+        number: int | None = None
         try:
             tree = wire.decode(asked.body)
+            number = wire.number_of(tree)
+            wire.check_request(tree)
             if tree.get("kind") == "keys":
-                return {"id": tree.get("id"), "keys": self._desk.public_keys()}
+                return {"id": number, "keys": self._desk.public_keys()}
             if tree.get("kind") == "head":
                 head = self._desk.audit.head()
                 found = {"lines": head.lines, "hash": head.digest.hex()} if head else {"lines": 0}
-                return {"id": tree.get("id"), "hash": "", **found}
+                return {"id": number, "hash": "", **found}
             return self._desk.consider(tree, asked.line.peer)
         except Exception as error:  # whatever it is, nothing is signed, and the next is served
-            return self._refusal(tree, asked.line.peer, error)
+            return self._refusal(number, tree, asked.line.peer, error)
 
-    def _refusal(self, tree: dict[str, Any], peer: Peer, error: Exception) -> dict[str, Any]:
-        number = tree.get("id")
+    def _refusal(
+        self, number: int | None, tree: dict[str, Any], peer: Peer, error: Exception
+    ) -> dict[str, Any]:
         if isinstance(error, NarsealError):
             self._desk.refused(tree, peer, error)
             return {"id": number, "refused": str(error)[:_MAX_REASON], "reason": error.reason}
@@ -140,32 +151,39 @@ class SignerServer:
 
     async def _write_down(self) -> None:
         """Whatever waits shares a write: signatures leave when it is on disk."""
-        loop = asyncio.get_running_loop()
         while True:
             group = await self._agreed.get()
             while len(group) < _GROUP and not self._agreed.empty():
                 group += self._agreed.get_nowait()
-            agreed = [item for _, item in group]
-            outcomes: list[bytes | str]
-            refused = False
+            await self._sign_in_parts(group)
+
+    async def _sign_in_parts(self, group: list[tuple[_Asked, Approved]]) -> None:
+        """As many at a time as the rate lets out. Who would wait for long is told to come again."""
+        until = group[0][0].at + _PATIENCE
+        while group:
             try:
-                outcomes = await loop.run_in_executor(self._writing, self._desk.sign, agreed)
-            except NarsealError as error:
-                outcomes, refused = [str(error)] * len(group), True
-            except OSError as error:
-                _log.error("the audit log cannot be written, nothing is signed: %s", error)
-                outcomes = [f"the audit log cannot be written: {error}"] * len(group)
-            answers: dict[_Line, list[bytes]] = {}
-            for (asked, item), outcome in zip(group, outcomes, strict=True):
-                answer: dict[str, Any] = {"id": item.number}
-                if item.kind == "revocation" and not isinstance(outcome, str):
-                    answer["noted"] = True
-                elif isinstance(outcome, str):
-                    answer["refused" if refused else "error"] = outcome
-                else:
-                    answer["signature"] = base64.b64encode(outcome).decode()
-                answers.setdefault(asked.line, []).append(wire.encode(answer))
-            _send(answers)
+                count = self._desk.allowance(len(group))
+            except Unavailable as error:
+                _answer(group, [str(error)] * len(group))
+                return
+            if count:
+                part, group = group[:count], group[count:]
+                _answer(part, await self._sign([item for _, item in part]))
+            elif time.monotonic() < until:
+                await asyncio.sleep(_PAUSE)
+            else:
+                late = "more signatures are asked for than `rate` lets out; try later"
+                _answer(group, [late] * len(group))
+                return
+
+    async def _sign(self, agreed: list[Approved]) -> Sequence[bytes | str]:
+        """Signatures, or why one could not be made."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._writing, self._desk.sign, agreed)
+        except OSError as error:
+            _log.error("the audit log cannot be written, nothing is signed: %s", error)
+            return [f"the audit log cannot be written: {error}"] * len(agreed)
 
     async def _checkpoints(self, every: float) -> None:
         loop = asyncio.get_running_loop()
@@ -230,6 +248,21 @@ class _Line(asyncio.Protocol):
         self._server.lines.discard(self)
         if self._transport:
             self._transport.close()
+
+
+def _answer(group: Sequence[tuple[_Asked, Approved]], outcomes: Sequence[bytes | str]) -> None:
+    """Each its signature; or why there is none now, which is no refusal."""
+    answers: dict[_Line, list[bytes]] = {}
+    for (asked, item), outcome in zip(group, outcomes, strict=True):
+        answer: dict[str, Any] = {"id": item.number}
+        if isinstance(outcome, str):
+            answer["error"] = outcome
+        elif item.kind == "revocation":
+            answer["noted"] = True
+        else:
+            answer["signature"] = base64.b64encode(outcome).decode()
+        answers.setdefault(asked.line, []).append(wire.encode(answer))
+    _send(answers)
 
 
 def _send(answers: dict[_Line, list[bytes]]) -> None:

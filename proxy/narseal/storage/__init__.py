@@ -15,6 +15,7 @@ from narseal.storage.records import (
     file_name,
 )
 from narseal.storage.revocations import Revocation, Revocations, Revoked
+from narseal.storage.unverified import UnverifiedFiles
 
 __all__ = [
     "Admitted",
@@ -30,6 +31,7 @@ __all__ = [
     "Revocation",
     "Revocations",
     "Revoked",
+    "UnverifiedFiles",
     "backup",
     "bundle_name",
     "epoch_file",

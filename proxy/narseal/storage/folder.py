@@ -39,6 +39,10 @@ class Folder:
         """A new file to write and read."""
         return await self._threads.run(self.local.incoming)
 
+    async def arriving(self) -> Incoming:
+        """A new file for an uploaded NAR."""
+        return await self._threads.run(self.local.arriving)
+
     async def publish(self, incoming: Incoming, name: str) -> None:
         """Give a complete file its name, durably."""
         await self._threads.run(self.local.publish, *incoming, name)

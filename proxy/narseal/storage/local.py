@@ -32,6 +32,7 @@ class LocalStorage:
         self._quarantine = self.root / ".narseal" / "quarantine"
         #: What waits for a narinfo.
         self.uploads = self.root / ".narseal" / "uploads"
+        self._arriving = self.root / ".narseal" / "arriving"
 
     def prepare(self, info: CacheInfo) -> None:
         """Make the folders, sweep what a crash left, write nix-cache-info.
@@ -47,8 +48,10 @@ class LocalStorage:
         except OSError as error:
             raise ConfigError(f"storage.url {self.root}: {error.strerror}") from error
         try:
-            shutil.rmtree(self._incoming, ignore_errors=True)
-            for folder in (self._incoming, self._quarantine, self.uploads, self.root / "nar"):
+            for folder in (self._incoming, self._arriving):
+                shutil.rmtree(folder, ignore_errors=True)
+            nars = self.root / "nar"
+            for folder in (self._incoming, self._arriving, self._quarantine, self.uploads, nars):
                 folder.mkdir(parents=True, exist_ok=True)
             self.write("nix-cache-info", info.render().encode())
         except (OSError, Unavailable) as error:
@@ -56,8 +59,9 @@ class LocalStorage:
 
     def sweep(self, pid: int) -> None:
         """Remove what a process that died was bringing in."""
-        for file in self._incoming.glob(f"{pid}-*"):
-            file.unlink(missing_ok=True)
+        for folder in (self._incoming, self._arriving):
+            for file in folder.glob(f"{pid}-*"):
+                file.unlink(missing_ok=True)
 
     def path(self, name: str) -> Path:
         """The file of a name that narseal made itself (never a client's or upstream's text)."""
@@ -65,10 +69,11 @@ class LocalStorage:
 
     def incoming(self) -> tuple[int, Path]:
         """A new file to write and read, and its path."""
-        path = self._incoming / f"{os.getpid()}-{secrets.token_hex(16)}"
-        with storage_errors():
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            return os.open(path, flags, 0o644), path
+        return _create(self._incoming)
+
+    def arriving(self) -> tuple[int, Path]:
+        """A new file for an uploaded NAR; what it is given by `reserve` counts as waiting."""
+        return _create(self._arriving)
 
     def publish(self, descriptor: int, incoming: Path, name: str) -> None:
         """Give a complete file its name: fsync, rename, fsync of the folder, in that order."""
@@ -150,20 +155,29 @@ class LocalStorage:
         """Let a NAR wait no more."""
         (self.uploads / file).unlink(missing_ok=True)
 
-    def sweep_uploads(self, *, max_age: float, max_bytes: int) -> None:
-        """Drop what waits for too long; StorageFull if more than `max_bytes` still wait."""
+    def reserve(self, descriptor: int, size: int, *, max_age: float, max_bytes: int) -> None:
+        """Let an arriving upload count as `size` bytes, before they are written.
+
+        What waits for longer than `max_age` seconds is dropped. StorageFull if all uploads, those
+        of other processes that arrive at the same time included, are more than `max_bytes` then.
+        """
+        with storage_errors():
+            os.ftruncate(descriptor, size)
         old = time.time() - max_age
         total = 0
-        for entry in os.scandir(self.uploads):
-            with suppress(FileNotFoundError):
-                status = entry.stat()
-                if status.st_mtime < old:
-                    os.unlink(entry.path)
-                else:
-                    total += status.st_size
+        # in this order: one that is renamed meanwhile is counted twice rather than not at all
+        for folder in (self._arriving, self.uploads):
+            for entry in os.scandir(folder):
+                with suppress(FileNotFoundError):
+                    status = entry.stat()
+                    if folder == self.uploads and status.st_mtime < old:
+                        os.unlink(entry.path)
+                    else:
+                        total += status.st_size
         if total > max_bytes:
             raise StorageFull(
-                "too many uploaded NARs wait for their narinfos; upload.quarantine_size bounds them"
+                "too many uploaded NARs arrive or wait for their narinfos; upload.quarantine_size"
+                " bounds them"
             )
 
     def quarantine(self, file: Path, label: str) -> None:
@@ -173,6 +187,13 @@ class LocalStorage:
             kept = sorted(self._quarantine.iterdir(), key=lambda p: p.stat().st_mtime)
             for old in kept[:-_QUARANTINED]:
                 old.unlink(missing_ok=True)
+
+
+def _create(folder: Path) -> tuple[int, Path]:
+    path = folder / f"{os.getpid()}-{secrets.token_hex(16)}"
+    with storage_errors():
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        return os.open(path, flags, 0o644), path
 
 
 @contextmanager

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util import Timeout
+from urllib3.util.connection import create_connection
 from yarl import URL
 
 from narseal import __version__
 from narseal.config import UpstreamConfig
 from narseal.errors import NotFound, UpstreamTimeout, UpstreamTrouble
-from narseal.upstream.redirects import ABSENT, HOPS, REDIRECTS, Reach, check_public, next_hop
+from narseal.upstream.addresses import public_addresses
+from narseal.upstream.redirects import ABSENT, HOPS, REDIRECTS, Reach, next_hop
 from narseal.upstream.source import Body
 
 _CONNECTIONS = 64
@@ -108,16 +110,26 @@ def _translated(url: str) -> Iterator[None]:
 
 
 class _Public(HTTPConnection):
-    """A connection that lets go of an address that a redirect must not reach."""
+    """A connection to a public address: the host is resolved once, and only what was checked is asked.
+
+    `host` stays the name, for the certificate and the Host header.
+    """
 
     def _new_conn(self) -> socket.socket:
-        sock = super()._new_conn()
+        failure: OSError = OSError("it has no address")
         try:
-            check_public(str(sock.getpeername()[0]))
+            for address in public_addresses(self.host, self.port or self.default_port):
+                try:
+                    return create_connection(
+                        address, self.timeout, socket_options=self.socket_options
+                    )
+                except OSError as error:
+                    failure = error
         except OSError as error:
-            sock.close()
             raise urllib3.exceptions.NewConnectionError(self, str(error)) from error
-        return sock
+        if isinstance(failure, TimeoutError):
+            raise urllib3.exceptions.ConnectTimeoutError(self, str(failure)) from failure
+        raise urllib3.exceptions.NewConnectionError(self, str(failure)) from failure
 
 
 class _PublicTls(_Public, HTTPSConnection):

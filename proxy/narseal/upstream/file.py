@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
@@ -12,6 +13,8 @@ import aiofiles
 from narseal.config import UpstreamConfig
 from narseal.errors import NotFound, Refused, UpstreamTrouble
 from narseal.upstream.source import Body
+
+_PORTION = 256 << 10
 
 
 class FileUpstream:
@@ -23,18 +26,27 @@ class FileUpstream:
 
     async def get(self, name: str, *, limit: int) -> bytes | None:
         """See Upstream.get."""
+        body = bytearray()
+        found = await self.save(name, body.extend, limit=limit)
+        return None if found is None else bytes(body)
+
+    async def save(self, name: str, write: Callable[[bytes], object], *, limit: int) -> int | None:
+        """See Upstream.save."""
+        path, size = self._root / name, 0
         try:
-            async with aiofiles.open(self._root / name, "rb") as file:
-                data: bytes = await file.read(limit + 1)
+            async with aiofiles.open(path, "rb") as file:
+                while data := await file.read(_PORTION):
+                    size += len(data)
+                    if size > limit:
+                        raise Refused("too-large", f"{path} has more than {limit} bytes")
+                    await asyncio.to_thread(write, data)
         except (FileNotFoundError, NotADirectoryError):
             if not self._root.is_dir():
                 raise UpstreamTrouble(f"{self._root} is not there; is it mounted?") from None
             return None
         except OSError as error:
-            raise UpstreamTrouble(f"{self._root / name}: {error.strerror}") from error
-        if len(data) > limit:
-            raise Refused("too-large", f"{self._root / name} has more than {limit} bytes")
-        return data
+            raise UpstreamTrouble(f"{path}: {error.strerror}") from error
+        return size
 
     @contextmanager
     def open(self, url: str, offset: int) -> Iterator[Body]:

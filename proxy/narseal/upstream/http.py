@@ -1,6 +1,6 @@
 """An upstream over HTTP: bounded, without cookies, never decompressing behind our back.
 
-Small files come through aiohttp on the loop, NARs through `bulk.py` in a thread. Redirects are
+Small files come through aiohttp on the loop and are decoded in a thread, NARs through `bulk.py`. Redirects are
 followed by hand, at most five; another origin only to public addresses, checked on the address
 that is connected to.
 """
@@ -8,11 +8,10 @@ that is connected to.
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from time import monotonic
-from typing import Any
 from urllib.parse import quote
 
 import aiohttp
@@ -21,13 +20,16 @@ from yarl import URL
 from narseal import __version__
 from narseal.config import UpstreamConfig
 from narseal.errors import Refused, UpstreamTimeout, UpstreamTrouble
-from narseal.nix.compression import CONTENT_ENCODINGS, decompressor
+from narseal.nix.encoded import EncodedBody
+from narseal.runtime.portions import in_portions
+from narseal.upstream.addresses import public_socket
 from narseal.upstream.breaker import Breaker
 from narseal.upstream.bulk import Bulk
-from narseal.upstream.redirects import ABSENT, HOPS, REDIRECTS, Reach, check_public, next_hop
+from narseal.upstream.redirects import ABSENT, HOPS, REDIRECTS, Reach, next_hop
 from narseal.upstream.source import Body
 
 _CONNECTIONS = 64
+_DECODERS = 2  # threads
 _FAILURES = (aiohttp.ClientError, OSError, asyncio.IncompleteReadError)
 
 
@@ -40,13 +42,27 @@ class HttpUpstream:
         self._reach = Reach(config)
         self._breaker = Breaker()
         self._bulk = Bulk(config, self._reach)
+        # of each upstream its own: what is costly to decode holds up nobody else's answers
+        self._decoding = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
         self._own = _session(config, aiohttp.TCPConnector(limit=_CONNECTIONS))
         self._foreign = _session(
-            config, aiohttp.TCPConnector(limit=_CONNECTIONS, socket_factory=_public_socket)
+            config, aiohttp.TCPConnector(limit=_CONNECTIONS, socket_factory=public_socket)
         )
 
     async def get(self, name: str, *, limit: int) -> bytes | None:
         """See Upstream.get."""
+        body = bytearray()
+        found = await self._take(name, body.extend, limit=limit, on_loop=True)
+        return None if found is None else bytes(body)
+
+    async def save(self, name: str, write: Callable[[bytes], object], *, limit: int) -> int | None:
+        """See Upstream.save."""
+        return await self._take(name, write, limit=limit, on_loop=False)
+
+    async def _take(
+        self, name: str, write: Callable[[bytes], object], *, limit: int, on_loop: bool
+    ) -> int | None:
+        """Give a file to `write`, decoded: in a thread unless it is plain and may stay `on_loop`."""
         url = self._base + quote(name, safe="/:+=")
         with self._watched():
             try:
@@ -55,11 +71,25 @@ class HttpUpstream:
                         return None
                     if response.status != 200:
                         raise UpstreamTrouble(f"{url}: {response.status} {response.reason or ''}")
-                    return await _read(response, limit, url)
+                    encoding = response.headers.get("Content-Encoding", "identity")
+                    body = EncodedBody(encoding, limit=limit, write=write)
+                    chunks = response.content.iter_any()
+                    if body.is_plain and on_loop:
+                        async for chunk in chunks:
+                            body.feed(chunk)
+                    else:
+                        await in_portions(chunks, body.feed, self._in_thread)
+                    body.finish()
+                    return body.size
             except TimeoutError as error:
                 raise UpstreamTimeout(f"{url}: no answer in {self.config.timeout} s") from error
             except _FAILURES as error:
                 raise UpstreamTrouble(f"{url}: {type(error).__name__}: {error}") from error
+            except Refused as error:
+                raise Refused(error.reason, f"{url}: {error}") from error
+
+    def _in_thread(self, work: Callable[[bytes], object], data: bytes) -> asyncio.Future[object]:
+        return asyncio.get_running_loop().run_in_executor(self._decoding, work, data)
 
     @contextmanager
     def open(self, url: str, offset: int) -> Iterator[Body]:
@@ -73,6 +103,7 @@ class HttpUpstream:
         self._bulk.close()
         await self._own.close()
         await self._foreign.close()
+        self._decoding.shutdown(cancel_futures=True)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -111,26 +142,3 @@ def _session(config: UpstreamConfig, connector: aiohttp.TCPConnector) -> aiohttp
             total=None, sock_connect=config.connect_timeout, sock_read=config.timeout
         ),
     )
-
-
-def _public_socket(address: Any) -> socket.socket:
-    """A socket for a public address; OSError for one that a redirect must not reach."""
-    family, kind, protocol, _, where = address
-    check_public(where[0])
-    return socket.socket(family, kind, protocol)
-
-
-async def _read(response: aiohttp.ClientResponse, limit: int, url: str) -> bytes:
-    """A whole small body, decoded, never more than `limit` bytes in memory."""
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in CONTENT_ENCODINGS:
-        raise Refused("unsupported-compression", f"{url}: Content-Encoding {encoding[:40]!r}")
-    decoder = decompressor(CONTENT_ENCODINGS[encoding])
-    body = bytearray()
-    async for chunk in response.content.iter_any():
-        for piece in decoder.feed(chunk):
-            body += piece
-            if len(body) > limit:
-                raise Refused("too-large", f"{url}: more than {limit} bytes")
-    decoder.finish()
-    return bytes(body)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-
 from yarl import URL
 
 from narseal.config import UpstreamConfig
@@ -43,9 +41,3 @@ def next_hop(url: URL, location: str) -> URL:
     if url.scheme == "https" and target.scheme == "http":
         raise UpstreamTrouble(f"{url}: redirects from https to http")
     return target
-
-
-def check_public(address: str) -> None:
-    """OSError if a connection to this address is one that a redirect must not make."""
-    if not ipaddress.ip_address(address.partition("%")[0]).is_global:
-        raise OSError(f"a redirect to {address}, which is not public; see redirect_origins")

@@ -33,6 +33,13 @@ class Upstream(Protocol):
         Raises Refused("too-large") beyond `limit` bytes, UpstreamTrouble or UpstreamTimeout.
         """
 
+    async def save(self, name: str, write: Callable[[bytes], object], *, limit: int) -> int | None:
+        """A file that may be large, given to `write` in a thread, portion by portion.
+
+        Its size in bytes, decoded; None if it is confirmed absent. Raises as `get` does, and what
+        `write` raises.
+        """
+
     def open(self, url: str, offset: int) -> AbstractContextManager[Body]:
         """A NAR by the URL of its narinfo, from a byte on. Blocks: for a thread.
 

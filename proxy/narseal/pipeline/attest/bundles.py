@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -15,6 +16,7 @@ from narseal.nix.hashes import Hash
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
+from narseal.runtime.files import OpenFile
 from narseal.storage import bundle_name
 
 
@@ -27,15 +29,16 @@ class Signatures:
         self._index = services.index
         self._attestations = services.index.attestations
         self._folder = services.folder
+        self._threads = services.threads
 
-    async def bundle_of(self, file: str) -> bytes:
-        """A file's own signature if it has one, else the batch that covers it."""
+    async def bundle_of(self, file: str) -> bytes | OpenFile:
+        """A file's own signature if it has one, else the batch that covers it, which may be large."""
         absence = await self._absence(file, f"nar/{file}")
         single, batch = await self._attestations.of_file(file)
         if single is not None:
             return single
-        if batch is not None and (data := await self._read(batch)) is not None:
-            return data
+        if batch is not None and (found := await self._open(batch)) is not None:
+            return found
         raise absence
 
     async def signature_of(self, file: str) -> bytes:
@@ -50,22 +53,28 @@ class Signatures:
             raise NotFound(f"nar/{file} is signed with a key: verify with /cosign.pub")
         return certificate_pem(bundle.certificate)
 
-    async def attestations_of(self, digest: Hash) -> bytes:
-        """Every bundle whose statement covers a file's or a NAR's SHA-256, a line of JSON each."""
+    async def attestations_of(self, digest: Hash) -> list[bytes]:
+        """The names, for `bundles`, of all whose statements cover a file's or a NAR's SHA-256."""
         absence = await self._absence(f"{digest.nix32}.nar", f"sha256:{digest.digest.hex()}")
-        if not (lines := await self._lines(digest.digest)):
+        if not (names := await self._covering(digest.digest)):
             raise absence
-        return lines
+        return names
 
-    async def attestations_of_path(self, store_path: StorePath) -> bytes:
-        """Every bundle whose statement covers a path's NAR or file, a line of JSON each."""
+    async def attestations_of_path(self, store_path: StorePath) -> list[bytes]:
+        """The names of all whose statements cover a path's NAR or file."""
         found = await self._index.path(store_path.hash_part)
-        lines = b""
+        names = []
         if found is not None and found[0].info.store_path == store_path:
-            lines = await self._lines(*content_digests(found[0].info, found[1]))
-        if not lines:
+            names = await self._covering(*content_digests(found[0].info, found[1]))
+        if not names:
             raise NotFound(f"there is no attestation of {store_path}")
-        return lines
+        return names
+
+    async def bundles(self, names: Iterable[bytes]) -> AsyncIterator[OpenFile]:
+        """The bundles of these names, one after another."""
+        for name in names:
+            if (file := await self._open(name)) is not None:
+                yield file
 
     def public_key(self) -> str:
         """The cosign.pub; NotFound if signatures are not by key."""
@@ -113,13 +122,19 @@ class Signatures:
             raise NotFound(f"nar/{file} has no signature of its own, but one of its batch")
         raise absence
 
-    async def _lines(self, *digests: bytes) -> bytes:
+    async def _covering(self, *digests: bytes) -> list[bytes]:
         names = [found.digest for found in await self._attestations.covering(*digests)]
-        bundles = [await self._read(name) for name in dict.fromkeys(names)]
-        return b"".join(data.rstrip(b"\n") + b"\n" for data in bundles if data is not None)
+        return await self._threads.run(self._present, list(dict.fromkeys(names)))
 
-    async def _read(self, digest: bytes) -> bytes | None:
-        return await self._folder.read(bundle_name(digest))
+    def _present(self, names: list[bytes]) -> list[bytes]:
+        """In a thread."""
+        return [name for name in names if self._folder.path(bundle_name(name)).exists()]
+
+    async def _open(self, name: bytes) -> OpenFile | None:
+        try:
+            return await self._threads.run(OpenFile.at, self._folder.path(bundle_name(name)))
+        except FileNotFoundError:
+            return None
 
     async def _absence(self, name: str, thing: str) -> NotFound:
         """What to say if nothing is found; made before one looks, for it may be signed meanwhile."""

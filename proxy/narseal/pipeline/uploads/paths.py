@@ -6,7 +6,6 @@ it lies there, published, countersigned and pinned, in that order.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -24,11 +23,9 @@ from narseal.errors import (
     Refused,
     Unavailable,
     UploadConflict,
-    UploadTooLarge,
 )
 from narseal.nix.addressing import check_content_address
 from narseal.nix.compression import is_file_name
-from narseal.nix.hashes import Hash
 from narseal.nix.inspection import Measured, inspect_file
 from narseal.nix.keyring import KeyRing
 from narseal.nix.keys import Signature
@@ -39,12 +36,13 @@ from narseal.pipeline.paths.admission import Admission
 from narseal.pipeline.paths.renewal import Renewal, path_request
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
+from narseal.pipeline.uploads.arriving import ArrivingNar, check_size
 from narseal.pipeline.uploads.side_files import SideFileUploads
+from narseal.runtime.portions import in_portions
 from narseal.storage import (
     Admitted,
     NarRecord,
     PathRecord,
-    storage_errors,
 )
 
 _log = logging.getLogger(__name__)
@@ -85,38 +83,21 @@ class Uploads:
 
     def check_size(self, size: int | None) -> None:
         """UploadTooLarge, before a byte of the body is taken."""
-        if size is not None and size > self._upload.nar_size:
-            raise UploadTooLarge(f"{size} bytes; upload.nar_size is {self._upload.nar_size}")
+        check_size(size, self._upload)
 
     async def put_nar(self, file: str, size: int | None, chunks: AsyncIterator[bytes]) -> None:
         """Keep a NAR file until a narinfo claims it; its name is its SHA-256.
 
         BadUpload if the bytes have another hash or end early; UploadTooLarge; StorageFull if all
-        uploads that wait take too much room.
+        uploads that arrive or wait take too much room.
         """
-        self.check_size(size)
-        await self._threads.run(self._make_room, size or 0)
-        incoming = await self._folder.incoming()
+        run = self._threads.run
+        arriving = await run(ArrivingNar, self._folder.local, self._upload, size)
         try:
-            hasher = hashlib.sha256()
-            written = 0
-            portion = bytearray()
-            async for chunk in chunks:
-                written += len(chunk)
-                self.check_size(written)
-                portion += chunk
-                if len(portion) >= _CHUNK:
-                    await self._threads.run(_append, incoming[0], hasher, portion)
-                    portion = bytearray()
-            await self._threads.run(_append, incoming[0], hasher, portion)
-            if size is not None and written != size:
-                raise BadUpload(f"the body ended after {written} of {size} bytes")
-            found = Hash("sha256", hasher.digest())
-            if found.nix32 != file.partition(".")[0]:
-                raise BadUpload(f"nar/{file}: the file's hash is {found}")
-            await self._folder.keep_upload(incoming[1], file)
+            await in_portions(chunks, arriving.write, run)
+            await run(arriving.keep, file)
         finally:
-            await self._folder.discard(incoming)
+            await run(arriving.discard)
 
     async def put_narinfo(self, hash_part: str, data: bytes, token: Token) -> bool:
         """Admit a store path whose NAR was uploaded, or add signatures to one that is there.
@@ -307,12 +288,6 @@ class Uploads:
         await self._index.publish(bound, record)
         return await self._index.admit(replace(path, nar_file=bound.file), record)
 
-    def _make_room(self, size: int) -> None:
-        """In a thread: drop uploads that nobody claimed in time; StorageFull if it is not enough."""
-        self._folder.local.sweep_uploads(
-            max_age=self._upload.quarantine_age, max_bytes=self._upload.quarantine_size - size
-        )
-
 
 def _inspect(info: NarInfo, descriptor: int) -> Measured:
     """In a thread: the whole file, decoded and hashed, and the references that it lacks."""
@@ -323,11 +298,3 @@ def _inspect(info: NarInfo, descriptor: int) -> Measured:
 
 def _inspect_stored(info: NarInfo, path: Path) -> Measured:
     return inspect_stored(info, path, scan=True)
-
-
-def _append(descriptor: int, hasher: hashlib._Hash, chunk: bytearray) -> None:
-    with storage_errors():
-        view = memoryview(chunk)
-        while view:
-            view = view[os.write(descriptor, view) :]
-    hasher.update(chunk)

@@ -6,13 +6,17 @@ vouches for them they wait, unseen.
 
 from __future__ import annotations
 
+import filecmp
 import re
+from contextlib import suppress
+from pathlib import Path
 
 from narseal.custody.tokens import Token
 from narseal.errors import BadUpload, Forbidden, Malformed, UploadConflict
 from narseal.nix.base32 import CHARS
-from narseal.pipeline.paths.side_files import check_listing, json_object, pointer
+from narseal.pipeline.paths.side_files import check_listing, pointer
 from narseal.pipeline.services import Services
+from narseal.runtime.files import OpenFile
 from narseal.storage import Admitted
 from narseal.storage.waiting import WaitingFiles
 
@@ -29,7 +33,7 @@ class SideFileUploads:
         self._threads = services.threads
         self._waiting = WaitingFiles(services.folder.local)
 
-    async def put(self, name: str, data: bytes, token: Token) -> None:
+    async def put(self, name: str, file: OpenFile, token: Token) -> None:
         """Take a file; BadUpload if it is none, Forbidden if the token does not cover its path.
 
         UploadConflict if another is there: nobody's file is overwritten.
@@ -37,41 +41,52 @@ class SideFileUploads:
         if name.startswith("log/"):
             derivation = name.removeprefix("log/")[33:].removesuffix(".drv")
             _check_scope(token, [derivation], name)
-            await self._publish(name, data)
+            await self._publish(name, file)
             return
-        try:
-            tree = await self._threads.run(json_object, data, name)
-            if name.startswith("debuginfo/"):
-                about = _archive(pointer(tree, name), name)
-                paths = [path for path, _ in await self._index.paths_of(about)]
-            else:
-                check_listing(tree, name)
-                about = name.removesuffix(".ls")
-                found = await self._index.path(about)
-                paths = [found[0]] if found else []
-        except Malformed as error:
-            raise BadUpload(str(error)) from error
+        about, paths = await self._about(name, file)
         if not paths:
-            await self._threads.run(self._waiting.keep, token.id, about, name, data)
+            await self._threads.run(self._waiting.keep, token.id, about, name, file)
             return
-        _check_scope(token, [path.info.store_path.name for path in paths], name)
-        await self._publish(name, data)
+        _check_scope(token, paths, name)
+        await self._publish(name, file)
 
     async def claim(self, file: str, admitted: Admitted, token: Token) -> None:
-        """Publish what a token brought about a path, and about the NAR file that it uploaded as `file`."""
+        """Publish what a token brought about a path, and about the NAR that it uploaded as `file`."""
         path, nar = admitted
         for about in (path.info.store_path.hash_part, file):
-            for name, data in await self._threads.run(self._waiting.take, token.id, about):
-                if await self._folder.read(name) is None:
-                    await self._folder.write(name, _renamed(data, file, nar.file))
-            await self._threads.run(self._waiting.drop, token.id, about)
+            for name, lies in await self._threads.run(self._waiting.take, token.id, about):
+                if about == file != nar.file:  # an upstream's lie has its name
+                    await self._threads.run(_rename_archive, lies, file, nar.file)
+                with suppress(FileNotFoundError):  # another narinfo of the same token was faster
+                    await self._threads.run(self._waiting.publish, lies, name)
 
-    async def _publish(self, name: str, data: bytes) -> None:
-        present = await self._folder.read(name)
-        if present is None:
-            await self._folder.write(name, data)
-        elif present != data:
+    async def _about(self, name: str, file: OpenFile) -> tuple[str, list[str]]:
+        """The hash part or NAR file that a file is about, and the names of the paths here."""
+        try:
+            if name.startswith("debuginfo/"):
+                about = _archive(await self._threads.run(pointer, file, name), name)
+                found = await self._index.paths_of(about)
+                return about, [path.info.store_path.name for path, _ in found]
+            await self._threads.run(check_listing, file, name)
+        except Malformed as error:
+            raise BadUpload(str(error)) from error
+        about = name.removesuffix(".ls")
+        admitted = await self._index.path(about)
+        return about, [admitted[0].info.store_path.name] if admitted else []
+
+    async def _publish(self, name: str, file: OpenFile) -> None:
+        assert file.path is not None  # it is on its way in
+        if await self._threads.run(_is_other, file.path, self._folder.path(name)):
             raise UploadConflict(f"{name} is here already, with other content")
+        await self._folder.publish((file.descriptor, file.path), name)
+
+
+def _is_other(path: Path, present: Path) -> bool:
+    """In a thread: whether there is a file already, and its content is another."""
+    try:
+        return not filecmp.cmp(path, present, shallow=False)
+    except FileNotFoundError:
+        return False
 
 
 def _archive(found: tuple[str, str], name: str) -> str:
@@ -83,9 +98,9 @@ def _archive(found: tuple[str, str], name: str) -> str:
     return match[2]
 
 
-def _renamed(data: bytes, claimed: str, file: str) -> bytes:
-    """A pointer with the name that a NAR file got here."""
-    return data if claimed == file else data.replace(claimed.encode(), file.encode())
+def _rename_archive(path: Path, claimed: str, file: str) -> None:
+    """In a thread: a pointer with the name that a NAR file got here."""
+    path.write_bytes(path.read_bytes().replace(claimed.encode(), file.encode()))
 
 
 def _check_scope(token: Token, names: list[str], thing: str) -> None:

@@ -1,0 +1,64 @@
+"""JSON from outside: its nesting and the number of its values are bounded before a tree is made.
+
+`json.loads` needs 20 to 30 bytes of memory for each byte of `[[],[],…`, and lets nobody else run
+until it is done. So what is large is first read as a stream of events, which takes no memory.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any, BinaryIO
+
+import ijson
+
+from narseal.errors import Malformed
+
+#: An object or array within another, and so on.
+MAX_DEPTH = 100
+#: Scalars, objects and arrays; a tree of so many takes some 40 MiB and 80 ms.
+MAX_VALUES = 400_000
+_SMALL = 64 << 10  # bytes whose tree can do no harm, whatever it is
+_PORTION = 256 << 10  # bytes that are read at a time, the interpreter's lock being held
+
+
+def load_json(data: bytes, *, what: str) -> Any:
+    """Any JSON value of at most MAX_DEPTH and MAX_VALUES; Malformed names `what` if it is none."""
+    try:
+        if len(data) > _SMALL:
+            check_shape(io.BytesIO(data), what=what, depth=MAX_DEPTH, values=MAX_VALUES)
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, Malformed):
+            raise
+        raise Malformed(f"{what} is not JSON: {error}") from error
+
+
+def check_shape(file: BinaryIO, *, what: str, depth: int, values: int) -> dict[str, object]:
+    """Read one JSON value to its end, in bounded memory; the scalars of its outermost object.
+
+    Objects and arrays in it stand as `{}` and `[]`. Malformed if it is not JSON (RFC 8259), nests
+    deeper than `depth`, or has more than `values` values.
+    """
+    outermost: dict[str, object] = {}
+    name = ""
+    level = count = 0
+    try:
+        for event, value in ijson.basic_parse(file, buf_size=_PORTION, use_float=True):
+            if event == "map_key":
+                if level == 1:
+                    name = str(value)
+                continue
+            if event in ("end_map", "end_array"):
+                level -= 1
+                continue
+            count += 1
+            if level == 1:
+                outermost[name] = {"start_map": {}, "start_array": []}.get(event, value)
+            if event in ("start_map", "start_array"):
+                level += 1
+            if level > depth or count > values:
+                raise Malformed(f"{what} nests deeper than {depth} or has over {values} values")
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        raise Malformed(f"{what} is not JSON: {' '.join(str(error).split())[:200]}") from error
+    return outermost

@@ -1,0 +1,87 @@
+"""An uploaded NAR while it comes in: hashed, and counted before it is written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+from narseal.config import UploadConfig
+from narseal.errors import BadUpload, UploadTooLarge
+from narseal.nix.hashes import Hash
+from narseal.storage import LocalStorage, storage_errors
+
+_STEP = 16 << 20  # bytes that are reserved at a time
+_STEPS = 64  # of which the whole quarantine has at least so many
+
+
+class ArrivingNar:
+    """One file below nar/, of `size` bytes if that was said. Its methods block.
+
+    UploadTooLarge or StorageFull as soon as it is, or all uploads together are, too large. To be
+    discarded, whatever became of it.
+    """
+
+    def __init__(self, storage: LocalStorage, upload: UploadConfig, size: int | None) -> None:
+        check_size(size, upload)
+        self._storage = storage
+        self._upload = upload
+        self._size = size
+        self._hasher = hashlib.sha256()
+        self._written = 0
+        self._step = max(1, min(_STEP, upload.quarantine_size // _STEPS))
+        self._incoming = storage.arriving()
+        self._reserved = 0
+        try:  # who brings too much is told at once; but what he only announces holds no room
+            self._reserve(0, spare=size or 0)
+        except BaseException:
+            self.discard()
+            raise
+
+    def write(self, portion: bytes) -> None:
+        """The next bytes of the file."""
+        size = self._written + len(portion)
+        check_size(size, self._upload)
+        if self._size is not None and size > self._size:
+            raise BadUpload(f"the body has more than its {self._size} bytes")
+        self._reserve_up_to(size)
+        with storage_errors():
+            view = memoryview(portion)
+            while view:
+                view = view[os.write(self._incoming[0], view) :]
+        self._hasher.update(portion)
+        self._written = size
+
+    def keep(self, file: str) -> None:
+        """Let it wait for its narinfo; BadUpload if it is not whole, or not what its name says."""
+        if self._size is not None and self._written != self._size:
+            raise BadUpload(f"the body ended after {self._written} of {self._size} bytes")
+        found = Hash("sha256", self._hasher.digest())
+        if found.nix32 != file.partition(".")[0]:
+            raise BadUpload(f"nar/{file}: the file's hash is {found}")
+        with storage_errors():
+            os.ftruncate(self._incoming[0], self._written)
+        self._storage.keep_upload(self._incoming[1], file)
+
+    def discard(self) -> None:
+        """Let go of it, and drop it unless it was kept."""
+        self._storage.discard(self._incoming)
+
+    def _reserve_up_to(self, size: int) -> None:
+        if size > self._reserved:
+            wanted = -(-size // self._step) * self._step
+            self._reserve(wanted if self._size is None else min(wanted, self._size))
+            self._reserved = wanted
+
+    def _reserve(self, size: int, *, spare: int = 0) -> None:
+        self._storage.reserve(
+            self._incoming[0],
+            size,
+            max_age=self._upload.quarantine_age,
+            max_bytes=self._upload.quarantine_size - spare,
+        )
+
+
+def check_size(size: int | None, upload: UploadConfig) -> None:
+    """UploadTooLarge if a NAR may not be so large."""
+    if size is not None and size > upload.nar_size:
+        raise UploadTooLarge(f"{size} bytes; upload.nar_size is {upload.nar_size}")

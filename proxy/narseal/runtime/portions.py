@@ -1,0 +1,40 @@
+"""Giving what comes in small pieces to a thread in larger ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+_PORTION = 256 << 10
+
+#: Starts work on some bytes in a thread.
+Run = Callable[[Callable[[bytes], object], bytes], "asyncio.Future[object]"]
+
+
+async def in_portions(
+    chunks: AsyncIterator[bytes], work: Callable[[bytes], object], run: Run
+) -> int:
+    """Have `run` do `work` on all of `chunks`, in order, some 256 KiB at a time; bytes in all.
+
+    However it ends, no thread is at work any more when it has ended.
+    """
+    portion = bytearray()
+    total = 0
+    async for chunk in chunks:
+        total += len(chunk)
+        portion += chunk
+        if len(portion) >= _PORTION:
+            await _whole(run(work, bytes(portion)))
+            portion.clear()
+    if portion:
+        await _whole(run(work, bytes(portion)))
+    return total
+
+
+async def _whole(job: asyncio.Future[object]) -> None:
+    """Wait for the job, even if whoever waits for it is cancelled."""
+    try:
+        await asyncio.shield(job)
+    finally:
+        if not job.done():
+            await asyncio.wait([job])

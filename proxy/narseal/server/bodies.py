@@ -1,0 +1,69 @@
+"""Bodies of uploads: held to their bound on the wire and decoded, and decoded off the loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
+
+from aiohttp import web
+
+from narseal.errors import BadUpload, Refused, UploadTooLarge
+from narseal.nix.encoded import EncodedBody
+from narseal.pipeline.services import Services
+from narseal.runtime.files import OpenFile
+from narseal.runtime.portions import in_portions
+from narseal.storage import storage_errors
+
+_LARGE = 1 << 20  # bytes; of more than so many, there is one body in memory at a time
+
+
+class Bodies:
+    """Takes the bodies of one worker's uploads. BadUpload or UploadTooLarge if one is wrong."""
+
+    def __init__(self, services: Services) -> None:
+        self._folder = services.folder
+        self._threads = services.threads
+        self._large = asyncio.Semaphore(1)
+
+    async def small(self, request: web.Request, limit: int) -> bytes:
+        """A body of at most 1 MiB, decoded."""
+        assert limit <= _LARGE
+        body = bytearray()
+        await self._take(request, limit, body.extend)
+        return bytes(body)
+
+    @asynccontextmanager
+    async def large(self, request: web.Request, limit: int) -> AsyncIterator[bytes]:
+        """A body of any size, decoded. It is in memory within the context alone.
+
+        It waits in a file until it is whole, so that a slow client holds up nobody.
+        """
+        file = await self.file(request, limit)
+        async with self._large if file.size > _LARGE else nullcontext():
+            yield await self._threads.run(file.read)
+
+    async def file(self, request: web.Request, limit: int) -> OpenFile:
+        """A body in a file on its way in, decoded."""
+        file = OpenFile.incoming(await self._folder.incoming())
+
+        def write(data: bytes) -> None:
+            with storage_errors():
+                file.write(data)
+
+        await self._take(request, limit, write)
+        return file
+
+    async def _take(
+        self, request: web.Request, limit: int, write: Callable[[bytes], object]
+    ) -> None:
+        if (request.content_length or 0) > limit:
+            raise UploadTooLarge(f"{request.content_length} bytes; {limit} are taken")
+        encoding = request.headers.get("Content-Encoding", "identity")
+        try:
+            body = EncodedBody(encoding, limit=limit, write=write)
+            await in_portions(request.content.iter_any(), body.feed, self._threads.run)
+            await self._threads.run(body.finish)
+        except Refused as error:
+            kind = UploadTooLarge if error.reason == "too-large" else BadUpload
+            raise kind(f"the body as {encoding[:40]!a}: {error}") from error

@@ -1,0 +1,80 @@
+"""What upstreams say and nobody signed: kept for when they are away, within a bound on the disk.
+
+It is no part of the folder as a binary cache, but below `.narseal/unverified/`. What was asked for
+longest ago goes first. Each worker takes account of what it adds itself, and weighs the folder
+when that is its share of the slack, so that all of them together stay within the bound.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+
+from narseal.runtime.files import OpenFile
+from narseal.storage.local import LocalStorage
+
+_BLOCK = 4096  # bytes that the smallest file takes
+_SLACK = 4  # that part of the bound is for what came since the folder was weighed
+
+
+class UnverifiedFiles:
+    """Files by their names in a binary cache. All methods block."""
+
+    def __init__(self, storage: LocalStorage, *, most: int, workers: int) -> None:
+        """`most` bounds the bytes on disk, of all workers together; 0: nothing is kept."""
+        self._storage = storage
+        self._root = storage.path(".narseal/unverified")
+        self._share = most // (_SLACK * workers)
+        self._weight = most - most // _SLACK
+        self._added = most  # until it was weighed for the first time
+
+    def open(self, name: str) -> OpenFile | None:
+        """The file, None if it is not kept."""
+        path = self._root / _flat(name)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(descriptor)
+            found = OpenFile(descriptor, status.st_size)
+            # when it was asked for; when it came stays as it was
+            os.utime(descriptor, ns=(time.time_ns(), status.st_mtime_ns))
+        except OSError:
+            return None
+        return found
+
+    def keep(self, file: OpenFile, name: str) -> None:
+        """Give a file on its way in a name, if there is room. Unavailable if storage fails."""
+        assert file.path is not None
+        size = _on_disk(file.size)
+        if size > self._share:
+            return
+        self._added += size
+        if self._added > self._share:
+            self._weigh()
+            self._added = size
+        self._storage.publish(file.descriptor, file.path, f".narseal/unverified/{_flat(name)}")
+
+    def _weigh(self) -> None:
+        """Drop what was not asked for for longest."""
+        found = []
+        with suppress(FileNotFoundError), os.scandir(self._root) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    found.append((status.st_atime_ns, _on_disk(status.st_size), entry.path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total <= self._weight:
+                return
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            total -= size
+
+
+def _flat(name: str) -> str:
+    """A file name for `log/…` or `debuginfo/…`; no name in a binary cache has a comma."""
+    return name.replace("/", ",")
+
+
+def _on_disk(size: int) -> int:
+    return -(-max(size, 1) // _BLOCK) * _BLOCK
