@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from narseal.custody import tokens
-from narseal.nix import nar
 from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import StorePath
 from tests.faults.test_uploads import Uploader, uploading
-from tests.tools.cache import Entry, entry, key, store_path
+from tests.tools.cache import addressed, entry, key, store_path
 from tests.tools.narseal import OPERATOR, UPSTREAM, narseal
 from tests.tools.upstream import FakeCache, fake_cache
 
@@ -34,16 +33,6 @@ async def upstream() -> AsyncIterator[FakeCache]:
 async def mirror() -> AsyncIterator[FakeCache]:
     async with fake_cache() as cache:
         yield cache
-
-
-def addressed(name: str, contents: bytes) -> Entry:
-    """A path that its own NAR addresses (`fixed:r:sha256`), unsigned."""
-    node = nar.Regular(contents)
-    plain = b"".join(nar.render(node))
-    ca = ContentAddress(Method.NAR, Hash.sha256(plain))
-    path = ca.store_path(name, (), self_hash="", store_dir="/nix/store")
-    assert path
-    return entry(name, node=node, ca=ca, path=path, compression="zstd")
 
 
 async def test_a_content_address_does_not_vouch_for_the_size(

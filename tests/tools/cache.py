@@ -16,7 +16,7 @@ import brotli
 from narseal.nix import nar
 from narseal.nix.base32 import encode
 from narseal.nix.compression import COMPRESSIONS
-from narseal.nix.content_address import ContentAddress
+from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import SecretKey
 from narseal.nix.narinfo import NarInfo
@@ -112,6 +112,16 @@ def entry(
         ca=ca,
     )
     return Entry(info, plain, file)
+
+
+def addressed(name: str, contents: bytes) -> Entry:
+    """A path that its own NAR addresses (`fixed:r:sha256`), unsigned."""
+    node = nar.Regular(contents)
+    plain = b"".join(nar.render(node))
+    ca = ContentAddress(Method.NAR, Hash.sha256(plain))
+    path = ca.store_path(name, (), self_hash="", store_dir="/nix/store")
+    assert path
+    return entry(name, node=node, ca=ca, path=path, compression="zstd")
 
 
 def write_cache(folder: Path, *entries: Entry) -> None:

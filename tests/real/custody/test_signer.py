@@ -33,7 +33,7 @@ from narseal.custody.requests import PathRequest
 from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from narseal.signer import audit
-from tests.tools.cache import Entry, entry, key, store_path
+from tests.tools.cache import Entry, addressed, entry, key, store_path
 from tests.tools.command import narseal_command
 from tests.tools.cosign import Cosign
 from tests.tools.memory import in_memory
@@ -56,7 +56,8 @@ def stored() -> Iterator[Path]:
     for name in ("mine-1", "other-1"):
         item = entry(name, b"content", compression="zstd")
         (folder / item.info.url).write_bytes(item.file)
-    (folder / PLAIN.info.url).write_bytes(PLAIN.file)
+    for item in (PLAIN, ADDRESSED):
+        (folder / item.info.url).write_bytes(item.file)
     wrong = entry("mine-wrong", b"right", compression="none")
     (folder / wrong.info.url).write_bytes(entry("mine-wrong", b"wrong", compression="none").file)
     (folder / "secret").write_text("not a NAR")
@@ -129,9 +130,17 @@ def realisation(out: str, *, signed: bool = False) -> dict[str, Any]:
             "body": json.dumps(body)}  # fmt: skip
 
 
+def trace(derivation: str, out: str) -> dict[str, Any]:
+    """A realisation as Nix writes it from 2.35 on: its derivation has a name."""
+    return {"kind": "realisation", "key": "operator-1",
+            "name": f"build-trace-v2/{store_path(derivation)}/out.doi",
+            "body": json.dumps({"outPath": out, "signatures": []})}  # fmt: skip
+
+
 SELF = store_path("ca-1")
 FLAT = ContentAddress(Method.FLAT, Hash.sha256(b"flat"))
 CA_PATH = FLAT.store_path("ca-1", (), self_hash="", store_dir="/nix/store")
+ADDRESSED = addressed("ca-2", b"addressed")
 MINE, OTHER = (entry(n, b"content", compression="zstd") for n in ("mine-1", "other-1"))
 PLAIN = entry("mine-plain", b"content", compression="none")
 WRONG = entry("mine-wrong", b"right", compression="none")
@@ -189,6 +198,13 @@ ATTEMPTS: dict[str, tuple[dict[str, Any], str]] = {
         path(ITEM.signed().but(ca=FLAT)), "its CA recomputes"),
     "a CA that leaves the NarHash open": (
         path(entry("ca-1", b"x", path=CA_PATH, ca=FLAT)), "no file to hash"),
+    "a CA that says nothing of the size": (
+        path(ADDRESSED.but(nar_size=ADDRESSED.info.nar_size + 8), named(ADDRESSED)), ""),
+    "a CA without a file": (path(ADDRESSED), "no file to hash"),
+    "a realisation of a foreign derivation": (
+        trace("openssl.drv", str(MINE.info.store_path)), "openssl is not among"),
+    "a realisation of a derivation without a name": (
+        realisation(str(MINE.info.store_path)), "is not among"),
     "a realisation unsigned": (realisation(str(ITEM.info.store_path)), "no signature by a"),
     "a realisation elsewhere": (
         realisation("mine-1") | {"name": "../../etc/passwd"}, "no address of a realisation"),
@@ -253,6 +269,7 @@ def test_what_there_is_evidence_for_is_signed_and_written_down(
         (path(ITEM), "signature upstream-1", ITEM.info.fingerprint()),
         (path(MINE, named(MINE)), "content", MINE.info.fingerprint()),
         (path(PLAIN, named(PLAIN)), "content", PLAIN.info.fingerprint()),
+        (path(ADDRESSED, named(ADDRESSED)), "content-address", ADDRESSED.info.fingerprint()),
         (path(ITEM.signed(OPERATOR)), "signature operator-1", ITEM.info.fingerprint()),
     ]
     for request, evidence, message in good:
@@ -264,7 +281,7 @@ def test_what_there_is_evidence_for_is_signed_and_written_down(
         assert (last["evidence"], last["uid"], last["pid"]) == (evidence, os.geteuid(), os.getpid())
         assert last["subject"].startswith("/nix/store/")
     for request in (realisation(str(ITEM.info.store_path), signed=True),
-                    realisation(str(MINE.info.store_path)), own_statement()):  # fmt: skip
+                    trace("mine-1.drv", str(MINE.info.store_path)), own_statement()):  # fmt: skip
         assert "signature" in asking.ask(**request), request
     report = audit.verify(running.log, AUDIT.public)
     assert report.problems == ()

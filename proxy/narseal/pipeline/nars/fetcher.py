@@ -133,10 +133,14 @@ class Fetcher:
                 extra={"upstream": record.upstream, "url": record.url, "file": true.file},
             )
         await self.publisher.nar((transfer.descriptor, transfer.path), record, true)
-        for path, _ in await self._index.paths_of(true.file):
-            await self.publisher.narinfo(path.info.store_path.hash_part)
-            if true != replace(record, stored=True):  # else the narinfo says just what it said
-                self._hot.drop(f"/{path.info.store_path.hash_part}.narinfo".encode())
+        paths = [
+            path.info.store_path.hash_part for path, _ in await self._index.paths_of(true.file)
+        ]
+        if true != replace(record, stored=True):  # else the narinfo says just what it said
+            for hash_part in paths:
+                self._hot.drop(f"/{hash_part}.narinfo".encode())
+        for hash_part in paths:
+            await self.publisher.narinfo(hash_part)
 
     async def fetch_first(
         self,
