@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from narseal.client import release
 from narseal.config import Config
 from narseal.cosign import bundle, statement
-from narseal.cosign.bundle import Bundle, MessageSignature
+from narseal.cosign.bundle import Bundle, MessageSignature, SignedBy
 from narseal.cosign.keys import CosignKey, CosignPublicKey
 from narseal.cosign.sign import KeySigner
 from narseal.cosign.statement import AttestedPath, Statement, contradictions
@@ -226,7 +226,9 @@ def test_log_entry_of_another_signature_is_refused_even_without_a_trusted_root()
     }
     canonical = base64.b64encode(json.dumps(body).encode()).decode()
     content = MessageSignature(DIGEST, KEY.sign_digest(DIGEST))
-    data = bundle.render(content, hint=KEY.public.hint, log_entry={"canonicalizedBody": canonical})
+    data = bundle.render(
+        content, SignedBy(key=KEY.public), log_entry={"canonicalizedBody": canonical}
+    )
     with pytest.raises(Refused, match="another signature"):
         Verifier(ByKey((KEY.public,)), None).verify(Bundle.parse(data), DIGEST)
 

@@ -6,11 +6,12 @@ Format: `sigstore_bundle.proto` of sigstore/protobuf-specs, in its JSON form.
 from __future__ import annotations
 
 import base64
-import binascii
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
 
+from narseal.cosign.keys import CosignPublicKey
 from narseal.cosign.statement import PAYLOAD_TYPE, read_json
 from narseal.errors import MalformedAttestation
 
@@ -73,20 +74,44 @@ class Bundle:
         return cls(_content(tree), certificate, tuple(entries), _timestamps(material), data, hint)
 
 
+@dataclass(frozen=True, slots=True)
+class SignedBy:
+    """A key, or the certificate (DER) of one."""
+
+    key: CosignPublicKey | None = None
+    certificate: bytes | None = None
+
+    def material(self) -> dict[str, Any]:
+        """How a bundle names it."""
+        if self.certificate is not None:
+            return {"certificate": {"rawBytes": _base64(self.certificate)}}
+        assert self.key is not None  # one of the two
+        return {"publicKey": {"hint": self.key.hint}}
+
+    def log_verifier(self) -> dict[str, Any]:
+        """How an entry of Rekor v2 names it (`Verifier` of rekor/v2/verifier.proto)."""
+        if self.certificate is not None:
+            named: dict[str, Any] = {"x509Certificate": {"rawBytes": _base64(self.certificate)}}
+        else:
+            assert self.key is not None  # one of the two
+            named = {"publicKey": {"rawBytes": _base64(self.key.der)}}
+        return named | {"keyDetails": "PKIX_ECDSA_P256_SHA_256"}
+
+
 def render(
     content: MessageSignature | Envelope,
+    by: SignedBy,
     *,
-    hint: str,
     log_entry: dict[str, Any] | None = None,
-    timestamp: bytes | None = None,
+    timestamps: tuple[bytes, ...] = (),
 ) -> bytes:
-    """A bundle of a signature by key; `hint` names the key."""
-    material: dict[str, Any] = {"publicKey": {"hint": hint}}
+    """A bundle of a signature."""
+    material = by.material()
     if log_entry:
         material["tlogEntries"] = [log_entry]
-    if timestamp:
+    if timestamps:
         material["timestampVerificationData"] = {
-            "rfc3161Timestamps": [{"signedTimestamp": _base64(timestamp)}]
+            "rfc3161Timestamps": [{"signedTimestamp": _base64(stamp)} for stamp in timestamps]
         }
     tree: dict[str, Any] = {"mediaType": MEDIA_TYPE, "verificationMaterial": material}
     if isinstance(content, MessageSignature):
@@ -122,7 +147,10 @@ def _content(tree: dict[str, Any]) -> MessageSignature | Envelope:
         digest = _field(message, "messageDigest", dict)
         if digest.get("algorithm") != "SHA2_256":
             raise MalformedAttestation("the bundle's digest is not SHA2_256")
-        return MessageSignature(_bytes(digest, "digest"), _bytes(message, "signature"))
+        value = _bytes(digest, "digest")
+        if len(value) != hashlib.sha256().digest_size:
+            raise MalformedAttestation("the bundle's digest is no SHA-256")
+        return MessageSignature(value, _bytes(message, "signature"))
     envelope = _field(tree, "dsseEnvelope", dict)
     signatures = _field(envelope, "signatures", list)
     if len(signatures) != 1 or not isinstance(signatures[0], dict):
@@ -152,7 +180,7 @@ def _field(tree: dict[str, Any], name: str, kind: type[Any]) -> Any:
 def _bytes(tree: dict[str, Any], name: str) -> bytes:
     try:
         return base64.b64decode(_field(tree, name, str), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # characters beyond ASCII are no binascii.Error
         raise MalformedAttestation(f"the bundle's {name} is not base64") from error
 
 

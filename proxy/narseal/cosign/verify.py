@@ -16,33 +16,28 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-from cryptography.x509 import (
-    Certificate,
-    ExtensionNotFound,
-    OtherName,
-    RFC822Name,
-    SubjectAlternativeName,
-    UniformResourceIdentifier,
-    load_der_x509_certificate,
-)
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
+from cryptography.x509 import Certificate, load_der_x509_certificate
 from rfc3161_client import decode_timestamp_response
+from sigstore._internal.timestamp import TimestampVerificationResult
 from sigstore._internal.trust import KeyringPurpose
 from sigstore.errors import Error as SigstoreError
 from sigstore.hashes import Hashed
 from sigstore.models import Bundle as SigstoreBundle
 from sigstore.models import InvalidBundle, TransparencyLogEntry
 from sigstore.verify import Verifier as SigstoreVerifier
-from sigstore.verify.policy import OIDCIssuer, OIDCIssuerV2
 from sigstore_models.common.v1 import HashAlgorithm
 from sigstore_models.rekor.v1 import TransparencyLogEntry as LogEntryModel
 
 from narseal.cosign.bundle import Bundle, Envelope
+from narseal.cosign.certificate import CertificateNames
 from narseal.cosign.keys import CosignPublicKey
 from narseal.cosign.statement import Statement, pae
 from narseal.cosign.trust import Trust
-from narseal.errors import ConfigError, MalformedAttestation, Refused
-
-_OTHER_NAME = "1.3.6.1.4.1.57264.1.7"
+from narseal.errors import ConfigError, MalformedAttestation, NarsealError, Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +91,7 @@ class Verifier:
 
         Refused("bad-bundle") if it is not; MalformedAttestation if it cannot be read.
         """
-        signed = (
-            hashlib.sha256(pae(bundle.content.payload_type, bundle.content.payload)).digest()
-            if isinstance(bundle.content, Envelope)
-            else bundle.content.digest
-        )
+        signed = _signed(bundle)
         if isinstance(self._expected, ByKey):
             verified = self._by_key(bundle, signed, self._expected)
         else:
@@ -110,13 +101,37 @@ class Verifier:
             raise _refused(f"it is not of a file with SHA-256 {digest.hex()}")
         return verified
 
+    def verify_unlogged(self, bundle: Bundle) -> None:
+        """All that can be said of a bundle before a log has it: by whom, over what, and when.
+
+        Errors as of `verify`.
+        """
+        if isinstance(self._expected, ByKey):
+            self._signing_key(bundle, _signed(bundle), self._expected)
+            self._timestamps(bundle)
+            return
+        if bundle.certificate is None:
+            raise _refused("it is signed with a key, not with a certificate")
+        assert self._sigstore is not None  # the constructor saw to it
+        with _translated():
+            certificate = load_der_x509_certificate(bundle.certificate)
+            _Policy(self._expected).verify(certificate)
+            key = certificate.public_key()
+            if not isinstance(key, ec.EllipticCurvePublicKey):
+                raise _refused("its certificate is of no ECDSA key")
+            try:
+                prehashed = ec.ECDSA(Prehashed(hashes.SHA256()))
+                key.verify(bundle.content.signature, _signed(bundle), prehashed)
+            except InvalidSignature:
+                raise _refused("it is not signed by the key of its certificate") from None
+            if not (times := self._timestamps(bundle)):
+                raise _refused("it has no timestamp")
+            for time in times:
+                self._sigstore._verify_chain_at_time(certificate, time)  # noqa: SLF001
+
     def _by_key(self, bundle: Bundle, signed: bytes, expected: ByKey) -> Verified:
-        if bundle.certificate is not None:
-            raise _refused("it is signed with a certificate, not with a key")
+        key = self._signing_key(bundle, signed, expected)
         signature = bundle.content.signature
-        key = next((key for key in expected.keys if key.verifies(signed, signature)), None)
-        if key is None:
-            raise _refused("it is not signed by the key")
         for entry in bundle.log_entries:
             _check_body(entry, digest=signed, signature=signature, key=key)
         index, seconds = None, 0.0
@@ -124,7 +139,7 @@ class Verifier:
             if not bundle.log_entries:
                 raise _refused("it has no log entry, which a trusted root asks for")
             index, seconds = self._check_log(bundle)
-            self._check_time(bundle)
+            self._timestamps(bundle)
         return Verified(_statement(bundle), key.hint, index, seconds)
 
     def _by_identity(self, bundle: Bundle, signed: bytes, expected: ByIdentity) -> Verified:
@@ -142,8 +157,8 @@ class Verifier:
             else:
                 hashed = Hashed(algorithm=HashAlgorithm.SHA2_256, digest=signed)
                 self._sigstore.verify_artifact(hashed, whole, policy)
-        began = load_der_x509_certificate(bundle.certificate).not_valid_before_utc
-        return Verified(_statement(bundle), policy.found, index, seconds, began.timestamp())
+        began = CertificateNames.parse(bundle.certificate).began
+        return Verified(_statement(bundle), policy.found, index, seconds, began)
 
     def _check_log(self, bundle: Bundle) -> tuple[int, float]:
         """The inclusion proof and the signed checkpoint; returns the index and the seconds."""
@@ -156,15 +171,27 @@ class Verifier:
             entry._verify(self._trust.root.rekor_keyring(KeyringPurpose.VERIFY))  # noqa: SLF001
         return int(entry._inner.log_index), perf_counter() - start  # noqa: SLF001
 
-    def _check_time(self, bundle: Bundle) -> None:
-        """A key has no validity, so a timestamp proves only its time; but a false one is refused."""
+    def _signing_key(self, bundle: Bundle, signed: bytes, expected: ByKey) -> CosignPublicKey:
+        """The key that verifies the signature, whatever the bundle's hint says."""
+        if bundle.certificate is not None:
+            raise _refused("it is signed with a certificate, not with a key")
+        for key in expected.keys:
+            if key.verifies(signed, bundle.content.signature):
+                return key
+        raise _refused("it is not signed by the key")
+
+    def _timestamps(self, bundle: Bundle) -> list[TimestampVerificationResult]:
+        """When it was signed, as authorities say. A false timestamp is refused, with a key too."""
         assert self._sigstore is not None
+        found = []
         for data in bundle.timestamps:
             with _translated():
                 stamp = decode_timestamp_response(data)
                 good = self._sigstore._verify_signed_timestamp(stamp, bundle.content.signature)  # noqa: SLF001
             if good is None:
                 raise _refused("its timestamp is not by a trusted authority, or not over it")
+            found.append(good)
+        return found
 
 
 class _Policy:
@@ -177,14 +204,11 @@ class _Policy:
     def verify(self, cert: Certificate) -> None:
         """Refused unless the certificate has the identity and the issuer."""
         expected = self._expected
-        try:
-            OIDCIssuerV2(expected.issuer).verify(cert)
-        except SigstoreError:
-            # older certificates have only the first form; one that has both must agree in both
-            if _has(cert, OIDCIssuerV2.oid):
-                raise
-            OIDCIssuer(expected.issuer).verify(cert)
-        names = _names(cert)
+        found = CertificateNames.of(cert)
+        # a certificate that has the issuer in both forms must have the same in both
+        if found.issuers != (expected.issuer,):
+            raise _refused(f"its identity is vouched for by {', '.join(found.issuers)[:300]}")
+        names = found.identities
         matches: Callable[[str], object] = (
             re.compile(expected.identity).fullmatch
             if expected.is_regex
@@ -195,36 +219,12 @@ class _Policy:
             raise _refused(f"it is signed by {', '.join(names)[:300]}")
 
 
-def names_of(certificate: bytes) -> tuple[list[str], list[str], float]:
-    """A certificate's identities and issuers, unverified, and the Unix time at which it began."""
-    parsed = load_der_x509_certificate(certificate)
-    issuers = []
-    for oid in (OIDCIssuerV2.oid, OIDCIssuer.oid):
-        if _has(parsed, oid):
-            raw = parsed.extensions.get_extension_for_oid(oid).value.public_bytes()
-            # V2 is a DER UTF8String, the older form the bare text
-            issuers.append((raw[2:] if oid == OIDCIssuerV2.oid else raw).decode("utf-8", "replace"))
-    return _names(parsed), issuers, parsed.not_valid_before_utc.timestamp()
-
-
-def _has(cert: Certificate, oid: Any) -> bool:
-    try:
-        return cert.extensions.get_extension_for_oid(oid) is not None
-    except ExtensionNotFound:
-        return False
-
-
-def _names(cert: Certificate) -> list[str]:
-    alternative = cert.extensions.get_extension_for_class(SubjectAlternativeName).value
-    return [
-        *alternative.get_values_for_type(RFC822Name),
-        *alternative.get_values_for_type(UniformResourceIdentifier),
-        *(
-            other.value.decode()
-            for other in alternative.get_values_for_type(OtherName)
-            if other.type_id.dotted_string == _OTHER_NAME
-        ),
-    ]
+def _signed(bundle: Bundle) -> bytes:
+    """The SHA-256 that its signature is over."""
+    content = bundle.content
+    if isinstance(content, Envelope):
+        return hashlib.sha256(pae(content.payload_type, content.payload)).digest()
+    return content.digest
 
 
 def _statement(bundle: Bundle) -> Statement | None:
@@ -267,12 +267,17 @@ def _translated() -> Iterator[None]:
     """sigstore-python's errors as ours."""
     try:
         yield
-    except Refused:
+    except NarsealError:
         raise
-    except (InvalidBundle, ValueError, ExtensionNotFound) as error:
+    except InvalidBundle as error:
         raise MalformedAttestation(f"the bundle cannot be read: {error}") from error
     except SigstoreError as error:
         raise _refused(str(error) or type(error).__name__) from error
+    except Exception as error:
+        # hostile bytes in libraries that promise no error of their own: UnsupportedAlgorithm,
+        # OverflowError, DuplicateExtension, …; whichever it is, the bundle is not verified
+        text = str(error) or type(error).__name__
+        raise MalformedAttestation(f"the bundle cannot be read: {text[:500]}") from error
 
 
 def _refused(message: str) -> Refused:

@@ -12,14 +12,14 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from narseal.cosign import statement
 from narseal.cosign.statement import AttestedPath, AuditHead
-from narseal.errors import NarsealError, Unavailable
+from narseal.errors import NarsealError, Refused, Unavailable
 from narseal.pipeline.trust.policy import Policy, content_digests
 from narseal.pipeline.trust.sigstore import SigstoreSetup
 from narseal.storage import Admitted, Index, Leadership, LocalStorage, bundle_name
@@ -29,15 +29,21 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _LOOK = 1.0  # seconds between two looks at the queue
 _FIRST_PAUSE = 1.0
+_MANY = 16
 #: Bytes of what one statement says, so that a bundle stays within what clients take.
 _MAX_FACTS = 4 << 20
 _MOST_HEADS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Signed:
-    bundle: bytes
-    singles: Mapping[str, bytes]
+@dataclass(slots=True)
+class _Begun:
+    """A batch from its first try until it is recorded: each signature of it is made once."""
+
+    batch: list[Admitted]
+    heads: list[AuditHead]
+    statement: bytes
+    bundle: bytes | None = None
+    singles: dict[str, bytes] = field(default_factory=dict)
 
 
 class Attester:
@@ -61,6 +67,7 @@ class Attester:
         self._revocations = index.revocations
         self._storage = storage
         self._leadership = leadership
+        self._begun: _Begun | None = None
         # a service that hangs holds up this thread, and nothing else
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="attest")
 
@@ -80,7 +87,8 @@ class Attester:
             except Exception as error:  # a service can make a library fail in any way
                 failures += 1
                 metrics.attest_failures.inc()
-                pause = self._pause(failures)
+                # what was answered for somebody else is not asked for again at once
+                pause = self._pause(_MANY + 1 if isinstance(error, Refused) else failures)
                 unknown = None if isinstance(error, NarsealError) else error
                 _log.warning(
                     "%s; the queue is kept, tried again in %.0f s", error, pause, exc_info=unknown
@@ -97,7 +105,7 @@ class Attester:
 
     def _pause(self, failures: int) -> float:
         """Exponential, with jitter, so that a service that comes back is not overrun."""
-        longest = min(self._config.retry_max, _FIRST_PAUSE * (1 << min(failures - 1, 16)))
+        longest = min(self._config.retry_max, _FIRST_PAUSE * (1 << min(failures - 1, _MANY)))
         return longest * random.uniform(0.5, 1)
 
     async def _sleep(self, seconds: float) -> None:
@@ -131,6 +139,12 @@ class Attester:
 
     async def _step(self) -> bool:
         """Sign a batch if one is due; whether another may follow at once."""
+        if self._begun is not None:
+            batch = self._begun.batch
+            if await self._passing(batch) == batch:
+                await self._finish(self._begun)
+                return True
+            self._begun = None  # policy changed since: what it says is not said any more
         count, age = await self._look()
         most = self._cosigning.batch_subjects - (_MOST_HEADS if self._config.anchor_audit else 0)
         if not count or (count * 2 < most and age < self._config.batch_max_age):
@@ -138,7 +152,11 @@ class Attester:
         batch, is_full = _batch(await self._passing(await self._attestations.oldest(most)), most)
         if not batch or not (is_full or age >= self._config.batch_max_age):
             return False
-        await self._attest(batch)
+        await self._check_key()
+        heads = await self._heads() if self._config.anchor_audit else []
+        text = statement.render((attested_path(admitted) for admitted in batch), heads)
+        self._begun = _Begun(batch, heads, text)
+        await self._finish(self._begun)
         return True
 
     async def _passing(self, waiting: list[Admitted]) -> list[Admitted]:
@@ -163,33 +181,34 @@ class Attester:
         if key and key.public.hint in (await self._revocations.now()).cosign_keys:
             raise Unavailable("the cosign key is revoked: configure another (cosign.key)")
 
-    async def _attest(self, batch: list[Admitted]) -> None:
+    async def _finish(self, begun: _Begun) -> None:
+        """Sign what of it is not signed yet, keep it, and take its paths off the queue."""
         await self._check_key()
-        paths = [attested_path(admitted) for admitted in batch]
-        heads = await self._heads() if self._config.anchor_audit else []
-        signed = await self._run(self._sign, paths, heads)
-        digest = hashlib.sha256(signed.bundle).digest()
-        await self._run(self._storage.write, bundle_name(digest), signed.bundle)
-        subjects = frozenset(head.digest for head in heads).union(
-            *(path.digests() for path in paths)
+        bundle = await self._run(self._sign, begun)
+        await self._check_key()  # it may have been revoked while the services were slow
+        digest = hashlib.sha256(bundle).digest()
+        await self._run(self._storage.write, bundle_name(digest), bundle)
+        subjects = frozenset(head.digest for head in begun.heads).union(
+            *(attested_path(admitted).digests() for admitted in begun.batch)
         )
         await self._attestations.commit(
-            digest, statement.PREDICATE_TYPE, batch, subjects, signed.singles
+            digest, statement.PREDICATE_TYPE, begun.batch, subjects, begun.singles
         )
+        self._begun = None
         metrics.attest_batch_subjects.observe(len(subjects))
         await self._look()
 
-    def _sign(self, paths: list[AttestedPath], heads: list[AuditHead]) -> _Signed:
-        """In the thread."""
+    def _sign(self, begun: _Begun) -> bytes:
+        """In the thread: the batch's bundle, and those of its files."""
         signer = self._cosigning.signer()
-        with metrics.signing("batch"):
-            bundle = signer.sign_statement(statement.render(paths, heads))
-        singles: dict[str, bytes] = {}
-        for path in paths if self._cosigning.per_file else ():
-            if path.file not in singles:
+        if begun.bundle is None:
+            with metrics.signing("batch"):
+                begun.bundle = signer.sign_statement(begun.statement)
+        for path in map(attested_path, begun.batch) if self._cosigning.per_file else ():
+            if path.file not in begun.singles:
                 with metrics.signing("file"):
-                    singles[path.file] = signer.sign_digest(path.file_hash.digest)
-        return _Signed(bundle, singles)
+                    begun.singles[path.file] = signer.sign_digest(path.file_hash.digest)
+        return begun.bundle
 
 
 def attested_path(admitted: Admitted) -> AttestedPath:

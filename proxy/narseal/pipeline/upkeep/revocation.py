@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from narseal.cosign.bundle import Bundle
-from narseal.cosign.verify import names_of
+from narseal.cosign.certificate import CertificateNames
 from narseal.errors import Malformed, NarsealError
 from narseal.pipeline.paths.admission import Admission
 from narseal.runtime.threads import ThreadPools
@@ -124,5 +124,9 @@ def _is_by(data: bytes, revocation: Revocation) -> bool:
         return bundle.hint == revocation.name
     if bundle.certificate is None:
         return False
-    names, issuers, began = names_of(bundle.certificate)
-    return revocation.name in names and revocation.issuer in issuers and began >= revocation.since
+    try:
+        found = CertificateNames.parse(bundle.certificate)
+    except Malformed:
+        return False
+    named = revocation.name in found.identities and revocation.issuer in found.issuers
+    return named and found.began >= revocation.since
