@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from narseal.cosign.keys import CosignPublicKey
-from narseal.cosign.statement import PAYLOAD_TYPE, read_json
+from narseal.cosign.statement import PAYLOAD_TYPE, pae, read_json
 from narseal.errors import MalformedAttestation
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -50,8 +50,16 @@ class Bundle:
     #: RFC 3161 responses, DER.
     timestamps: tuple[bytes, ...]
     text: bytes
-    #: How it names the key; "" with a certificate.
+    #: How it names the key, which nothing vouches for; "" with a certificate.
     hint: str = ""
+
+    @property
+    def signed(self) -> bytes:
+        """The SHA-256 that its signature is over: the file's, or the envelope's."""
+        if isinstance(self.content, Envelope):
+            encoded = pae(self.content.payload_type, self.content.payload)
+            return hashlib.sha256(encoded).digest()
+        return self.content.digest
 
     @classmethod
     def parse(cls, data: bytes) -> Bundle:

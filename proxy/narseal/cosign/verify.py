@@ -7,7 +7,6 @@ of this very digest, signature and key, and a key is no certificate.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from sigstore_models.rekor.v1 import TransparencyLogEntry as LogEntryModel
 from narseal.cosign.bundle import Bundle, Envelope
 from narseal.cosign.certificate import CertificateNames
 from narseal.cosign.keys import CosignPublicKey
-from narseal.cosign.statement import Statement, pae
+from narseal.cosign.statement import Statement
 from narseal.cosign.trust import Trust
 from narseal.errors import ConfigError, MalformedAttestation, NarsealError, Refused
 
@@ -91,7 +90,7 @@ class Verifier:
 
         Refused("bad-bundle") if it is not; MalformedAttestation if it cannot be read.
         """
-        signed = _signed(bundle)
+        signed = bundle.signed
         if isinstance(self._expected, ByKey):
             verified = self._by_key(bundle, signed, self._expected)
         else:
@@ -107,7 +106,7 @@ class Verifier:
         Errors as of `verify`.
         """
         if isinstance(self._expected, ByKey):
-            self._signing_key(bundle, _signed(bundle), self._expected)
+            self._signing_key(bundle, bundle.signed, self._expected)
             self._timestamps(bundle)
             return
         if bundle.certificate is None:
@@ -121,7 +120,7 @@ class Verifier:
                 raise _refused("its certificate is of no ECDSA key")
             try:
                 prehashed = ec.ECDSA(Prehashed(hashes.SHA256()))
-                key.verify(bundle.content.signature, _signed(bundle), prehashed)
+                key.verify(bundle.content.signature, bundle.signed, prehashed)
             except InvalidSignature:
                 raise _refused("it is not signed by the key of its certificate") from None
             if not (times := self._timestamps(bundle)):
@@ -217,14 +216,6 @@ class _Policy:
         self.found = next((name for name in names if matches(name)), "")
         if not self.found:
             raise _refused(f"it is signed by {', '.join(names)[:300]}")
-
-
-def _signed(bundle: Bundle) -> bytes:
-    """The SHA-256 that its signature is over."""
-    content = bundle.content
-    if isinstance(content, Envelope):
-        return hashlib.sha256(pae(content.payload_type, content.payload)).digest()
-    return content.digest
 
 
 def _statement(bundle: Bundle) -> Statement | None:

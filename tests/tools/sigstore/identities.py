@@ -186,6 +186,8 @@ KINDS: dict[str, Kind] = {
         {"sub": "f7a3c0d2b1/8e9f", "act": {}}, {"Type": "chainguard-identity"},
         lambda url: f"{url}/f7a3c0d2b1/8e9f",
     ),
+    # an issuer whose DER string needs a longer length
+    "long" + "-long" * 40: Kind(_email(_EMAIL), {"Type": "email"}, lambda _: _EMAIL),
     # a CI system of somebody's own, whose name no program outside can know
     "own-ci": Kind(
         {"sub": "job:17", "pipeline": "release"}, {"Type": "ci-provider", "CIProvider": "own-ci"},
@@ -194,6 +196,7 @@ KINDS: dict[str, Kind] = {
     ),
 }  # fmt: skip
 
+LONG = next(name for name in KINDS if name.startswith("long"))
 #: Those whose certificates' names follow from their tokens.
 KNOWN = [name for name in KINDS if name != "own-ci"]
 
