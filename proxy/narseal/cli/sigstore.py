@@ -154,6 +154,16 @@ def expectation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return _grouped(command, Expectation, "expectation", options)
 
 
+def predicate_type_option(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
+    """The URI of a `--type`, which may be one of cosign's short names."""
+    from narseal.config import predicate_type
+
+    try:
+        return None if text is None else predicate_type(text)
+    except ValueError as error:
+        raise click.UsageError(f"--type: {error}") from error
+
+
 def _grouped(
     command: Callable[..., Any], value: type[Any], name: str, options: list[Callable[..., Any]]
 ) -> Callable[..., Any]:

@@ -27,13 +27,13 @@ from sigstore.errors import Error as SigstoreError
 from sigstore.hashes import Hashed
 from sigstore.models import Bundle as SigstoreBundle
 from sigstore.models import InvalidBundle, TransparencyLogEntry
-from sigstore.verify import Verifier as SigstoreVerifier
 from sigstore_models.common.v1 import HashAlgorithm
 from sigstore_models.rekor.v1 import TransparencyLogEntry as LogEntryModel
 
 from narseal.cosign.bundle import Bundle, Envelope
 from narseal.cosign.certificate import CertificateNames
 from narseal.cosign.keys import CosignPublicKey
+from narseal.cosign.library import LibraryVerifier
 from narseal.cosign.statement import Statement
 from narseal.cosign.trust import Trust
 from narseal.errors import ConfigError, MalformedAttestation, NarsealError, Refused
@@ -83,7 +83,7 @@ class Verifier:
             raise ConfigError("a keyless signature is verified against a trusted root; give one")
         self._expected = expected
         self._trust = trust
-        self._sigstore = SigstoreVerifier(trusted_root=trust.root) if trust else None
+        self._sigstore = LibraryVerifier(trust.root) if trust else None
 
     def verify(self, bundle: Bundle, digest: bytes) -> Verified:
         """The bundle is a good signature over, or a statement of, the file with this SHA-256.
@@ -186,7 +186,7 @@ class Verifier:
         for data in bundle.timestamps:
             with _translated():
                 stamp = decode_timestamp_response(data)
-                good = self._sigstore._verify_signed_timestamp(stamp, bundle.content.signature)  # noqa: SLF001
+                good = self._sigstore.verify_timestamp(stamp, bundle.content.signature)
             if good is None:
                 raise _refused("its timestamp is not by a trusted authority, or not over it")
             found.append(good)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import aiohttp
 import pytest
 
 from narseal.cosign import tiles, trust
@@ -25,9 +27,9 @@ from tests.real.sigstore.test_outages import attested, entries, rubbish
 from tests.real.sigstore.test_serving import bundle_of, fetch
 from tests.tools.command import narseal_command
 from tests.tools.cosign import Cosign
-from tests.tools.narseal import metric, narseal
+from tests.tools.narseal import Client, metric, narseal, narseal_process
 from tests.tools.sigstore import Sigstore
-from tests.tools.sigstore.identities import KINDS, KNOWN
+from tests.tools.sigstore.identities import KINDS, KNOWN, LONG
 from tests.tools.upstream import FakeCache
 
 pytestmark = pytest.mark.real
@@ -74,6 +76,10 @@ def test_files_and_attestations_are_signed_and_cosign_verifies_them(
     who = cosign_words(instance, kind)
     cosign.run("verify-blob", "--bundle", f"{cosign.path(file)}.sigstore.json", *who, file)
     cosign.run("verify-blob-attestation", "--type", "vuln", "--bundle", bundle, *who, file)
+    for short, code in (("vuln", 0), ("slsaprovenance1", 1), ("nonsense", 2)):
+        words = ["verify", file, "--bundle", bundle, "--type", short, "--offline", *who]
+        done = narseal_command(*words)
+        assert done.returncode == code, done.stderr
     # and narseal says the same of them
     done = narseal_command("verify", file, "--offline", *who)
     assert done.returncode == 0, done.stderr
@@ -214,6 +220,37 @@ async def test_serve_does_not_fill_the_logs_while_the_certificate_is_for_another
         await client.until(lambda: metric("narseal_attest_failures_total") >= failures + 3, 120)
         assert attested(tmp_path / "n/index.sqlite") == {}
     assert instance.entries() == before
+
+
+async def test_identity_of_an_issuer_with_a_long_name_is_revoked(
+    instance: Sigstore, tmp_path: Path, upstream: FakeCache
+) -> None:
+    """An issuer of more than 127 bytes, whose DER form has a length of two bytes."""
+    items = entries(2)
+    upstream.add(*items)
+    name, issuer = name_and_issuer(instance, LONG)
+    assert len(issuer) > 127
+    settings = settings_of("keyless", instance, tmp_path)
+    (tmp_path / "secret").write_text(instance.issuer.token_of(LONG))
+    folder = tmp_path / "n"
+    with narseal_process(folder, {"url": upstream.url}, cosign=settings) as process:
+        async with aiohttp.ClientSession() as session:
+            client = Client(process.url, session, folder / "storage")
+            url, _ = await fetch(client, items)
+            await bundle_of(client, url)
+
+            async def revoke(issuer: str) -> str:
+                done = await asyncio.to_thread(
+                    narseal_command, "revoke", "--identity", name, "--issuer", issuer,
+                    "--since", "2020-01-01T00:00:00Z", "--reason", "x",
+                    "--config", folder / "narseal.toml",
+                )  # fmt: skip
+                assert done.returncode == 0, done.stderr
+                return done.stdout
+
+            for other in (issuer[:-1], issuer + "g", issuer[1:]):
+                assert "; 0 bundles dropped" in await revoke(other)
+            assert "; 1 bundles dropped" in await revoke(issuer)
 
 
 def settings_of(mode: str, instance: Sigstore, folder: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import pytest
 
 from narseal.cosign.statement import PREDICATE_TYPE
 from tests.real.sigstore.conftest import IDENTITY, Signed
+from tests.real.sigstore.tampering import Change
 from tests.tools.command import narseal_command
 from tests.tools.cosign import Cosign
 from tests.tools.sigstore import Sigstore
 
 pytestmark = pytest.mark.real
-
-Change = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -155,9 +153,9 @@ def test_cosign_and_narseal_agree(
     bundle = signed.bundle(case.bundle)
     if case.change:
         tree = json.loads(bundle.read_bytes())
-        case.change(tree)
+        text = case.change(tree)
         bundle = cosign.folder / "changed.json"
-        bundle.write_text(json.dumps(tree))
+        bundle.write_text(json.dumps(tree) if text is None else text)
     theirs = cosign.try_run(*_cosign_words(case, signed, instance, file, bundle))
     ours = narseal_command(*_narseal_words(case, signed, instance, file, bundle))
     said = f"cosign: {theirs.stdout}{theirs.stderr}\nnarseal: {ours.stdout}{ours.stderr}"
