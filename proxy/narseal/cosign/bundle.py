@@ -11,11 +11,15 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from sigstore_models.bundle.v1 import Bundle as Model
+
 from narseal.cosign.keys import CosignPublicKey
 from narseal.cosign.statement import PAYLOAD_TYPE, pae, read_json
 from narseal.errors import MalformedAttestation
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+_OLDER = "application/vnd.dev.sigstore.bundle+json;version=0"
+_MEDIA_TYPES = (MEDIA_TYPE, *(f"{_OLDER}.{minor}" for minor in (1, 2, 3)))
 #: Bytes of a whole bundle.
 MAX_BYTES = 24 << 20
 _MAX_TIMESTAMPS = 8
@@ -66,9 +70,17 @@ class Bundle:
         """MalformedAttestation if the bytes are no bundle that can be verified."""
         tree = read_json(data, limit=MAX_BYTES, what="the bundle")
         kind = tree.get("mediaType") if isinstance(tree, dict) else None
-        if not isinstance(kind, str) or not kind.startswith("application/vnd.dev.sigstore.bundle"):
+        if kind not in _MEDIA_TYPES:
             raise MalformedAttestation("not a Sigstore bundle: its mediaType is missing or another")
         material = _field(tree, "verificationMaterial", dict)
+        if kind == _MEDIA_TYPES[1] and not all(
+            isinstance(entry, dict) and entry.get("inclusionPromise")
+            for entry in material.get("tlogEntries") or ()
+        ):
+            raise MalformedAttestation("a bundle of version 0.1 has an inclusionPromise")
+        if _fill(material):
+            data = json.dumps(tree).encode()
+        _check_fields(data)
         certificate = _certificate(material)
         if certificate is None and not isinstance(material.get("publicKey"), dict):
             raise MalformedAttestation("the bundle has neither a certificate nor a publicKey")
@@ -136,6 +148,32 @@ def render(
     return json.dumps(tree, separators=(",", ":")).encode()
 
 
+def _fill(material: dict[str, Any]) -> bool:
+    """Put zeroes and empty lists, which protobuf may leave out; whether any were missing."""
+    filled = "tlogEntries" not in material
+    entries = material.setdefault("tlogEntries", [])
+    for entry in entries if isinstance(entries, list) else ():
+        proof = entry.get("inclusionProof") if isinstance(entry, dict) else None
+        if not isinstance(proof, dict):
+            continue
+        for place, name, empty in (
+            (entry, "logIndex", "0"), (proof, "logIndex", "0"), (proof, "hashes", []),
+        ):  # fmt: skip
+            filled |= name not in place
+            place.setdefault(name, empty)
+    return filled
+
+
+def _check_fields(data: bytes) -> None:
+    """No field that the specification does not have, nor one of another form."""
+    try:
+        Model.from_json(data)
+    except ValueError as error:
+        raise MalformedAttestation(
+            f"the bundle's fields are not those of the specification: {str(error)[:500]}"
+        ) from error
+
+
 def _certificate(material: dict[str, Any]) -> bytes | None:
     """The leaf, from either place."""
     if isinstance(single := material.get("certificate"), dict):
@@ -163,6 +201,8 @@ def _content(tree: dict[str, Any]) -> MessageSignature | Envelope:
     signatures = _field(envelope, "signatures", list)
     if len(signatures) != 1 or not isinstance(signatures[0], dict):
         raise MalformedAttestation("the envelope must have one signature")
+    if signatures[0].get("keyid"):
+        raise MalformedAttestation("the envelope's keyid names a key, which nothing vouches for")
     if envelope.get("payloadType") != PAYLOAD_TYPE:
         raise MalformedAttestation(f"the envelope's payload is not {PAYLOAD_TYPE}")
     return Envelope(PAYLOAD_TYPE, _bytes(envelope, "payload"), _bytes(signatures[0], "sig"))

@@ -241,13 +241,27 @@ def contradictions(statement: Statement, info: NarInfo) -> list[str]:
 
 
 def read_json(data: bytes, *, limit: int, what: str) -> Any:
-    """Any JSON value; MalformedAttestation names `what` if it is too large or none."""
+    """Any JSON value; MalformedAttestation names `what` if it is too large or none.
+
+    None either is what two parsers read in two ways: a field that stands twice, a NaN.
+    """
     if len(data) > limit:
         raise MalformedAttestation(f"{what} has more than {limit} bytes")
     try:
-        return json.loads(data)
+        return json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise MalformedAttestation(f"{what} is not JSON: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        raise ValueError("a field stands twice")
+    return tree
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def pae(payload_type: str, payload: bytes) -> bytes:
