@@ -11,7 +11,7 @@ import pytest
 
 from narseal.cosign.statement import PREDICATE_TYPE
 from tests.real.sigstore.conftest import IDENTITY, Signed
-from tests.real.sigstore.tampering import Change
+from tests.real.sigstore.tampering import HARMLESS, STRICTER, TABLES, Change
 from tests.tools.command import narseal_command
 from tests.tools.cosign import Cosign
 from tests.tools.sigstore import Sigstore
