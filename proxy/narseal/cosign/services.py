@@ -52,7 +52,7 @@ class Log:
     def enter(self, digest: bytes, signature: bytes, verifier: dict[str, Any]) -> dict[str, Any]:
         """The log's entry of a signature, as a bundle has it; made only if it is not there yet.
 
-        `verifier` names the key or the certificate. Refused("log") if the log will never take
+        `verifier` names the key or the certificate. Refused if the log will never take
         it, UpstreamTrouble if it may later.
         """
         request: dict[str, Any] = {
@@ -66,7 +66,7 @@ class Log:
             if answer.status_code == requests.codes.conflict and _INDEX in answer.headers:
                 return self._look_up(int(answer.headers[_INDEX]))
             if answer.status_code in (requests.codes.bad_request, requests.codes.unprocessable):
-                raise Refused("log", f"the log refuses the entry: {answer.text[:300]}")
+                raise Refused("bad-bundle", f"the log refuses the entry: {answer.text[:300]}")
             answer.raise_for_status()
             found = answer.json()
             if not isinstance(found, dict):

@@ -87,6 +87,8 @@ class Attester:
             except Exception as error:  # a service can make a library fail in any way
                 failures += 1
                 metrics.attest_failures.inc()
+                if isinstance(error, Refused):
+                    metrics.rejected.labels(error.reason).inc()
                 # what was answered for somebody else is not asked for again at once
                 pause = self._pause(_MANY + 1 if isinstance(error, Refused) else failures)
                 unknown = None if isinstance(error, NarsealError) else error
@@ -140,11 +142,10 @@ class Attester:
     async def _step(self) -> bool:
         """Sign a batch if one is due; whether another may follow at once."""
         if self._begun is not None:
-            batch = self._begun.batch
-            if await self._passing(batch) == batch:
+            if await self._still_holds(self._begun.batch):
                 await self._finish(self._begun)
                 return True
-            self._begun = None  # policy changed since: what it says is not said any more
+            self._begun = None  # what it says is not to be said any more
         count, age = await self._look()
         most = self._cosigning.batch_subjects - (_MOST_HEADS if self._config.anchor_audit else 0)
         if not count or (count * 2 < most and age < self._config.batch_max_age):
@@ -158,6 +159,13 @@ class Attester:
         self._begun = _Begun(batch, heads, text)
         await self._finish(self._begun)
         return True
+
+    async def _still_holds(self, batch: list[Admitted]) -> bool:
+        """Whether all of a batch waits as it did, and policy lets it through."""
+        waiting = await self._attestations.oldest(len(batch))
+        if [attested_path(found) for found in waiting] != [attested_path(old) for old in batch]:
+            return False
+        return await self._passing(batch) == batch
 
     async def _passing(self, waiting: list[Admitted]) -> list[Admitted]:
         """Those that policy lets through; the others do not wait any more.
