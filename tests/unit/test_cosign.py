@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from narseal.client import release
 from narseal.config import Config
 from narseal.cosign import bundle, statement
-from narseal.cosign.bundle import Bundle, MessageSignature
+from narseal.cosign.bundle import Bundle, MessageSignature, SignedBy
 from narseal.cosign.keys import CosignKey, CosignPublicKey
 from narseal.cosign.sign import KeySigner
 from narseal.cosign.statement import AttestedPath, Statement, contradictions
@@ -209,6 +209,9 @@ def test_key_smuggled_as_certificate_is_refused() -> None:
     verifier.verify(Bundle.parse(json.dumps(tree).encode()), DIGEST)
     material = tree["verificationMaterial"]
     material["certificate"] = {"rawBytes": base64.b64encode(KEY.public.der).decode()}
+    with pytest.raises(MalformedAttestation, match="not those of the specification"):
+        Bundle.parse(json.dumps(tree).encode())  # one of the two may be there
+    del material["publicKey"]
     with pytest.raises(Refused, match="certificate"):
         verifier.verify(Bundle.parse(json.dumps(tree).encode()), DIGEST)
 
@@ -232,7 +235,19 @@ def test_log_entry_of_another_signature_is_refused_even_without_a_trusted_root()
     }
     canonical = base64.b64encode(json.dumps(body).encode()).decode()
     content = MessageSignature(DIGEST, KEY.sign_digest(DIGEST))
-    data = bundle.render(content, hint=KEY.public.hint, log_entry={"canonicalizedBody": canonical})
+    entry = {
+        "logIndex": "0",
+        "logId": {"keyId": base64.b64encode(bytes(32)).decode()},
+        "kindVersion": {"kind": "hashedrekord", "version": "0.0.2"},
+        "inclusionProof": {
+            "logIndex": "0",
+            "rootHash": base64.b64encode(bytes(32)).decode(),
+            "treeSize": "1",
+            "checkpoint": {"envelope": "x"},
+        },
+        "canonicalizedBody": canonical,
+    }
+    data = bundle.render(content, SignedBy(key=KEY.public), log_entry=entry)
     with pytest.raises(Refused, match="another signature"):
         Verifier(ByKey((KEY.public,)), None).verify(Bundle.parse(data), DIGEST)
 

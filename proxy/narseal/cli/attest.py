@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from narseal.cli.sigstore import Signing, signing_options
+from narseal.cli.sigstore import Signing, predicate_type_option, signing_options
 from narseal.errors import ConfigError, MalformedAttestation, MalformedHash, MalformedStorePath
 from narseal.nix.hashes import Hash
 from narseal.nix.store_path import StorePath
@@ -22,6 +22,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "--type",
     "predicate_type",
     required=True,
+    callback=predicate_type_option,
     help="A URI, or as cosign: slsaprovenance1, spdxjson, cyclonedx, openvex, vuln, …",
 )
 @click.option("--digest", help="sha256:… of its NAR or file, instead of reading PATH.")
@@ -47,16 +48,11 @@ def attest(
     verify-blob-attestation` verifies, too. narseal takes it from those whom its policy names.
     """
     from narseal.client import api
-    from narseal.config import predicate_type as uri_of
     from narseal.cosign.statement import MAX_BYTES, Subject, read_json, render_statement
     from narseal.pipeline.trust.sigstore import SigstoreSetup
 
     if not url and not output:
         raise click.UsageError("say where it goes: --to URL, or --output FILE")
-    try:
-        kind = uri_of(predicate_type)
-    except ValueError as error:
-        raise click.UsageError(f"--type: {error}") from error
     try:
         said = read_json(_read(predicate), limit=MAX_BYTES // 2, what=str(predicate))
     except MalformedAttestation as error:
@@ -64,7 +60,7 @@ def attest(
     if not isinstance(said, dict):
         raise ConfigError(f"{predicate}: a predicate is a JSON object")
     subject = Subject(*_subject(path, digest, store_dir))
-    statement = render_statement([subject], kind, said)
+    statement = render_statement([subject], predicate_type, said)
     bundle = SigstoreSetup(signing.config()).signer().sign_statement(statement)
     if output:
         try:
@@ -75,7 +71,7 @@ def attest(
     if url:
         new = api.leave(url, subject.digest, bundle, token_file=token_file)
         click.echo(
-            f"{'left' if new else 'is there already:'} {kind} of {subject.name}"
+            f"{'left' if new else 'is there already:'} {predicate_type} of {subject.name}"
             f" (sha256:{subject.digest.hex()}) at {url}"
         )
 

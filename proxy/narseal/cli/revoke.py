@@ -17,6 +17,7 @@ from narseal.errors import ConfigError
 
 if TYPE_CHECKING:
     from narseal.config import Config
+    from narseal.cosign.keys import CosignPublicKey
     from narseal.pipeline.upkeep.revocation import Outcome
     from narseal.storage import Revocation
 
@@ -50,8 +51,11 @@ def revoke(
     the keys that are active. Run it on narseal's machine, as its user. Exit code 1 if something
     could not be signed anew.
     """
-    revocation = _revocation(key, cosign_key, identity, issuer, since, reason)
-    outcome = asyncio.run(_revoke(load(config_file), revocation, shown=not as_json))
+    from narseal.pipeline.trust.sigstore import read_public_key
+
+    public = read_public_key(str(cosign_key)) if cosign_key else None
+    revocation = _revocation(key, public, identity, issuer, since, reason)
+    outcome = asyncio.run(_revoke(load(config_file), revocation, public, shown=not as_json))
     if as_json:
         tree = {
             "revoked": revocation.name,
@@ -75,13 +79,12 @@ def revoke(
 
 def _revocation(
     key: str | None,
-    cosign_key: Path | None,
+    cosign_key: CosignPublicKey | None,
     identity: str | None,
     issuer: str | None,
     since: str | None,
     reason: str,
 ) -> Revocation:
-    from narseal.pipeline.trust.sigstore import read_public_key
     from narseal.storage import Revocation
 
     if sum(value is not None for value in (key, cosign_key, identity)) != 1:
@@ -95,14 +98,16 @@ def _revocation(
     if issuer or since:
         raise click.UsageError("--issuer and --since belong to --identity")
     if cosign_key is not None:
-        return Revocation("cosign", read_public_key(str(cosign_key)).hint, "", 0.0, reason)
+        return Revocation("cosign", cosign_key.hint, "", 0.0, reason)
     assert key is not None  # one of three
     if ":" in key or not key.isascii() or not key.isprintable() or " " in key:
         raise click.UsageError(f"{key[:80]}: name the key, without the part behind the colon")
     return Revocation("key", key, "", 0.0, reason)
 
 
-async def _revoke(config: Config, revocation: Revocation, *, shown: bool) -> Outcome:
+async def _revoke(
+    config: Config, revocation: Revocation, cosign_key: CosignPublicKey | None, *, shown: bool
+) -> Outcome:
     from narseal.pipeline.substituter import Substituter
     from narseal.storage import Epoch, epoch_file, migrate
 
@@ -115,7 +120,7 @@ async def _revoke(config: Config, revocation: Revocation, *, shown: bool) -> Out
             bar.update(task, description=f"looking at {what}", completed=count)
 
         async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
-            return await substituter.revoking.revoke(revocation, told)
+            return await substituter.revoking.revoke(revocation, told, cosign_key=cosign_key)
 
 
 def _time(text: str) -> float:

@@ -57,10 +57,11 @@ def sign(
                     "file": str(target),
                     "sha256": digest.hex(),
                     "bundle": f"{target}.sigstore.json",
+                    "signer": signer.who,
                 }
                 click.echo(json.dumps(line))
             else:
-                bar.console.print(f"signed {target}", highlight=False)
+                bar.console.print(f"signed {target} as {signer.who}", highlight=False)
 
 
 def _write_legacy(target: Path, data: bytes) -> None:

@@ -83,6 +83,7 @@ class Signing:
     trust_config: Path | None
     identity_token_file: Path | None
     identity_token_env: str | None
+    identity: str | None
 
     def config(self) -> CosignConfig:
         """The options as a section; UsageError if they name no way to sign, or two."""
@@ -90,6 +91,8 @@ class Signing:
 
         if sum((self.config_file is not None, self.key is not None, self.keyless)) != 1:
             raise click.UsageError("one of --key, --keyless and --config")
+        if self.identity and not self.keyless:
+            raise click.UsageError("--identity is whom the certificate of --keyless must name")
         if self.config_file:
             return load(self.config_file).cosign
         token = self.identity_token_file
@@ -101,6 +104,7 @@ class Signing:
             trust_config=str(self.trust_config) if self.trust_config else None,
             identity_token_file=str(token) if token else None,
             identity_token_env=self.identity_token_env,
+            identity=self.identity,
         )
 
 
@@ -123,6 +127,9 @@ def signing_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--trust-config", type=_FILE, help="A private Sigstore; else the public one."),
         click.option("--identity-token-file", type=_FILE, help="Else the CI system is asked."),
         click.option("--identity-token-env", help="A variable that holds the token."),
+        click.option(
+            "--identity", help="Whom the certificate must name; else whoever the token is for."
+        ),
     ]
     return _grouped(command, Signing, "signing", options)
 
@@ -145,6 +152,16 @@ def expectation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ]
 
     return _grouped(command, Expectation, "expectation", options)
+
+
+def predicate_type_option(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
+    """The URI of a `--type`, which may be one of cosign's short names."""
+    from narseal.config import predicate_type
+
+    try:
+        return None if text is None else predicate_type(text)
+    except ValueError as error:
+        raise click.UsageError(f"--type: {error}") from error
 
 
 def _grouped(

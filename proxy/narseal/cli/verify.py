@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from narseal.cli.sigstore import Expectation, expectation_options, progress
+from narseal.cli.sigstore import (
+    Expectation,
+    expectation_options,
+    predicate_type_option,
+    progress,
+)
 from narseal.errors import ConfigError, MalformedKey, MalformedStorePath, NarsealError
 from narseal.nix.keys import PublicKey
 from narseal.nix.store_path import StorePath
@@ -28,7 +33,12 @@ _SHOWN = 20
 @click.argument("targets", nargs=-1)
 @click.option("--bundle", "bundle_file", type=_FILE, help="FILE.sigstore.json by default.")
 @expectation_options
-@click.option("--type", "predicate_type", help="The predicate type that a statement must have.")
+@click.option(
+    "--type",
+    "predicate_type",
+    callback=predicate_type_option,
+    help="The type that a statement must have: a URI, or as cosign: slsaprovenance1, spdxjson, …",
+)
 @click.option("--from", "url", help="The substituter whose store paths are verified.")
 @click.option("--public-key", "public_keys", multiple=True, help="name:base64 of its Nix key.")
 @click.option("--all", "everything", is_flag=True, help="Every path that the substituter lists.")
@@ -61,6 +71,8 @@ def verify(
         if bundle_file and len(targets) > 1:
             raise click.UsageError("--bundle is for one file")
         sys.exit(_files(targets, bundle_file, who, predicate_type, as_json=as_json))
+    if predicate_type:
+        raise click.UsageError("--type is for files; a store path is held to narseal's own type")
     if expectation.offline and not url.startswith("file://"):
         raise click.UsageError("--offline verifies files, or a substituter in a folder (file://)")
     keys = [_public_key(text) for text in public_keys]

@@ -151,6 +151,8 @@ class CosignConfig(Section):
     oidc_issuer: Annotated[str, with_scheme("http", "https")] | None = None
     oidc_client_id: str | None = None
     oidc_client_secret_file: str | None = None
+    #: With mode "keyless": whom certificates must name; without it, whoever the token is for.
+    identity: Annotated[str, Field(min_length=1)] | None = None
     #: Digests in one statement; stock cosign verifies up to 1,024.
     batch_max_subjects: Annotated[int, Field(ge=2, le=1024)] = 1024
     #: How long a path waits for others to fill its batch.
@@ -171,6 +173,8 @@ class CosignConfig(Section):
                 'mode = "key" needs key = "file:/path/cosign.key"; `narseal key generate --cosign`'
                 " makes one"
             )
+        if self.identity and self.mode == "key":
+            raise ValueError('identity is of certificates, which mode = "key" does not use')
         sources = (self.identity_token_file, self.identity_token_env, self.oidc_issuer)
         if sum(source is not None for source in sources) > 1:
             raise ValueError(

@@ -6,15 +6,20 @@ Format: `sigstore_bundle.proto` of sigstore/protobuf-specs, in its JSON form.
 from __future__ import annotations
 
 import base64
-import binascii
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any
 
-from narseal.cosign.statement import PAYLOAD_TYPE, read_json
+from sigstore_models.bundle.v1 import Bundle as Model
+
+from narseal.cosign.keys import CosignPublicKey
+from narseal.cosign.statement import PAYLOAD_TYPE, pae, read_json
 from narseal.errors import MalformedAttestation
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+_OLDER = "application/vnd.dev.sigstore.bundle+json;version=0"
+_MEDIA_TYPES = (MEDIA_TYPE, *(f"{_OLDER}.{minor}" for minor in (1, 2, 3)))
 #: Bytes of a whole bundle.
 MAX_BYTES = 24 << 20
 _MAX_TIMESTAMPS = 8
@@ -49,17 +54,33 @@ class Bundle:
     #: RFC 3161 responses, DER.
     timestamps: tuple[bytes, ...]
     text: bytes
-    #: How it names the key; "" with a certificate.
+    #: How it names the key, which nothing vouches for; "" with a certificate.
     hint: str = ""
+
+    @property
+    def signed(self) -> bytes:
+        """The SHA-256 that its signature is over: the file's, or the envelope's."""
+        if isinstance(self.content, Envelope):
+            encoded = pae(self.content.payload_type, self.content.payload)
+            return hashlib.sha256(encoded).digest()
+        return self.content.digest
 
     @classmethod
     def parse(cls, data: bytes) -> Bundle:
         """MalformedAttestation if the bytes are no bundle that can be verified."""
         tree = read_json(data, limit=MAX_BYTES, what="the bundle")
         kind = tree.get("mediaType") if isinstance(tree, dict) else None
-        if not isinstance(kind, str) or not kind.startswith("application/vnd.dev.sigstore.bundle"):
+        if kind not in _MEDIA_TYPES:
             raise MalformedAttestation("not a Sigstore bundle: its mediaType is missing or another")
         material = _field(tree, "verificationMaterial", dict)
+        if kind == _MEDIA_TYPES[1] and not all(
+            isinstance(entry, dict) and entry.get("inclusionPromise")
+            for entry in material.get("tlogEntries") or ()
+        ):
+            raise MalformedAttestation("a bundle of version 0.1 has an inclusionPromise")
+        if _fill(material):
+            data = json.dumps(tree).encode()
+        _check_fields(data)
         certificate = _certificate(material)
         if certificate is None and not isinstance(material.get("publicKey"), dict):
             raise MalformedAttestation("the bundle has neither a certificate nor a publicKey")
@@ -73,20 +94,44 @@ class Bundle:
         return cls(_content(tree), certificate, tuple(entries), _timestamps(material), data, hint)
 
 
+@dataclass(frozen=True, slots=True)
+class SignedBy:
+    """A key, or the certificate (DER) of one."""
+
+    key: CosignPublicKey | None = None
+    certificate: bytes | None = None
+
+    def material(self) -> dict[str, Any]:
+        """How a bundle names it."""
+        if self.certificate is not None:
+            return {"certificate": {"rawBytes": _base64(self.certificate)}}
+        assert self.key is not None  # one of the two
+        return {"publicKey": {"hint": self.key.hint}}
+
+    def log_verifier(self) -> dict[str, Any]:
+        """How an entry of Rekor v2 names it (`Verifier` of rekor/v2/verifier.proto)."""
+        if self.certificate is not None:
+            named: dict[str, Any] = {"x509Certificate": {"rawBytes": _base64(self.certificate)}}
+        else:
+            assert self.key is not None  # one of the two
+            named = {"publicKey": {"rawBytes": _base64(self.key.der)}}
+        return named | {"keyDetails": "PKIX_ECDSA_P256_SHA_256"}
+
+
 def render(
     content: MessageSignature | Envelope,
+    by: SignedBy,
     *,
-    hint: str,
     log_entry: dict[str, Any] | None = None,
-    timestamp: bytes | None = None,
+    timestamps: tuple[bytes, ...] = (),
 ) -> bytes:
-    """A bundle of a signature by key; `hint` names the key."""
-    material: dict[str, Any] = {"publicKey": {"hint": hint}}
+    """A bundle of a signature."""
+    material = by.material()
     if log_entry:
         material["tlogEntries"] = [log_entry]
-    if timestamp:
+    if timestamps:
         material["timestampVerificationData"] = {
-            "rfc3161Timestamps": [{"signedTimestamp": _base64(timestamp)}]
+            "rfc3161Timestamps": [{"signedTimestamp": _base64(stamp)} for stamp in timestamps]
         }
     tree: dict[str, Any] = {"mediaType": MEDIA_TYPE, "verificationMaterial": material}
     if isinstance(content, MessageSignature):
@@ -101,6 +146,32 @@ def render(
             "signatures": [{"sig": _base64(content.signature)}],
         }
     return json.dumps(tree, separators=(",", ":")).encode()
+
+
+def _fill(material: dict[str, Any]) -> bool:
+    """Put zeroes and empty lists, which protobuf may leave out; whether any were missing."""
+    filled = "tlogEntries" not in material
+    entries = material.setdefault("tlogEntries", [])
+    for entry in entries if isinstance(entries, list) else ():
+        proof = entry.get("inclusionProof") if isinstance(entry, dict) else None
+        if not isinstance(proof, dict):
+            continue
+        for place, name, empty in (
+            (entry, "logIndex", "0"), (proof, "logIndex", "0"), (proof, "hashes", []),
+        ):  # fmt: skip
+            filled |= name not in place
+            place.setdefault(name, empty)
+    return filled
+
+
+def _check_fields(data: bytes) -> None:
+    """No field that the specification does not have, nor one of another form."""
+    try:
+        Model.from_json(data)
+    except ValueError as error:
+        raise MalformedAttestation(
+            f"the bundle's fields are not those of the specification: {str(error)[:500]}"
+        ) from error
 
 
 def _certificate(material: dict[str, Any]) -> bytes | None:
@@ -122,11 +193,16 @@ def _content(tree: dict[str, Any]) -> MessageSignature | Envelope:
         digest = _field(message, "messageDigest", dict)
         if digest.get("algorithm") != "SHA2_256":
             raise MalformedAttestation("the bundle's digest is not SHA2_256")
-        return MessageSignature(_bytes(digest, "digest"), _bytes(message, "signature"))
+        value = _bytes(digest, "digest")
+        if len(value) != hashlib.sha256().digest_size:
+            raise MalformedAttestation("the bundle's digest is no SHA-256")
+        return MessageSignature(value, _bytes(message, "signature"))
     envelope = _field(tree, "dsseEnvelope", dict)
     signatures = _field(envelope, "signatures", list)
     if len(signatures) != 1 or not isinstance(signatures[0], dict):
         raise MalformedAttestation("the envelope must have one signature")
+    if signatures[0].get("keyid"):
+        raise MalformedAttestation("the envelope's keyid names a key, which nothing vouches for")
     if envelope.get("payloadType") != PAYLOAD_TYPE:
         raise MalformedAttestation(f"the envelope's payload is not {PAYLOAD_TYPE}")
     return Envelope(PAYLOAD_TYPE, _bytes(envelope, "payload"), _bytes(signatures[0], "sig"))
@@ -152,7 +228,7 @@ def _field(tree: dict[str, Any], name: str, kind: type[Any]) -> Any:
 def _bytes(tree: dict[str, Any], name: str) -> bytes:
     try:
         return base64.b64decode(_field(tree, name, str), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # characters beyond ASCII are no binascii.Error
         raise MalformedAttestation(f"the bundle's {name} is not base64") from error
 
 

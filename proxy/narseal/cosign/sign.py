@@ -6,41 +6,42 @@ thread. What it returns was verified by the very verifier that others use.
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
-import requests
-from requests import PreparedRequest, Response
-from requests.adapters import HTTPAdapter
-from sigstore._internal.fulcio import ExpiredCertificate
-from sigstore._internal.fulcio.client import FulcioClientError
-from sigstore._internal.rekor import RekorClientError
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
+from cryptography.hazmat.primitives.serialization import Encoding
 from sigstore._internal.rekor.client_v2 import RekorV2Client
-from sigstore._internal.timestamp import TimestampError
-from sigstore.dsse import Statement as SigstoreStatement
-from sigstore.errors import Error as SigstoreError
-from sigstore.hashes import Hashed
-from sigstore.models import SigningConfig
 from sigstore.oidc import ExpiredIdentity
 from sigstore.sign import Signer as SigstoreSigner
 from sigstore.sign import SigningContext
-from sigstore_models.common.v1 import HashAlgorithm
 
-from narseal.cosign import bundle, identity
-from narseal.cosign.bundle import Bundle, Envelope, MessageSignature
+from narseal.cosign import bundle, identity, issuers
+from narseal.cosign.bundle import Bundle, Envelope, MessageSignature, SignedBy
+from narseal.cosign.certificate import CertificateNames
 from narseal.cosign.identity import TokenSource
 from narseal.cosign.keys import CosignPublicKey
+from narseal.cosign.services import Log, bound, services_of, translated
 from narseal.cosign.statement import PAYLOAD_TYPE, Statement, envelope_digest
 from narseal.cosign.trust import Trust
 from narseal.cosign.verify import ByIdentity, ByKey, Verifier
-from narseal.errors import ConfigError, NarsealError, UpstreamTrouble
+from narseal.errors import NarsealError, Refused, UpstreamTrouble
 
+_log = logging.getLogger(__name__)
 #: A certificate is not used in its last seconds: a signature takes its time.
 _SPARE = timedelta(seconds=60)
+#: Signatures that are kept because the log did not answer, and for how long: what cannot be found
+#: in the log by then is signed anew.
+_KEPT = 64
+_KEPT_FOR = timedelta(hours=1)
+_PREHASHED = ec.ECDSA(Prehashed(hashes.SHA256()))
 
 
 #: Told of the seconds that a bundle's verification took, and of those for its log entry.
@@ -54,11 +55,19 @@ class Signer(Protocol):
     def costs_nothing(self) -> bool:
         """Whether a signature needs no service."""
 
+    @property
+    def who(self) -> str:
+        """The key's hint, or the certificate's identity and issuer; "" before there is one."""
+
     def sign_digest(self, digest: bytes) -> bytes:
-        """The bundle of a file with this SHA-256; UpstreamTrouble if a service fails."""
+        """The bundle of a file with this SHA-256.
+
+        UpstreamTrouble if a service fails: asked for the same again, what was signed is entered
+        into the log once. Refused if a service's answer is for somebody else.
+        """
 
     def sign_statement(self, statement: bytes) -> bytes:
-        """The bundle of an in-toto statement; UpstreamTrouble if a service fails."""
+        """The bundle of an in-toto statement; errors as of `sign_digest`."""
 
 
 class Key(Protocol):
@@ -87,37 +96,37 @@ class KeySigner:
         observe: Observe = lambda *_: None,
     ) -> None:
         self._key = key
-        self._observe = observe
+        self._by = SignedBy(key=key.public)
         self._verifier = Verifier(ByKey((key.public,)), trust)
-        self._log = _Log(trust, timeout) if trust else None
+        self._finisher = _Finisher(Log(trust, timeout) if trust else None, observe)
 
     @property
     def costs_nothing(self) -> bool:
         """Whether there is no log."""
-        return self._log is None
+        return not self._finisher.has_log
+
+    @property
+    def who(self) -> str:
+        """See Signer."""
+        return self._key.public.hint
 
     def sign_digest(self, digest: bytes) -> bytes:
         """See Signer."""
-        content = MessageSignature(digest, self._key.sign_digest(digest))
-        return self._finish(content, digest, subject=digest)
+
+        def make() -> _Begun:
+            content = MessageSignature(digest, self._key.sign_digest(digest))
+            return _Begun(content, self._by, self._verifier)
+
+        return self._finisher.finish(digest, digest, make)
 
     def sign_statement(self, statement: bytes) -> bytes:
         """See Signer."""
-        content = Envelope(PAYLOAD_TYPE, statement, self._key.sign_statement(statement))
-        signed = envelope_digest(statement)
-        return self._finish(content, signed, subject=_subject(statement))
 
-    def _finish(
-        self, content: MessageSignature | Envelope, signed: bytes, *, subject: bytes
-    ) -> bytes:
-        hint = self._key.public.hint
-        entry = stamp = None
-        if self._log:
-            with _translated():
-                entry = self._log.enter(signed, content.signature, self._key.public.der)
-                stamp = self._log.timestamp(content.signature)
-        done = bundle.render(content, hint=hint, log_entry=entry, timestamp=stamp)
-        return _verified(done, subject, self._verifier, self._observe)
+        def make() -> _Begun:
+            content = Envelope(PAYLOAD_TYPE, statement, self._key.sign_statement(statement))
+            return _Begun(content, self._by, self._verifier)
+
+        return self._finisher.finish(envelope_digest(statement), _subject(statement), make)
 
 
 class KeylessSigner:
@@ -130,21 +139,23 @@ class KeylessSigner:
         *,
         timeout: float,
         source: str = "its source",
+        expected: str | None = None,
         observe: Observe = lambda *_: None,
     ) -> None:
-        self._observe = observe
-        services = _services(trust)
+        """`expected` is the identity that certificates must name; None: the token's."""
+        log = Log(trust, timeout)
         self._context = SigningContext(
-            fulcio=services.get_fulcio(),
-            rekor=_rekor(services, timeout),
+            fulcio=services_of(trust).get_fulcio(),
+            rekor=RekorV2Client(""),  # never asked: this context only gets certificates
             trusted_root=trust.root,
-            tsa_clients=services.get_tsas(),
         )
-        _bound(self._context._fulcio.session, timeout)  # noqa: SLF001
+        bound(self._context._fulcio.session, timeout)  # noqa: SLF001
+        self._finisher = _Finisher(log, observe)
         self._trust = trust
         self._token = token
         self._source = source
-        self._current: tuple[SigstoreSigner, Verifier, datetime] | None = None
+        self._expected = expected
+        self._current: _Certificate | None = None
         #: How many certificates were asked for.
         self.certificates = 0
 
@@ -153,161 +164,152 @@ class KeylessSigner:
         """Never: each signature is a log entry."""
         return False
 
+    @property
+    def who(self) -> str:
+        """See Signer."""
+        return self._current.who if self._current else ""
+
     def sign_digest(self, digest: bytes) -> bytes:
         """See Signer."""
-        hashed = Hashed(algorithm=HashAlgorithm.SHA2_256, digest=digest)
-        return self._sign(lambda signer: signer.sign_artifact(hashed).to_json(), digest)
+
+        def make() -> _Begun:
+            now = self._ready()
+            return _Begun(MessageSignature(digest, now.sign(digest)), now.by, now.verifier)
+
+        return self._finisher.finish(digest, digest, make)
 
     def sign_statement(self, statement: bytes) -> bytes:
         """See Signer."""
-        parsed = SigstoreStatement(statement)
-        return self._sign(lambda signer: signer.sign_dsse(parsed).to_json(), _subject(statement))
+        signed = envelope_digest(statement)
 
-    def _sign(self, make: Callable[[SigstoreSigner], str], subject: bytes) -> bytes:
-        with _translated():
-            signer, verifier = self._ready()
-            try:
-                done = make(signer).encode()
-            except (ExpiredCertificate, ExpiredIdentity):
-                self._current = None
-                signer, verifier = self._ready()
-                done = make(signer).encode()
-            return _verified(done, subject, verifier, self._observe)
+        def make() -> _Begun:
+            now = self._ready()
+            content = Envelope(PAYLOAD_TYPE, statement, now.sign(signed))
+            return _Begun(content, now.by, now.verifier)
 
-    def _ready(self) -> tuple[SigstoreSigner, Verifier]:
-        """A signer whose certificate lives on, and the verifier of just its identity."""
-        if self._current and datetime.now(UTC) + _SPARE < self._current[2]:
-            return self._current[:2]
+        return self._finisher.finish(signed, _subject(statement), make)
+
+    def _ready(self) -> _Certificate:
+        """A certificate that lives on."""
+        if self._current is None or datetime.now(UTC) + _SPARE > self._current.until:
+            with translated():
+                try:
+                    self._current = self._ask()
+                except ExpiredIdentity as error:
+                    raise UpstreamTrouble(
+                        f"the identity token from {self._source} has ended"
+                    ) from error
+        return self._current
+
+    def _ask(self) -> _Certificate:
+        """A certificate from Fulcio, held to the token before anything is signed with it."""
         token = identity.parse(self._token(), source=self._source)
         self.certificates += 1
         signer = SigstoreSigner(token, self._context)
-        until = signer._signing_cert().not_valid_after_utc  # noqa: SLF001
-        verifier = Verifier(ByIdentity(token.identity, token.federated_issuer), self._trust)
-        self._current = (signer, verifier, until)
-        return signer, verifier
+        certificate = signer._signing_cert()  # noqa: SLF001
+        names = CertificateNames.of(certificate)
+        claims = token._unverified_claims  # noqa: SLF001
+        name, issuer = issuers.check(names, claims, expected=self._expected)
+        _log.info("signing keyless as %s of %s", name, issuer)
+        return _Certificate(
+            signer._private_key,  # noqa: SLF001
+            SignedBy(certificate=certificate.public_bytes(Encoding.DER)),
+            Verifier(ByIdentity(name, issuer), self._trust),
+            certificate.not_valid_after_utc,
+            f"{name} of {issuer}",
+        )
 
 
-class _Log:
-    """Rekor v2 and a timestamp authority, for signatures by key."""
+@dataclass(frozen=True, slots=True)
+class _Certificate:
+    """A short-lived key with its certificate."""
 
-    def __init__(self, trust: Trust, timeout: float) -> None:
-        services = _services(trust)
-        self._rekor = _rekor(services, timeout)
-        self._authorities = services.get_tsas()
+    key: ec.EllipticCurvePrivateKey
+    by: SignedBy
+    #: Of just its identity.
+    verifier: Verifier
+    until: datetime
+    who: str
 
-    def enter(self, digest: bytes, signature: bytes, key: bytes) -> dict[str, Any]:
-        """The log's entry, as a bundle has it."""
-        verifier = {
-            "publicKey": {"rawBytes": base64.b64encode(key).decode()},
-            "keyDetails": "PKIX_ECDSA_P256_SHA_256",
-        }
-        request = {
-            "hashedRekordRequestV002": {
-                "digest": base64.b64encode(digest).decode(),
-                "signature": {
-                    "content": base64.b64encode(signature).decode(),
-                    "verifier": verifier,
-                },
-            }
-        }
-        entry = self._rekor.create_entry(request)  # type: ignore[arg-type]
-        return dict(entry._inner.to_dict())  # noqa: SLF001
-
-    def timestamp(self, signature: bytes) -> bytes | None:
-        """A timestamp over a signature; None if the instance has no authority."""
-        if not self._authorities:
-            return None
-        return self._authorities[0].request_timestamp(signature).as_bytes()
+    def sign(self, digest: bytes) -> bytes:
+        """The DER signature over a SHA-256 digest."""
+        return self.key.sign(digest, _PREHASHED)
 
 
-class _BoundedRekor(RekorV2Client):
-    """sigstore-python's client, which waits for ever."""
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A signature that is not in the log yet, or whose place in the log is not known."""
 
-    def __init__(self, url: str, timeout: float) -> None:
-        super().__init__(url)
-        self._timeout = timeout
+    content: MessageSignature | Envelope
+    by: SignedBy
+    verifier: Verifier
+    stamps: tuple[bytes, ...] = ()
+    since: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+class _Finisher:
+    """From signatures to bundles.
+
+    All that can be wrong without the log is found before the log has the signature. From then on
+    the same signature is finished, however often that takes: another would be another entry.
+    """
+
+    def __init__(self, log: Log | None, observe: Observe) -> None:
+        self._log = log
+        self._observe = observe
+        self._begun: OrderedDict[bytes, _Begun] = OrderedDict()
 
     @property
-    def _session(self) -> requests.Session:
-        session = super()._session
-        _bound(session, self._timeout)
-        return session
+    def has_log(self) -> bool:
+        return self._log is not None
+
+    def finish(self, signed: bytes, subject: bytes, make: Callable[[], _Begun]) -> bytes:
+        """The verified bundle of the signature that `make` makes over the digest `signed`."""
+        if self._log is None:
+            return self._verified(make(), None, subject)
+        begun = self._begun.get(signed)
+        if begun is None or datetime.now(UTC) - begun.since > _KEPT_FOR:
+            begun = self._stamped(make(), subject)
+            self._begun[signed] = begun
+            while len(self._begun) > _KEPT:
+                self._begun.popitem(last=False)
+        try:
+            entry = self._log.enter(signed, begun.content.signature, begun.by.log_verifier())
+        except Refused:
+            del self._begun[signed]
+            raise
+        done = self._verified(begun, entry, subject)
+        del self._begun[signed]
+        return done
+
+    def _stamped(self, begun: _Begun, subject: bytes) -> _Begun:
+        """With its timestamps, and found good as far as it goes."""
+        assert self._log is not None  # the caller saw to it
+        stamps = self._log.timestamps(begun.content.signature)
+        begun = replace(begun, stamps=stamps)
+        unlogged = bundle.render(begun.content, begun.by, timestamps=stamps)
+        try:
+            begun.verifier.verify_unlogged(Bundle.parse(unlogged))
+        except NarsealError as error:
+            raise _no_good(error) from error
+        return begun
+
+    def _verified(self, begun: _Begun, entry: dict[str, object] | None, subject: bytes) -> bytes:
+        """What the services made is held to the same measure as what a stranger brings."""
+        done = bundle.render(begun.content, begun.by, log_entry=entry, timestamps=begun.stamps)
+        start = perf_counter()
+        try:
+            verified = begun.verifier.verify(Bundle.parse(done), subject)
+        except NarsealError as error:
+            raise _no_good(error) from error
+        self._observe(perf_counter() - start, verified.log_seconds)
+        return done
 
 
-class _Bounded(HTTPAdapter):
-    def __init__(self, timeout: float) -> None:
-        super().__init__()
-        self._timeout = timeout
-
-    def send(
-        self,
-        request: PreparedRequest,
-        stream: bool = False,  # noqa: FBT001, FBT002 (as the supertype has it)
-        timeout: Any = None,
-        verify: Any = True,  # noqa: FBT002
-        cert: Any = None,
-        proxies: Any = None,
-    ) -> Response:
-        """With our timeout where the caller gave none."""
-        timeout = timeout or self._timeout
-        return super().send(request, stream, timeout, verify, cert, proxies)
-
-
-def _bound(session: requests.Session, timeout: float) -> None:
-    if not isinstance(session.adapters["http://"], _Bounded):
-        session.mount("http://", _Bounded(timeout))
-        session.mount("https://", _Bounded(timeout))
-
-
-def _services(trust: Trust) -> SigningConfig:
-    if trust.services is None:
-        raise ConfigError(
-            "the file is a trusted root, which is enough to verify; to sign into a log, give a"
-            " client trust config, which also names the services"
-        )
-    return trust.services
-
-
-def _rekor(services: SigningConfig, timeout: float) -> RekorV2Client:
-    """The newest log; ConfigError if the instance has none of version 2."""
-    urls = [service.url for service in services._tlogs if service.major_api_version == 2]  # noqa: SLF001
-    if not urls:
-        raise ConfigError("the Sigstore instance names no transparency log of version 2")
-    return _BoundedRekor(urls[0], timeout)
+def _no_good(error: NarsealError) -> UpstreamTrouble:
+    return UpstreamTrouble(f"what the Sigstore services answered is no good: {error}")
 
 
 def _subject(statement: bytes) -> bytes:
     """A digest that the statement covers, for verifying what was made of it."""
     return Statement.parse(statement).subjects[0].digest
-
-
-def _verified(done: bytes, subject: bytes, verifier: Verifier, observe: Observe) -> bytes:
-    """What the services made is held to the same measure as what a stranger brings."""
-    start = perf_counter()
-    try:
-        verified = verifier.verify(Bundle.parse(done), subject)
-    except NarsealError as error:
-        raise UpstreamTrouble(f"what the Sigstore services answered is no good: {error}") from error
-    observe(perf_counter() - start, verified.log_seconds)
-    return done
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """What may go wrong with services, as UpstreamTrouble."""
-    try:
-        yield
-    except (
-        requests.RequestException,
-        FulcioClientError,
-        RekorClientError,
-        TimestampError,
-        SigstoreError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ) as error:
-        if isinstance(error, NarsealError):
-            raise
-        text = str(error) or str(error.__cause__ or "") or type(error).__name__
-        raise UpstreamTrouble(f"a Sigstore service fails: {text[:500]}") from error

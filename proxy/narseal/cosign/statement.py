@@ -243,7 +243,10 @@ def contradictions(statement: Statement, info: NarInfo) -> list[str]:
 
 
 def read_json(data: bytes, *, limit: int, what: str) -> Any:
-    """Any JSON value; MalformedAttestation names `what` if it is too large or none."""
+    """Any JSON value; MalformedAttestation names `what` if it is too large or none.
+
+    None either is what two parsers read in two ways: a field that stands twice, a NaN.
+    """
     if len(data) > limit:
         raise MalformedAttestation(f"{what} has more than {limit} bytes")
     try:

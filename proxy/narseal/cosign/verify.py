@@ -6,43 +6,34 @@ of this very digest, signature and key, and a key is no certificate.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
-from cryptography.x509 import (
-    Certificate,
-    ExtensionNotFound,
-    OtherName,
-    RFC822Name,
-    SubjectAlternativeName,
-    UniformResourceIdentifier,
-    load_der_x509_certificate,
-)
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
+from cryptography.x509 import Certificate, load_der_x509_certificate
 from rfc3161_client import decode_timestamp_response
-from sigstore._internal.trust import KeyringPurpose
+from sigstore._internal.timestamp import TimestampVerificationResult
 from sigstore.errors import Error as SigstoreError
 from sigstore.hashes import Hashed
 from sigstore.models import Bundle as SigstoreBundle
-from sigstore.models import InvalidBundle, TransparencyLogEntry
-from sigstore.verify import Verifier as SigstoreVerifier
-from sigstore.verify.policy import OIDCIssuer, OIDCIssuerV2
+from sigstore.models import InvalidBundle
 from sigstore_models.common.v1 import HashAlgorithm
-from sigstore_models.rekor.v1 import TransparencyLogEntry as LogEntryModel
 
+from narseal.cosign import log_entry
 from narseal.cosign.bundle import Bundle, Envelope
+from narseal.cosign.certificate import CertificateNames
 from narseal.cosign.keys import CosignPublicKey
-from narseal.cosign.statement import Statement, pae
+from narseal.cosign.library import LibraryVerifier
+from narseal.cosign.log_entry import refused
+from narseal.cosign.statement import Statement
 from narseal.cosign.trust import Trust
-from narseal.errors import ConfigError, MalformedAttestation, Refused
-
-_OTHER_NAME = "1.3.6.1.4.1.57264.1.7"
+from narseal.errors import ConfigError, MalformedAttestation, NarsealError
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,47 +80,67 @@ class Verifier:
             raise ConfigError("a keyless signature is verified against a trusted root; give one")
         self._expected = expected
         self._trust = trust
-        self._sigstore = SigstoreVerifier(trusted_root=trust.root) if trust else None
+        self._sigstore = LibraryVerifier(trust.root) if trust else None
 
     def verify(self, bundle: Bundle, digest: bytes) -> Verified:
         """The bundle is a good signature over, or a statement of, the file with this SHA-256.
 
         Refused("bad-bundle") if it is not; MalformedAttestation if it cannot be read.
         """
-        signed = (
-            hashlib.sha256(pae(bundle.content.payload_type, bundle.content.payload)).digest()
-            if isinstance(bundle.content, Envelope)
-            else bundle.content.digest
-        )
+        signed = bundle.signed
         if isinstance(self._expected, ByKey):
             verified = self._by_key(bundle, signed, self._expected)
         else:
             verified = self._by_identity(bundle, signed, self._expected)
         covered = verified.statement.covers(digest) if verified.statement else signed == digest
         if not covered:
-            raise _refused(f"it is not of a file with SHA-256 {digest.hex()}")
+            raise refused(f"it is not of a file with SHA-256 {digest.hex()}")
         return verified
 
+    def verify_unlogged(self, bundle: Bundle) -> None:
+        """All that can be said of a bundle before a log has it: by whom, over what, and when.
+
+        Errors as of `verify`.
+        """
+        if isinstance(self._expected, ByKey):
+            self._signing_key(bundle, bundle.signed, self._expected)
+            self._timestamps(bundle)
+            return
+        if bundle.certificate is None:
+            raise refused("it is signed with a key, not with a certificate")
+        assert self._sigstore is not None  # the constructor saw to it
+        with _translated():
+            certificate = load_der_x509_certificate(bundle.certificate)
+            _Policy(self._expected).verify(certificate)
+            key = certificate.public_key()
+            if not isinstance(key, ec.EllipticCurvePublicKey):
+                raise refused("its certificate is of no ECDSA key")
+            try:
+                prehashed = ec.ECDSA(Prehashed(hashes.SHA256()))
+                key.verify(bundle.content.signature, bundle.signed, prehashed)
+            except InvalidSignature:
+                raise refused("it is not signed by the key of its certificate") from None
+            if not (times := self._timestamps(bundle)):
+                raise refused("it has no timestamp")
+            for time in times:
+                self._sigstore._verify_chain_at_time(certificate, time)  # noqa: SLF001
+
     def _by_key(self, bundle: Bundle, signed: bytes, expected: ByKey) -> Verified:
-        if bundle.certificate is not None:
-            raise _refused("it is signed with a certificate, not with a key")
+        key = self._signing_key(bundle, signed, expected)
         signature = bundle.content.signature
-        key = next((key for key in expected.keys if key.verifies(signed, signature)), None)
-        if key is None:
-            raise _refused("it is not signed by the key")
         for entry in bundle.log_entries:
-            _check_body(entry, digest=signed, signature=signature, key=key)
+            log_entry.check_body(entry, digest=signed, signature=signature, key=key)
         index, seconds = None, 0.0
         if self._trust:
             if not bundle.log_entries:
-                raise _refused("it has no log entry, which a trusted root asks for")
+                raise refused("it has no log entry, which a trusted root asks for")
             index, seconds = self._check_log(bundle)
-            self._check_time(bundle)
+            self._timestamps(bundle)
         return Verified(_statement(bundle), key.hint, index, seconds)
 
     def _by_identity(self, bundle: Bundle, signed: bytes, expected: ByIdentity) -> Verified:
         if bundle.certificate is None:
-            raise _refused("it is signed with a key, not with a certificate")
+            raise refused("it is signed with a key, not with a certificate")
         assert self._sigstore is not None  # the constructor saw to it
         index, seconds = self._check_log(bundle)
         policy = _Policy(expected)
@@ -138,12 +149,12 @@ class Verifier:
             if isinstance(bundle.content, Envelope):
                 kind, payload = self._sigstore.verify_dsse(whole, policy)
                 if (kind, payload) != (bundle.content.payload_type, bundle.content.payload):
-                    raise _refused("its payload reads in two ways")
+                    raise refused("its payload reads in two ways")
             else:
                 hashed = Hashed(algorithm=HashAlgorithm.SHA2_256, digest=signed)
                 self._sigstore.verify_artifact(hashed, whole, policy)
-        began = load_der_x509_certificate(bundle.certificate).not_valid_before_utc
-        return Verified(_statement(bundle), policy.found, index, seconds, began.timestamp())
+        began = CertificateNames.parse(bundle.certificate).began
+        return Verified(_statement(bundle), policy.found, index, seconds, began)
 
     def _check_log(self, bundle: Bundle) -> tuple[int, float]:
         """The inclusion proof and the signed checkpoint; returns the index and the seconds."""
@@ -151,20 +162,31 @@ class Verifier:
         start = perf_counter()
         with _translated():
             if not bundle.log_entries:
-                raise _refused("it has no log entry")
-            entry = TransparencyLogEntry(LogEntryModel.from_dict(bundle.log_entries[0]))
-            entry._verify(self._trust.root.rekor_keyring(KeyringPurpose.VERIFY))  # noqa: SLF001
-        return int(entry._inner.log_index), perf_counter() - start  # noqa: SLF001
+                raise refused("it has no log entry")
+            index = log_entry.verify(bundle.log_entries[0], self._trust.root)
+        return index, perf_counter() - start
 
-    def _check_time(self, bundle: Bundle) -> None:
-        """A key has no validity, so a timestamp proves only its time; but a false one is refused."""
+    def _signing_key(self, bundle: Bundle, signed: bytes, expected: ByKey) -> CosignPublicKey:
+        """The key that verifies the signature, whatever the bundle's hint says."""
+        if bundle.certificate is not None:
+            raise refused("it is signed with a certificate, not with a key")
+        for key in expected.keys:
+            if key.verifies(signed, bundle.content.signature):
+                return key
+        raise refused("it is not signed by the key")
+
+    def _timestamps(self, bundle: Bundle) -> list[TimestampVerificationResult]:
+        """When it was signed, as authorities say. A false timestamp is refused, with a key too."""
         assert self._sigstore is not None
+        found = []
         for data in bundle.timestamps:
             with _translated():
                 stamp = decode_timestamp_response(data)
-                good = self._sigstore._verify_signed_timestamp(stamp, bundle.content.signature)  # noqa: SLF001
+                good = self._sigstore.verify_timestamp(stamp, bundle.content.signature)
             if good is None:
-                raise _refused("its timestamp is not by a trusted authority, or not over it")
+                raise refused("its timestamp is not by a trusted authority, or not over it")
+            found.append(good)
+        return found
 
 
 class _Policy:
@@ -177,14 +199,11 @@ class _Policy:
     def verify(self, cert: Certificate) -> None:
         """Refused unless the certificate has the identity and the issuer."""
         expected = self._expected
-        try:
-            OIDCIssuerV2(expected.issuer).verify(cert)
-        except SigstoreError:
-            # older certificates have only the first form; one that has both must agree in both
-            if _has(cert, OIDCIssuerV2.oid):
-                raise
-            OIDCIssuer(expected.issuer).verify(cert)
-        names = _names(cert)
+        found = CertificateNames.of(cert)
+        # a certificate that has the issuer in both forms must have the same in both
+        if found.issuers != (expected.issuer,):
+            raise refused(f"its identity is vouched for by {', '.join(found.issuers)[:300]}")
+        names = found.identities
         matches: Callable[[str], object] = (
             re.compile(expected.identity).fullmatch
             if expected.is_regex
@@ -192,39 +211,7 @@ class _Policy:
         )
         self.found = next((name for name in names if matches(name)), "")
         if not self.found:
-            raise _refused(f"it is signed by {', '.join(names)[:300]}")
-
-
-def names_of(certificate: bytes) -> tuple[list[str], list[str], float]:
-    """A certificate's identities and issuers, unverified, and the Unix time at which it began."""
-    parsed = load_der_x509_certificate(certificate)
-    issuers = []
-    for oid in (OIDCIssuerV2.oid, OIDCIssuer.oid):
-        if _has(parsed, oid):
-            raw = parsed.extensions.get_extension_for_oid(oid).value.public_bytes()
-            # V2 is a DER UTF8String, the older form the bare text
-            issuers.append((raw[2:] if oid == OIDCIssuerV2.oid else raw).decode("utf-8", "replace"))
-    return _names(parsed), issuers, parsed.not_valid_before_utc.timestamp()
-
-
-def _has(cert: Certificate, oid: Any) -> bool:
-    try:
-        return cert.extensions.get_extension_for_oid(oid) is not None
-    except ExtensionNotFound:
-        return False
-
-
-def _names(cert: Certificate) -> list[str]:
-    alternative = cert.extensions.get_extension_for_class(SubjectAlternativeName).value
-    return [
-        *alternative.get_values_for_type(RFC822Name),
-        *alternative.get_values_for_type(UniformResourceIdentifier),
-        *(
-            other.value.decode()
-            for other in alternative.get_values_for_type(OtherName)
-            if other.type_id.dotted_string == _OTHER_NAME
-        ),
-    ]
+            raise refused(f"it is signed by {', '.join(names)[:300]}")
 
 
 def _statement(bundle: Bundle) -> Statement | None:
@@ -232,48 +219,19 @@ def _statement(bundle: Bundle) -> Statement | None:
     return Statement.parse(content.payload) if isinstance(content, Envelope) else None
 
 
-def _check_body(
-    entry: dict[str, Any], *, digest: bytes, signature: bytes, key: CosignPublicKey
-) -> None:
-    """The log entry is of this digest, signature and key, and of nothing else."""
-    try:
-        body = json.loads(base64.b64decode(entry["canonicalizedBody"], validate=True))
-        version = (body["kind"], body["apiVersion"])
-        if version == ("hashedrekord", "0.0.2"):
-            spec = body["spec"]["hashedRekordV002"]
-            found = (
-                base64.b64decode(spec["data"]["digest"]),
-                base64.b64decode(spec["signature"]["content"]),
-                base64.b64decode(spec["signature"]["verifier"]["publicKey"]["rawBytes"]),
-            )
-        elif version == ("hashedrekord", "0.0.1"):
-            spec = body["spec"]
-            pem = base64.b64decode(spec["signature"]["publicKey"]["content"]).decode()
-            found = (
-                bytes.fromhex(spec["data"]["hash"]["value"]),
-                base64.b64decode(spec["signature"]["content"]),
-                CosignPublicKey.parse(pem).der,
-            )
-        else:
-            raise _refused(f"its log entry is of a kind that is not verified: {version}")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise MalformedAttestation(f"the bundle's log entry cannot be read: {error!r}") from error
-    if found != (digest, signature, key.der):
-        raise _refused("its log entry is of another signature")
-
-
 @contextmanager
 def _translated() -> Iterator[None]:
     """sigstore-python's errors as ours."""
     try:
         yield
-    except Refused:
+    except NarsealError:
         raise
-    except (InvalidBundle, ValueError, ExtensionNotFound) as error:
+    except InvalidBundle as error:
         raise MalformedAttestation(f"the bundle cannot be read: {error}") from error
     except SigstoreError as error:
-        raise _refused(str(error) or type(error).__name__) from error
-
-
-def _refused(message: str) -> Refused:
-    return Refused("bad-bundle", f"the bundle does not verify: {message}")
+        raise refused(str(error) or type(error).__name__) from error
+    except Exception as error:
+        # hostile bytes in libraries that promise no error of their own: UnsupportedAlgorithm,
+        # OverflowError, DuplicateExtension, …; whichever it is, the bundle is not verified
+        text = str(error) or type(error).__name__
+        raise MalformedAttestation(f"the bundle cannot be read: {text[:500]}") from error

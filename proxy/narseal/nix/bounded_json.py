@@ -23,11 +23,14 @@ _PORTION = 256 << 10  # bytes that are read at a time, the interpreter's lock be
 
 
 def load_json(data: bytes, *, what: str) -> Any:
-    """Any JSON value of at most MAX_DEPTH and MAX_VALUES; Malformed names `what` if it is none."""
+    """Any JSON value of at most MAX_DEPTH and MAX_VALUES; Malformed names `what` if it is none.
+
+    It is held to RFC 8259, and a name stands once in an object: which of two counts, readers differ.
+    """
     try:
         if len(data) > _SMALL:
             check_shape(io.BytesIO(data), what=what, depth=MAX_DEPTH, values=MAX_VALUES)
-        return json.loads(data)
+        return json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         if isinstance(error, Malformed):
             raise
@@ -62,3 +65,14 @@ def check_shape(file: BinaryIO, *, what: str, depth: int, values: int) -> dict[s
     except (ijson.JSONError, UnicodeDecodeError) as error:
         raise Malformed(f"{what} is not JSON: {' '.join(str(error).split())[:200]}") from error
     return outermost
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        raise ValueError("a field stands twice")
+    return tree
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")

@@ -32,6 +32,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REASONS = (
     "absolute-url",
     "bad-bundle",
+    "bad-identity",
     "ca-mismatch",
     "conflict",
     "content-mismatch",

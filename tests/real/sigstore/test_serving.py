@@ -6,6 +6,8 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +339,7 @@ def test_a_certificate_is_used_again_while_it_lives(instance: Sigstore) -> None:
     assert (signer.certificates, len(tokens)) == (1, 1)
     # as if the certificate were about to end
     assert signer._current is not None
-    signer._current = (*signer._current[:2], signer._current[2].replace(year=2020))
+    signer._current = replace(signer._current, until=datetime(2020, 1, 1, tzinfo=UTC))
     signer.sign_digest(sha256(b"x"))
     assert (signer.certificates, len(tokens)) == (2, 2)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import pytest
 
 from narseal.cosign.statement import PREDICATE_TYPE
 from tests.real.sigstore.conftest import IDENTITY, Signed
+from tests.real.sigstore.tampering import HARMLESS, STRICTER, TABLES, Change
 from tests.tools.command import narseal_command
 from tests.tools.cosign import Cosign
 from tests.tools.sigstore import Sigstore
 
 pytestmark = pytest.mark.real
-
-Change = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -139,6 +137,16 @@ CASES = [
     Case("two_signatures key-batch", "key-batch", False, change=two_signatures),
     Case("other_payload key-batch", "key-batch", False, change=other_payload),
     Case("other_payload keyless-batch", "keyless-batch", False, change=other_payload),
+    *(
+        Case(
+            f"{name} {bundle}", bundle, mode in HARMLESS.get(name, ()), change=change,
+            cosign_takes_it=mode in STRICTER.get(name, ((), ""))[0],
+        )
+        for bundle, tables in TABLES.items()
+        for table in tables
+        for name, change in table.items()
+        for mode in [bundle.partition("-")[0]]
+    ),
 ]  # fmt: skip
 
 
@@ -155,15 +163,35 @@ def test_cosign_and_narseal_agree(
     bundle = signed.bundle(case.bundle)
     if case.change:
         tree = json.loads(bundle.read_bytes())
-        case.change(tree)
+        text = case.change(tree)
         bundle = cosign.folder / "changed.json"
-        bundle.write_text(json.dumps(tree))
+        bundle.write_text(json.dumps(tree) if text is None else text)
     theirs = cosign.try_run(*_cosign_words(case, signed, instance, file, bundle))
     ours = narseal_command(*_narseal_words(case, signed, instance, file, bundle))
     said = f"cosign: {theirs.stdout}{theirs.stderr}\nnarseal: {ours.stdout}{ours.stderr}"
     expected = (case.good or case.cosign_takes_it, case.good)
     assert (theirs.returncode == 0, ours.returncode == 0) == expected, said
     assert ours.returncode in (0, 1), said
+
+
+def test_the_table_is_large_and_says_why_narseal_is_stricter() -> None:
+    tampered = [case for case in CASES if case.change]
+    assert len(tampered) >= 200
+    known = {name for tables in TABLES.values() for table in tables for name in table}
+    assert set(HARMLESS) | set(STRICTER) <= known
+    assert all(why for _, why in STRICTER.values())
+
+
+@pytest.mark.parametrize("bundle", ["log-blob", "keyless-blob", "keyless-batch"])
+def test_the_index_that_is_printed_is_the_one_that_was_verified(
+    bundle: str, signed: Signed, instance: Sigstore
+) -> None:
+    case = Case("", bundle, True)
+    words = _narseal_words(case, signed, instance, signed.first, signed.bundle(bundle))
+    said = json.loads(narseal_command(*words, "--json").stdout)
+    tree = json.loads(signed.bundle(bundle).read_bytes())
+    proof = tree["verificationMaterial"]["tlogEntries"][0]["inclusionProof"]
+    assert said["logIndex"] == int(proof["logIndex"])
 
 
 def _cosign_words(

@@ -24,6 +24,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from tests.tools.debian import scratch
 from tests.tools.sigstore.build import program
+from tests.tools.sigstore.front import Front
+from tests.tools.sigstore.identities import KINDS, fulcio_config
 from tests.tools.sigstore.issuer import Issuer
 
 _Private = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
@@ -96,14 +98,10 @@ class Sigstore:
         _write_pem(folder / "tsa.pem", tsa, tsa_root)
         rekor_key = ed25519.Ed25519PrivateKey.generate()
         _write_key(folder / "rekor.key", rekor_key)
-        issuers = {
-            self.issuer.url: {
-                "IssuerURL": self.issuer.url,
-                "ClientID": "sigstore",
-                "Type": "email",
-            }
-        }
-        (folder / "fulcio.json").write_text(json.dumps({"OIDCIssuers": issuers}))
+        urls = {kind: self.issuer.url_of(kind) for kind in KINDS}
+        config = fulcio_config(urls)
+        config["OIDCIssuers"] |= fulcio_config({"email": self.issuer.url})["OIDCIssuers"]
+        (folder / "fulcio.json").write_text(json.dumps(config))
         ports = iter(_free_ports(8))
         ct_port = next(ports)
         self.ct_log = Service(
@@ -137,6 +135,7 @@ class Sigstore:
              "--hostname=localhost", "--checkpoint-interval=1s", "--batch-max-age=100ms"],
             folder / "rekor.log",
         )  # fmt: skip
+        self.log = Front(rekor_port, folder / "rekor")
         tsa_port = next(ports)
         self.tsa = Service(
             "timestamp",
@@ -149,7 +148,7 @@ class Sigstore:
         self.services = [self.ct_log, self.fulcio, self.rekor, self.tsa]
         self.trusted_root: dict[str, Any] = {
             "mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1",
-            "tlogs": [_log(f"{self.rekor.url}", rekor_key, "localhost")],
+            "tlogs": [_log(self.log.url, rekor_key, "localhost")],
             "certificateAuthorities": [_trusted_authority(self.fulcio.url, ca)],
             "ctlogs": [_log(self.ct_log.url, ct_key, None)],
             "timestampAuthorities": [_trusted_authority(self.tsa.url, tsa, tsa_root)],
@@ -158,7 +157,7 @@ class Sigstore:
             "mediaType": "application/vnd.dev.sigstore.signingconfig.v0.2+json",
             "caUrls": [_service(self.fulcio.url, 1)],
             "oidcUrls": [_service(self.issuer.url, 1)],
-            "rekorTlogUrls": [_service(self.rekor.url, 2)],
+            "rekorTlogUrls": [_service(self.log.url, 2)],
             "tsaUrls": [_service(f"{self.tsa.url}/api/v1/timestamp", 1)],
             "rekorTlogConfig": {"selector": "ANY"},
             "tsaConfig": {"selector": "ANY"},
@@ -183,9 +182,14 @@ class Sigstore:
             service.start()
             service.wait()
 
+    def entries(self) -> int:
+        """How many entries the transparency log has, as its checkpoint says."""
+        return int((self.folder / "rekor/checkpoint").read_text().splitlines()[1])
+
     def close(self) -> None:
         for service in self.services:
             service.kill()
+        self.log.close()
         self.issuer.close()
 
 

@@ -1,4 +1,7 @@
-"""A small OIDC issuer: discovery, JWKS, RS256 tokens, and the client-credentials grant."""
+"""A small OIDC issuer: discovery, JWKS, RS256 tokens, and the client-credentials grant.
+
+At its own address it vouches for e-mail addresses; below `/KIND` it is an issuer of each other kind.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from urllib.parse import parse_qs
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric import rsa
+
+from tests.tools.sigstore.identities import KINDS
 
 CLIENT, SECRET = "narseal-ci", "not really"
 
@@ -46,6 +51,17 @@ class Issuer:
         }
         return jwt.encode(body | claims, self._key, "RS256", headers={"kid": str(self._kid)})
 
+    def url_of(self, kind: str) -> str:
+        """Where the issuer of a kind of tokens is."""
+        return f"{self.url}/{kind}"
+
+    def token_of(self, kind: str, *, lifetime: float = 600, **claims: Any) -> str:
+        """A token as that kind of issuer gives it."""
+        now = int(time.time())
+        body = {"iss": self.url_of(kind), "aud": "sigstore", "iat": now, "nbf": now}
+        body |= {"exp": int(now + lifetime)} | KINDS[kind].claims | claims
+        return jwt.encode(body, self._key, "RS256", headers={"kid": str(self._kid)})
+
     def rotate(self) -> None:
         """Another key, and only that."""
         self._key = rsa.generate_private_key(65537, 2048)
@@ -55,9 +71,9 @@ class Issuer:
         self._server.shutdown()
         self._server.server_close()
 
-    def _discovery(self) -> dict[str, Any]:
+    def _discovery(self, issuer: str) -> dict[str, Any]:
         return {
-            "issuer": self.url,
+            "issuer": issuer,
             "authorization_endpoint": f"{self.url}/auth",
             "token_endpoint": f"{self.url}/token",
             "jwks_uri": f"{self.url}/keys",
@@ -87,8 +103,9 @@ class Issuer:
                 self.wfile.write(body)
 
             def do_GET(self) -> None:
-                if self.path == "/.well-known/openid-configuration":
-                    self._answer(issuer._discovery())
+                place = self.path.removesuffix("/.well-known/openid-configuration")
+                if place != self.path:
+                    self._answer(issuer._discovery(issuer.url + place))
                 elif self.path == "/keys":
                     self._answer(issuer._keys())
                 elif self.path.startswith("/ambient"):  # as GitHub Actions answers

@@ -12,14 +12,14 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from narseal.cosign import statement
 from narseal.cosign.statement import AttestedPath, AuditHead
-from narseal.errors import NarsealError, Unavailable
+from narseal.errors import NarsealError, Refused, Unavailable
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
 from narseal.storage import Admitted, bundle_name
@@ -29,15 +29,21 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _LOOK = 1.0  # seconds between two looks at the queue
 _FIRST_PAUSE = 1.0
+_MANY = 16
 #: Bytes of what one statement says, so that a bundle stays within what clients take.
 _MAX_FACTS = 4 << 20
 _MOST_HEADS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Signed:
-    bundle: bytes
-    singles: Mapping[str, bytes]
+@dataclass(slots=True)
+class _Begun:
+    """A batch from its first try until it is recorded: each signature of it is made once."""
+
+    batch: list[Admitted]
+    heads: list[AuditHead]
+    statement: bytes
+    bundle: bytes | None = None
+    singles: dict[str, bytes] = field(default_factory=dict)
 
 
 class Attester:
@@ -52,6 +58,7 @@ class Attester:
         self._revocations = services.index.revocations
         self._folder = services.folder
         self._leadership = services.leadership("attest")
+        self._begun: _Begun | None = None
         # a service that hangs holds up this thread, and nothing else
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="attest")
 
@@ -77,7 +84,10 @@ class Attester:
             except Exception as error:  # a service can make a library fail in any way
                 failures += 1
                 metrics.attest_failures.inc()
-                pause = self._pause(failures)
+                if isinstance(error, Refused):
+                    metrics.rejected.labels(error.reason).inc()
+                # what was answered for somebody else is not asked for again at once
+                pause = self._pause(_MANY + 1 if isinstance(error, Refused) else failures)
                 unknown = None if isinstance(error, NarsealError) else error
                 _log.warning(
                     "%s; the queue is kept, tried again in %.0f s", error, pause, exc_info=unknown
@@ -89,7 +99,7 @@ class Attester:
 
     def _pause(self, failures: int) -> float:
         """Exponential, with jitter, so that a service that comes back is not overrun."""
-        longest = min(self._config.retry_max, _FIRST_PAUSE * (1 << min(failures - 1, 16)))
+        longest = min(self._config.retry_max, _FIRST_PAUSE * (1 << min(failures - 1, _MANY)))
         return longest * random.uniform(0.5, 1)
 
     async def _sleep(self, seconds: float) -> None:
@@ -123,6 +133,11 @@ class Attester:
 
     async def _step(self) -> bool:
         """Sign a batch if one is due; whether another may follow at once."""
+        if self._begun is not None:
+            if await self._still_holds(self._begun.batch):
+                await self._finish(self._begun)
+                return True
+            self._begun = None  # what it says is not to be said any more
         count, age = await self._look()
         most = self._sigstore.batch_subjects - (_MOST_HEADS if self._config.anchor_audit else 0)
         if not count or (count * 2 < most and age < self._config.batch_max_age):
@@ -130,8 +145,19 @@ class Attester:
         batch, is_full = _batch(await self._passing(await self._attestations.oldest(most)), most)
         if not batch or not (is_full or age >= self._config.batch_max_age):
             return False
-        await self._attest(batch)
+        await self._check_key()
+        heads = await self._heads() if self._config.anchor_audit else []
+        text = statement.render((attested_path(admitted) for admitted in batch), heads)
+        self._begun = _Begun(batch, heads, text)
+        await self._finish(self._begun)
         return True
+
+    async def _still_holds(self, batch: list[Admitted]) -> bool:
+        """Whether all of a batch waits as it did, and policy lets it through."""
+        waiting = await self._attestations.oldest(len(batch))
+        if [attested_path(found) for found in waiting] != [attested_path(old) for old in batch]:
+            return False
+        return await self._passing(batch) == batch
 
     async def _passing(self, waiting: list[Admitted]) -> list[Admitted]:
         """Those that policy lets through; the others do not wait any more.
@@ -155,33 +181,34 @@ class Attester:
         if key and key.public.hint in (await self._revocations.now()).cosign_keys:
             raise Unavailable("the cosign key is revoked: configure another (cosign.key)")
 
-    async def _attest(self, batch: list[Admitted]) -> None:
+    async def _finish(self, begun: _Begun) -> None:
+        """Sign what of it is not signed yet, keep it, and take its paths off the queue."""
         await self._check_key()
-        paths = [attested_path(admitted) for admitted in batch]
-        heads = await self._heads() if self._config.anchor_audit else []
-        signed = await self._run(self._sign, paths, heads)
-        digest = hashlib.sha256(signed.bundle).digest()
-        await self._run(self._folder.local.write, bundle_name(digest), signed.bundle)
-        subjects = frozenset(head.digest for head in heads).union(
-            *(path.digests() for path in paths)
+        bundle = await self._run(self._sign, begun)
+        await self._check_key()  # it may have been revoked while the services were slow
+        digest = hashlib.sha256(bundle).digest()
+        await self._run(self._folder.local.write, bundle_name(digest), bundle)
+        subjects = frozenset(head.digest for head in begun.heads).union(
+            *(attested_path(admitted).digests() for admitted in begun.batch)
         )
         await self._attestations.commit(
-            digest, statement.PREDICATE_TYPE, batch, subjects, signed.singles
+            digest, statement.PREDICATE_TYPE, begun.batch, subjects, begun.singles
         )
+        self._begun = None
         metrics.attest_batch_subjects.observe(len(subjects))
         await self._look()
 
-    def _sign(self, paths: list[AttestedPath], heads: list[AuditHead]) -> _Signed:
-        """In the thread."""
+    def _sign(self, begun: _Begun) -> bytes:
+        """In the thread: the batch's bundle, and those of its files."""
         signer = self._sigstore.signer()
-        with metrics.signing("batch"):
-            bundle = signer.sign_statement(statement.render(paths, heads))
-        singles: dict[str, bytes] = {}
-        for path in paths if self._sigstore.per_file else ():
-            if path.file not in singles:
+        if begun.bundle is None:
+            with metrics.signing("batch"):
+                begun.bundle = signer.sign_statement(begun.statement)
+        for path in map(attested_path, begun.batch) if self._sigstore.per_file else ():
+            if path.file not in begun.singles:
                 with metrics.signing("file"):
-                    singles[path.file] = signer.sign_digest(path.file_hash.digest)
-        return _Signed(bundle, singles)
+                    begun.singles[path.file] = signer.sign_digest(path.file_hash.digest)
+        return begun.bundle
 
 
 def attested_path(admitted: Admitted) -> AttestedPath:

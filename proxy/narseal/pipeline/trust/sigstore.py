@@ -70,7 +70,12 @@ class SigstoreSetup:
             raise ConfigError('cosign.mode is "off": there is nothing to sign with')
         source, name = token_source(config)
         return KeylessSigner(
-            source, self._instance(), timeout=config.timeout, source=name, observe=_observe
+            source,
+            self._instance(),
+            timeout=config.timeout,
+            source=name,
+            expected=config.identity,
+            observe=_observe,
         )
 
     def _instance(self) -> Trust:

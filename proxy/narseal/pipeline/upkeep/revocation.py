@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from narseal.cosign.bundle import Bundle
-from narseal.cosign.verify import names_of
+from narseal.cosign.certificate import CertificateNames
+from narseal.cosign.keys import CosignPublicKey
 from narseal.errors import Malformed, NarsealError
 from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
@@ -44,9 +45,17 @@ class Revoking:
         self._countersigner = services.countersigner
         self._renewal = renewal
 
-    async def revoke(self, revocation: Revocation, progress: Progress) -> Outcome:
+    async def revoke(
+        self,
+        revocation: Revocation,
+        progress: Progress,
+        *,
+        cosign_key: CosignPublicKey | None = None,
+    ) -> Outcome:
         """Stop it in every worker at once, strip its signatures, sign anew what still verifies.
 
+        `cosign_key` is the revoked key itself, where it is one: what bears its signature is found
+        by verifying it, for a bundle may name any key.
         When this returns, no answer carries them. Unavailable if the index cannot be had: what is
         revoked is revoked then, and running it again goes on.
         """
@@ -72,32 +81,34 @@ class Revoking:
                     progress("paths", stripped)
             bundles = 0
         else:
-            bundles = await self._drop_bundles(revocation, progress)
+            bundles = await self._drop_bundles(revocation, cosign_key, progress)
         await asyncio.sleep(max(0.0, _SETTLE - (time.monotonic() - started)))
         await self._countersigner.note(revocation.kind, revocation.name, revocation.reason)
         return Outcome(stripped, signed, tuple(withdrawn), bundles)
 
-    async def _drop_bundles(self, revocation: Revocation, progress: Progress) -> int:
+    async def _drop_bundles(
+        self, revocation: Revocation, key: CosignPublicKey | None, progress: Progress
+    ) -> int:
         """Forget bundles that it signed; narseal's own are made anew by the key that is active."""
         count = 0
         for looked, digest in enumerate(await self._index.attestations.digests(), 1):
             data = await self._folder.read(bundle_name(digest))
-            if data is not None and await self._threads.run(_is_by, data, revocation):
+            if data is not None and await self._threads.run(_is_by, data, revocation, key):
                 await self._index.attestations.forget(digest)
                 await self._folder.remove(bundle_name(digest))
                 count += 1
             progress("bundles", looked)
-        count += await self._drop_single(revocation)
+        count += await self._drop_single(revocation, key)
         await self._index.attestations.enqueue_all()
         return count
 
-    async def _drop_single(self, revocation: Revocation) -> int:
+    async def _drop_single(self, revocation: Revocation, key: CosignPublicKey | None) -> int:
         """Signatures of single files."""
         count = 0
         after = ""
         while page := await self._index.attestations.singles(after=after, limit=_PAGE):
             for file, data in page:
-                if await self._threads.run(_is_by, data, revocation):
+                if await self._threads.run(_is_by, data, revocation, key):
                     await self._index.attestations.forget_single(file)
                     count += 1
             after = page[-1][0]
@@ -112,15 +123,19 @@ async def _carrying(claims: Claims, name: str) -> AsyncIterator[str]:
         after = page[-1]
 
 
-def _is_by(data: bytes, revocation: Revocation) -> bool:
+def _is_by(data: bytes, revocation: Revocation, key: CosignPublicKey | None) -> bool:
     """In a thread: whether a bundle is by a revoked key, or by an identity since it was revoked."""
     try:
         bundle = Bundle.parse(data)
     except Malformed:
         return False
-    if revocation.kind == "cosign":
-        return bundle.hint == revocation.name
+    if key is not None:
+        return key.verifies(bundle.signed, bundle.content.signature)
     if bundle.certificate is None:
         return False
-    names, issuers, began = names_of(bundle.certificate)
-    return revocation.name in names and revocation.issuer in issuers and began >= revocation.since
+    try:
+        found = CertificateNames.parse(bundle.certificate)
+    except Malformed:
+        return False
+    named = revocation.name in found.identities and revocation.issuer in found.issuers
+    return named and found.began >= revocation.since

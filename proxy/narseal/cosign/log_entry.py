@@ -1,0 +1,97 @@
+"""Entries of a transparency log: that the log has them, and what they are of.
+
+Format: `sigstore_rekor.proto` of sigstore/protobuf-specs; checkpoints are C2SP tlog-checkpoints.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from sigstore._internal.rekor.checkpoint import SignedCheckpoint
+from sigstore._internal.trust import KeyringPurpose
+from sigstore.models import TransparencyLogEntry, TrustedRoot
+from sigstore_models.rekor.v1 import TransparencyLogEntry as Model
+
+from narseal.cosign.keys import CosignPublicKey
+from narseal.errors import MalformedAttestation, Refused
+
+#: Entries of Rekor v2, which promises nothing and tells no time: its checkpoint says it all.
+_V2 = ("hashedrekord", "0.0.2")
+
+
+def verify(entry: dict[str, Any], root: TrustedRoot) -> int:
+    """The index of an entry that a trusted log has, by its proof and the log's checkpoint.
+
+    Whatever else the entry says of its place, its log and its time is held to that too. Refused
+    or an error of sigstore-python if it does not verify.
+    """
+    found = TransparencyLogEntry(Model.from_dict(entry))
+    found._verify(root.rekor_keyring(KeyringPurpose.VERIFY))  # noqa: SLF001
+    inner = found._inner  # noqa: SLF001
+    if inner.log_id.key_id not in {log.log_id.key_id for log in root._inner.tlogs}:  # noqa: SLF001
+        raise refused("its logId is of no log of the trusted root")
+    checkpoint = inner.inclusion_proof.checkpoint
+    assert checkpoint is not None  # it was verified
+    _check_origin(checkpoint.envelope, inner.log_id.key_id)
+    body = json.loads(inner.canonicalized_body)
+    kind = (inner.kind_version.kind, inner.kind_version.version)
+    if kind != (body["kind"], body["apiVersion"]):
+        raise refused("its kindVersion is not that of the log's entry")
+    promise = inner.inclusion_promise
+    promised = bool(promise and promise.signed_entry_timestamp)
+    if promised and not inner.integrated_time:
+        raise refused("its inclusionPromise has no integratedTime, which it would be over")
+    if kind == _V2:
+        if inner.integrated_time or promised:
+            raise refused("its log gives no integratedTime and no inclusionPromise")
+        if inner.log_index != inner.inclusion_proof.log_index:
+            raise refused("its logIndex is not that of its inclusionProof")
+    # Rekor v1 counts over all its trees; the promise, which was verified, is over that number
+    return int(inner.log_index if promised else inner.inclusion_proof.log_index)
+
+
+def _check_origin(envelope: str, log_id: bytes) -> None:
+    """The signature that was verified, the first of the log's, is under the log's own name."""
+    signed = SignedCheckpoint.from_text(envelope)
+    name = next(s.name for s in signed.signed_note.signatures if s.sig_hash == log_id[:4])
+    if name != signed.checkpoint.origin.partition(" ")[0]:
+        raise refused("its checkpoint is signed under another name than its origin")
+
+
+def check_body(
+    entry: dict[str, Any], *, digest: bytes, signature: bytes, key: CosignPublicKey
+) -> None:
+    """The log entry is of this digest, signature and key, and of nothing else."""
+    try:
+        body = json.loads(base64.b64decode(entry["canonicalizedBody"], validate=True))
+        version = (body["kind"], body["apiVersion"])
+        if version == _V2:
+            spec = body["spec"]["hashedRekordV002"]
+            found = (
+                base64.b64decode(spec["data"]["digest"]),
+                base64.b64decode(spec["signature"]["content"]),
+                base64.b64decode(spec["signature"]["verifier"]["publicKey"]["rawBytes"]),
+            )
+        elif version == ("hashedrekord", "0.0.1"):
+            spec = body["spec"]
+            pem = base64.b64decode(spec["signature"]["publicKey"]["content"]).decode()
+            found = (
+                bytes.fromhex(spec["data"]["hash"]["value"]),
+                base64.b64decode(spec["signature"]["content"]),
+                CosignPublicKey.parse(pem).der,
+            )
+        else:
+            raise refused(f"its log entry is of a kind that is not verified: {version}")
+    except Refused:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise MalformedAttestation(f"the bundle's log entry cannot be read: {error!r}") from error
+    if found != (digest, signature, key.der):
+        raise refused("its log entry is of another signature")
+
+
+def refused(message: str) -> Refused:
+    """What is said of a bundle that can be read and is not good."""
+    return Refused("bad-bundle", f"the bundle does not verify: {message}")
