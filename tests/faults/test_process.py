@@ -33,6 +33,7 @@ from tests.tools.narseal import (
     render_toml,
     settings,
 )
+from tests.tools.ports import free_ports
 
 ITEMS = [entry(f"item{n}", os.urandom(40_000)).signed(UPSTREAM) for n in range(12)]
 BIG = entry("big", os.urandom(24 << 20), compression="none").signed(UPSTREAM)
@@ -349,8 +350,7 @@ def test_unix_socket_tls_and_a_metrics_listener(tmp_path: Path) -> None:
          str(tmp_path / "cert.pem")], check=True, capture_output=True,
     )  # fmt: skip
     upstream = cache_of(tmp_path, BIG)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    [port] = free_ports(1)
     with narseal_process(
         tmp_path / "tls", upstream,
         tls={"certificate": f"{tmp_path}/cert.pem", "key": f"{tmp_path}/key.pem"},

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -51,7 +52,8 @@ STRANGER = key("stranger-1")
 @pytest.fixture(scope="module")
 def stored() -> Iterator[Path]:
     """A storage folder with files that the signer may hash."""
-    folder = Path(f"/tmp/narseal-stored-{os.getpid()}")
+    folder = Path(tempfile.mkdtemp(prefix="narseal-stored-"))
+    folder.chmod(0o755)  # the signer is another user
     (folder / "nar").mkdir(parents=True)
     for name in ("mine-1", "other-1"):
         item = entry(name, b"content", compression="zstd")

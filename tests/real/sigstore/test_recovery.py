@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from tests.faults.test_uploads import Uploader, add
 from tests.real.sigstore.conftest import IDENTITY
 from tests.tools.cache import Entry, entry, key
 from tests.tools.narseal import UPSTREAM, Client, render_toml
+from tests.tools.ports import free_ports
 from tests.tools.signer import SoftHsm
 from tests.tools.sigstore import Sigstore
 from tests.tools.upstream import FakeCache
@@ -81,9 +81,7 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
+        [self.port] = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         self.bin = folder / "bin"
         self.bin.mkdir(parents=True)

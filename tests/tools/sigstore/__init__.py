@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from tests.tools.debian import scratch
+from tests.tools.ports import free_ports
 from tests.tools.sigstore.build import program
 from tests.tools.sigstore.issuer import Issuer
 
@@ -104,7 +105,7 @@ class Sigstore:
             }
         }
         (folder / "fulcio.json").write_text(json.dumps({"OIDCIssuers": issuers}))
-        ports = iter(_free_ports(8))
+        ports = iter(free_ports(8))
         ct_port = next(ports)
         self.ct_log = Service(
             "tesseract",
@@ -141,9 +142,7 @@ class Sigstore:
         self.tsa = Service(
             "timestamp",
             tsa_port,
-            ["serve", "--host=127.0.0.1", f"--port={tsa_port}", "--timestamp-signer=file",
-             f"--file-signer-key-path={folder}/tsa.key",
-             f"--certificate-chain-path={folder}/tsa.pem", "--disable-ntp-monitoring"],
+            [f"--port={tsa_port}", f"--key={folder}/tsa.key", f"--chain={folder}/tsa.pem"],
             folder / "tsa.log",
         )  # fmt: skip
         self.services = [self.ct_log, self.fulcio, self.rekor, self.tsa]
@@ -326,11 +325,3 @@ def _service(url: str, version: int) -> dict[str, Any]:
         "validFor": {"start": start},
         "operator": "tests",
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
