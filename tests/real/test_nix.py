@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from narseal.custody import write_private
-from tests.faults.test_reload import logged, write
 from tests.tools.cache import key
+from tests.tools.changing import logged, write
 from tests.tools.command import narseal_command
 from tests.tools.narseal import OPERATOR, Process, narseal_process
 from tests.tools.nix import Nix, nix

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from tests.tools import debian
+from tests.tools.waiting import PATIENCE
 
 
 class Cosign:
@@ -40,7 +41,7 @@ class Cosign:
             environment = ["-i", "PATH=/usr/bin:/bin", *environment]
         return subprocess.run(
             debian.command(["/usr/bin/env", *environment, "cosign", *words]),
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=PATIENCE,
         )  # fmt: skip
 
     def run(self, *argv: str | Path, password: str = "", **more: Path) -> str:

@@ -137,6 +137,7 @@ def scratch(root: Path = ROOT) -> Path:
 
 
 def _make_root(root: Path, programs: str, packages: Sequence[str]) -> None:
+    """A root with these packages, named after Debian's suite (and what it is for, after a dash)."""
     part = root.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     sites = subprocess.run(
@@ -151,7 +152,7 @@ def _make_root(root: Path, programs: str, packages: Sequence[str]) -> None:
             "debootstrap",
             "--variant=minbase",
             f"--include={','.join(packages)}",
-            root.name,
+            root.name.partition("-")[0],
             str(part),
             mirror,
         ],

@@ -10,9 +10,8 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tests.tools.debian import scratch
 from tests.tools.ports import free_ports
 from tests.tools.sigstore.build import program
 from tests.tools.sigstore.issuer import Issuer
+from tests.tools.waiting import until
 
 _Private = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 _LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
@@ -49,20 +49,18 @@ class Service:
                 cwd=self._log.parent,
             )  # fmt: skip
 
-    def wait(self, seconds: float = 30) -> None:
+    def wait(self) -> None:
         """Until it takes connections."""
-        assert self._process is not None
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                gone = self._process.poll() is not None
-                if gone or time.monotonic() > deadline:
-                    text = self._log.read_text()[-2000:]
-                    raise AssertionError(f"{self.name} does not start:\n{text}") from None
-                time.sleep(0.05)
+
+        def answers() -> bool:
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return True
+            gone = self._process is None or self._process.poll() is not None
+            assert not gone, f"{self.name} does not start:\n{self._log.read_text()[-2000:]}"
+            return False
+
+        until(answers, self.name)
 
     def kill(self) -> None:
         if self._process is not None:

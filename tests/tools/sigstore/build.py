@@ -45,8 +45,8 @@ def _build(name: str, root: Path | None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     # go.sum says what each module must be, so nobody else has to be asked
     environment = os.environ | {"GOFLAGS": "-mod=readonly -buildvcs=false", "CGO_ENABLED": "0"}
-    if root:  # Debian has no proxy or certificates of its own: those of this machine hold
-        environment |= {"PATH": "/usr/bin:/bin", "HOME": "/root"}
+    if root:  # the rest of the environment holds there too: proxies above all
+        environment |= {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
     folder = tempfile.mkdtemp(prefix="build-", dir=debian.scratch(root) if root else target.parent)
     try:
         module = Path(folder) / "module"
