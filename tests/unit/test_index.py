@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 from narseal.storage import Index, migrate
+from tests.tools.waiting import PATIENCE
 
 
 async def test_closing_waits_for_what_runs_though_its_callers_are_gone(tmp_path: Path) -> None:
@@ -21,7 +22,7 @@ async def test_closing_waits_for_what_runs_though_its_callers_are_gone(tmp_path:
     for ask in asks:
         ask.cancel()
     await index.close()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, PATIENCE)
     for thread in set(threading.enumerate()) - before:
-        thread.join(1)
+        thread.join(PATIENCE)
         assert not thread.is_alive()

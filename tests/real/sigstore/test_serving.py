@@ -25,6 +25,7 @@ from tests.tools.narseal import OPERATOR, UPSTREAM, Client, metric, narseal
 from tests.tools.sigstore import Sigstore
 from tests.tools.sigstore.issuer import CLIENT, SECRET
 from tests.tools.upstream import FakeCache
+from tests.tools.waiting import eventually
 
 pytestmark = pytest.mark.real
 
@@ -59,14 +60,18 @@ async def fetch(client: Client, items: list[Entry]) -> list[str]:
 
 async def bundle_of(client: Client, url: str) -> bytes:
     """Ask until it is there."""
-    for _ in range(300):
+    body = b""
+
+    async def signed() -> bool:
+        nonlocal body
         status, body, headers = await client.get(f"{url}.sigstore.json")
-        if status == 200:
-            return body
-        assert (status, headers["Retry-After"]) == (404, "1")
-        assert headers["Cache-Control"] == "no-store"
-        await asyncio.sleep(0.1)
-    raise AssertionError("it is never signed")
+        if status != 200:
+            assert (status, headers["Retry-After"]) == (404, "1")
+            assert headers["Cache-Control"] == "no-store"
+        return status == 200
+
+    await eventually(signed, "it is never signed")
+    return body
 
 
 def who(mode: str, signed: Signed, instance: Sigstore, *, cosign: bool) -> list[str | Path]:
