@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -401,15 +402,17 @@ async def test_changed_rules_reach_every_worker_and_the_folder(tmp_path: Path) -
             assert (await pipeline.attest(digest_of(APP), attested(APP)))[0] == 201
             await everywhere(process, APP, 200)
             assert f"{APP.hash}.narinfo" in client.published()
+
+            def shown(wanted: bool) -> bool:
+                return (f"{APP.hash}.narinfo" in client.published()) == wanted
+
             for policy, status in (([rule | {"predicate_types": [SBOM]}], 403), ([rule], 200)):
                 new = tmp_path / "new.toml"
                 new.write_text(render_toml(settings(tmp_path, policy=policy, **more)))
                 new.replace(tmp_path / "narseal.toml")
                 await everywhere(process, APP, status)
                 there = status == 200
-                await client.until(
-                    lambda there=there: (f"{APP.hash}.narinfo" in client.published()) == there
-                )
+                await client.until(partial(shown, there))
 
 
 @pytest.mark.parametrize(
@@ -450,9 +453,8 @@ async def test_changed_rules_reach_every_worker_and_the_folder(tmp_path: Path) -
 def test_wrong_rules_are_named(rule: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     file = tmp_path / "narseal.toml"
     tree = settings(tmp_path, {"url": "http://127.0.0.1:9"})
-    environment = {"NARSEAL_POLICY": json.dumps([rule])}
     file.write_text(render_toml(tree))
-    done = narseal_command("check-config", "--config", file, **environment)
+    done = narseal_command("check-config", "--config", file, NARSEAL_POLICY=json.dumps([rule]))
     assert done.returncode == 2, done.stderr
     assert sentence in done.stderr
     assert "policy" in done.stderr or "nowhere" in done.stderr
@@ -464,11 +466,11 @@ async def test_policy_test_says_which_rule_and_why(tmp_path: Path, upstream: Fak
     file = tmp_path / "narseal.toml"
     tree = settings(tmp_path, {"url": upstream.url})
     file.write_text(render_toml(tree))
-    rules = {"NARSEAL_POLICY": json.dumps([RULE, {"match": "o*", "require": "signature",
-                                                  "keys": ["upstream-1"]}])}  # fmt: skip
+    other_rule = {"match": "o*", "require": "signature", "keys": ["upstream-1"]}
+    rules = json.dumps([RULE, other_rule])
 
     def test(*words: str) -> tuple[int, str]:
-        done = narseal_command("policy", "test", "--config", file, *words, **rules)
+        done = narseal_command("policy", "test", "--config", file, *words, NARSEAL_POLICY=rules)
         return done.returncode, done.stdout + done.stderr
 
     code, text = await asyncio.to_thread(test, f"/nix/store/{app.info.store_path}")
@@ -497,4 +499,4 @@ def test_a_rule_that_names_one_of_two_keys_is_refused() -> None:
         "policy": [{"match": "*", "require": "signature", "keys": ["upstream-1"]}],
     }
     with pytest.raises(ConfigError, match="two keys are called upstream-1"):
-        known_keys(Config(**tree), [])
+        known_keys(Config.model_validate(tree), [])

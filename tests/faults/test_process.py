@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -229,7 +230,7 @@ def test_killed_in_the_middle_of_a_system_call(call: str, number: int, tmp_path:
                 _try_path(proxy.url, item)
             tracer.wait(PATIENCE)
         for item in items:
-            until(lambda item=item: _try_path(proxy.url, item))
+            until(partial(_try_path, proxy.url, item))
         until(lambda: not any((tmp_path / "storage/.narseal/incoming").iterdir()))
         check_storage(tmp_path / "storage", items)
         assert "a worker died" in proxy.log.read_text()

@@ -18,7 +18,7 @@ from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.realisation import BuildTraceEntry, Realisation
 from narseal.nix.store_path import StorePath
-from tests.tools.cache import Entry, entry, key, store_path, write_cache
+from tests.tools.cache import Entry, entry, key, store_path, unzstd, write_cache
 from tests.tools.narseal import OPERATOR, UPSTREAM, metric, narseal
 from tests.tools.upstream import FakeCache, Gate, status
 from tests.tools.waiting import PATIENCE, eventually
@@ -487,8 +487,6 @@ async def test_content_addressed_paths_need_no_signature_but_their_content(
 async def test_recompression_serves_zstd_with_a_matching_narinfo(
     tmp_path: Path, upstream: FakeCache
 ) -> None:
-    from tests.tools.cache import zstd
-
     items = [entry(c, b"text " * 9000, compression=c).signed(UPSTREAM) for c in ("xz", "bzip2")]
     already = entry("z", compression="zstd").signed(UPSTREAM)
     upstream.add(*items, already)
@@ -502,7 +500,7 @@ async def test_recompression_serves_zstd_with_a_matching_narinfo(
             assert (info.file_hash, info.file_size) == (Hash.sha256(body), len(body))
             assert info.url == f"nar/{Hash.sha256(body).nix32}.nar.zst"
             assert (info.nar_hash, info.nar_size) == (item.info.nar_hash, item.info.nar_size)
-            assert zstd.decompress(body) == item.nar
+            assert unzstd(body) == item.nar
         assert (await client.narinfo(already.hash)).file_hash == already.info.file_hash
         wrong = entry("w", compression="xz").signed(UPSTREAM)
         upstream.add(wrong)
@@ -579,7 +577,7 @@ async def test_realisations_of_both_spellings_are_verified_and_signed(
     wire = {old_at: old_at.replace("!", "%21"), new_at: new_at}
     async with narseal(tmp_path, {"url": upstream.url}, limits={"negative_ttl": "0s"}) as client:
         for name, value in ((old_at, old), (new_at, new)):
-            evil = replace(value, out_path=store_path("evil"))  # type: ignore[type-var]
+            evil = replace(value, out_path=store_path("evil"))
             signature = UPSTREAM.sign(value.fingerprint())
             for wrong in (
                 value.render(),

@@ -72,7 +72,7 @@ async def test_a_new_key_signs_everything_in_the_background(
             signing = both(tmp_path) | {"resign_rate": 40}
             write(process, there, workers=2, signing=signing)
             logged(process, "is in force")
-            seen = []
+            seen: list[int] = []
 
             async def done() -> bool:
                 seen.append(json.loads((await client.get("status"))[1])["lackSignatures"])
@@ -110,6 +110,7 @@ async def test_keys_sign_from_their_beginning_to_their_end(
         async def names(item: Entry) -> set[str]:
             return signers((await client.get(f"{item.hash}.narinfo"))[1]) - {"upstream-1"}
 
+        asked = begins
         for item in items:
             asked = datetime.now(UTC)
             found = await names(item)

@@ -151,9 +151,10 @@ async def test_who_may_not_upload(tmp_path: Path) -> None:
 async def test_failed_attempts_are_slowed(tmp_path: Path) -> None:
     async with uploading(tmp_path) as uploader:
         stranger = Uploader(uploader.client, "narseal_000000000000_" + "A" * 43)
-        for _ in range(6):
-            start = time.monotonic()
+        for _ in range(5):
             assert (await stranger.put("nix-cache-info", b""))[0] == 401
+        start = time.monotonic()
+        assert (await stranger.put("nix-cache-info", b""))[0] == 401
         assert time.monotonic() - start > 0.7  # the sixth waits for 0.8 s, the first three do not
         assert (await uploader.put("nix-cache-info", b""))[0] == 200
 

@@ -119,10 +119,10 @@ def test_every_nar_that_narseal_accepts_nix_restores(client: Nix) -> None:
     choice = random.Random(7)
     candidates = [good]
     for _ in range(4000):
-        data = bytearray(good)
-        at = choice.randrange(len(data))
-        data[at] = choice.choice([0, 1, 2, 47, 46, 97, 98, 255, data[at] ^ 1])
-        candidates.append(bytes(data))
+        changed = bytearray(good)
+        at = choice.randrange(len(changed))
+        changed[at] = choice.choice([0, 1, 2, 47, 46, 97, 98, 255, changed[at] ^ 1])
+        candidates.append(bytes(changed))
     accepted = []
     for data in candidates:
         reader = NarReader(max_size=len(data))

@@ -64,8 +64,10 @@ def test_every_setting_of_the_signer_is_documented() -> None:
 def commands(group: Group, prefix: str) -> list[str]:
     found = []
     for name, command in group.commands.items():
-        inner = isinstance(command, Group)
-        found += commands(command, f"{prefix} {name}") if inner else [f"{prefix} {name}"]
+        if isinstance(command, Group):
+            found += commands(command, f"{prefix} {name}")
+        else:
+            found.append(f"{prefix} {name}")
     return found
 
 

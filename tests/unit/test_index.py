@@ -16,7 +16,9 @@ async def test_closing_waits_for_what_runs_though_its_callers_are_gone(tmp_path:
     before = set(threading.enumerate())
     index = Index(url, "/nix/store")
     running = asyncio.create_task(index.run())
-    asks = [asyncio.create_task(index.nar(f"{n}.nar")) for n in range(50)]
+    asks: list[asyncio.Task[object]] = [
+        asyncio.create_task(index.nar(f"{n}.nar")) for n in range(50)
+    ]
     asks += [asyncio.create_task(index.stored_bytes()) for _ in range(50)]
     await asyncio.sleep(0.001)
     for ask in asks:

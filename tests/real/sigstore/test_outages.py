@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +130,11 @@ async def test_while_a_service_is_frozen_the_queue_grows_old_and_serving_goes_on
     ) as client:
         instance.rekor.freeze()
         try:
-            for item in items:
-                info = await client.narinfo(item.hash)
-                assert (await client.get(info.url))[0] == 200
+            urls = [(await client.narinfo(item.hash)).url for item in items]
+            assert [(await client.get(url))[0] for url in urls] == [200] * len(items)
             await client.until(lambda: metric("narseal_attest_oldest_seconds") > 2.5)
             assert metric("narseal_attest_queue") == 20
-            status, _, headers = await client.get(f"{info.url}.sigstore.json")
+            status, _, headers = await client.get(f"{urls[-1]}.sigstore.json")
             assert (status, headers["Retry-After"]) == (404, "1")
         finally:
             instance.rekor.thaw()
@@ -246,7 +246,7 @@ async def test_kill_at_any_moment_neither_loses_nor_signs_twice(
     def run(start: int, stop: int, kill_after: float | None) -> None:
         with narseal_process(tmp_path / "n", {"url": upstream.url}, cosign=settings) as proxy:
             for item in items[start:stop]:
-                until(lambda item=item: brought(proxy.url, item))
+                until(partial(brought, proxy.url, item))
                 if kill_after and item is items[(start + stop) // 2]:
                     time.sleep(kill_after)
                     os.kill(proxy.workers()[0], signal.SIGKILL)

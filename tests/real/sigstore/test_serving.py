@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from narseal.cosign import trust
-from narseal.cosign.bundle import Bundle
+from narseal.cosign.bundle import Bundle, Envelope
 from narseal.cosign.sign import KeylessSigner
 from narseal.cosign.statement import PREDICATE_TYPE, Statement
 from narseal.errors import ConfigError, UpstreamTrouble
@@ -120,7 +120,9 @@ async def test_what_is_served_verifies_with_cosign(
                 batches.add(body)
         assert len(batches) == 1
         line = batches.pop()
-        assert Statement.parse(Bundle.parse(line).content.payload).predicate_type == PREDICATE_TYPE
+        content = Bundle.parse(line).content
+        assert isinstance(content, Envelope)
+        assert Statement.parse(content.payload).predicate_type == PREDICATE_TYPE
         file.write_bytes(line)
         words = ["verify-blob-attestation", "--bundle", file, "--type", PREDICATE_TYPE]
         cosign.run(*words, *who(mode, signed, instance, cosign=True), nar)
@@ -168,8 +170,8 @@ async def test_signature_and_certificate_of_each_file_where_the_operator_asks_fo
             "verify-blob", "--signature", cosign.folder / "x.sig", "--certificate",
             cosign.folder / "x.pem", "--insecure-ignore-tlog", "--certificate-identity", IDENTITY,
             "--certificate-oidc-issuer", instance.issuer.url, nar,
-            SIGSTORE_ROOT_FILE=instance.folder / "ca.pem",
-            SIGSTORE_CT_LOG_PUBLIC_KEY_FILE=instance.folder / "ct.pub",
+            files={"SIGSTORE_ROOT_FILE": instance.folder / "ca.pem",
+                   "SIGSTORE_CT_LOG_PUBLIC_KEY_FILE": instance.folder / "ct.pub"},
         )  # fmt: skip
 
 
