@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -73,5 +72,4 @@ def _keep(name: str, data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    shutil.rmtree(KEPT / "tmp", ignore_errors=True)
     sys.exit(bool(main(float(sys.argv[1]))))

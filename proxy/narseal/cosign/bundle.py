@@ -6,7 +6,6 @@ Format: `sigstore_bundle.proto` of sigstore/protobuf-specs, in its JSON form.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +151,7 @@ def _field(tree: dict[str, Any], name: str, kind: type[Any]) -> Any:
 def _bytes(tree: dict[str, Any], name: str) -> bytes:
     try:
         return base64.b64decode(_field(tree, name, str), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, and text that is not ASCII
         raise MalformedAttestation(f"the bundle's {name} is not base64") from error
 
 

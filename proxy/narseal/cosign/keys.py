@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
@@ -54,7 +54,7 @@ class CosignPublicKey:
         """A PEM public key; MalformedKey if it is none, or not ECDSA P-256."""
         try:
             key = load_pem_public_key(pem.encode())
-        except ValueError as error:
+        except (ValueError, UnsupportedAlgorithm) as error:
             raise MalformedKey(f"not a PEM public key like cosign.pub: {error}") from error
         if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
             raise MalformedKey(
@@ -116,7 +116,7 @@ class CosignKey:
             raise MalformedKey("the password is wrong, or the key file is damaged") from error
         try:
             key = load_der_private_key(der, None)
-        except ValueError as error:
+        except (ValueError, UnsupportedAlgorithm) as error:
             raise MalformedKey(f"no PKCS#8 key inside: {error}") from error
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
             raise MalformedKey(

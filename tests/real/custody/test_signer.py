@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,14 @@ import pytest
 from narseal.cosign import statement
 from narseal.cosign.bundle import Envelope, render
 from narseal.cosign.statement import PAYLOAD_TYPE, AttestedPath
-from narseal.custody import agent as agent_module
 from narseal.custody import wire
 from narseal.custody.agent import AgentCosignKey, AgentKey
 from narseal.custody.file import FileKey
 from narseal.custody.requests import PathRequest
+from narseal.errors import Unavailable
 from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
+from narseal.nix.keys import Signature
 from narseal.signer import audit
 from tests.tools.asking import must_come
 from tests.tools.cache import Entry, entry, key, store_path
@@ -444,15 +444,22 @@ async def test_signer_killed_and_restarted_under_load(tmp_path: Path, upstream: 
             await client.narinfo(fresh.hash)
 
 
-async def test_the_log_goes_on_after_kill_9(monkeypatch: pytest.MonkeyPatch) -> None:
-    # however long the signer takes to be back on a busy machine
-    monkeypatch.setattr(agent_module, "_RECONNECT", 60.0)
+async def signed_by(agent: AgentKey, item: Entry) -> Signature:
+    """As often as the signer is found away."""
+    while True:
+        try:
+            return await agent.sign(PathRequest(item.info, None))
+        except Unavailable:
+            await asyncio.sleep(0.05)
+
+
+async def test_the_log_goes_on_after_kill_9(upstream: FakeCache) -> None:
     with signer() as found:
         for round_ in range(5):
             agent = AgentKey(found.url)
             items = [entry(f"k{round_}-{n}", b"%d" % n, compression="none").signed(UPSTREAM)
                      for n in range(200)]  # fmt: skip
-            asked = [asyncio.create_task(agent.sign(PathRequest(i.info, None))) for i in items]
+            asked = [asyncio.create_task(signed_by(agent, i)) for i in items]
             await asyncio.sleep(0.03 * round_)
             found.kill()
             found.start()
