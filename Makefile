@@ -10,7 +10,7 @@ export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test lint format bench docs tools vectors clean
+.PHONY: help serve dev test lint format fuzz bench docs tools vectors clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,7 +21,11 @@ serve: $(READY) ## run narseal on a sample cache, or in front of UPSTREAM=https:
 dev: $(READY) ## set up the development environment in .venv
 
 test: $(READY) tools lint ## everything: lint, types, layers, unit, property, faults, real clients
-	$(BIN)/pytest --durations=10
+	@data=$$(mktemp -d) && chmod 1777 $$data && export COVERAGE_FILE=$$data/data; \
+	$(BIN)/coverage run -m pytest --durations=10; code=$$?; \
+	$(BIN)/coverage combine --quiet; echo "coverage below 80 %, and in all:"; \
+	$(BIN)/coverage report | awk '/^(Name|TOTAL)/ || / [0-9]?[0-9]%$$/ && $$NF + 0 < 80'; \
+	rm -rf $$data; exit $$code
 
 lint: $(READY) ## ruff, mypy --strict, the layers
 	$(BIN)/ruff check .
@@ -32,6 +36,10 @@ lint: $(READY) ## ruff, mypy --strict, the layers
 format: $(READY) ## let ruff write the code's form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+fuzz: $(READY) tools ## fuzz every parser of untrusted input and both sockets for MINUTES=n (10)
+	@$(BIN)/uv sync --quiet --frozen --inexact --group fuzz
+	$(BIN)/python -m tests.fuzz $(or $(MINUTES),10)
 
 bench: $(READY) tools ## ratios against nginx, all from one run on this machine
 	$(BIN)/python -m tests.bench

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,9 @@ def _signing(instance: Sigstore) -> list[Row]:
     rows = []
     for name, signer in signers.items():
         signer.sign_digest(digests[0])  # certificate and connections
-        batch = _PATHS / _seconds(lambda signer=signer: signer.sign_statement(text), 5)
+        batch = _PATHS / _seconds(partial(signer.sign_statement, text), 5)
         count = _ONE_BY_ONE if not signer.costs_nothing else 400
-        each = 1 / _seconds(lambda signer=signer: signer.sign_digest(digests[1]), count)
+        each = 1 / _seconds(partial(signer.sign_digest, digests[1]), count)
         aim = "≥ 300" if name == "keyless" else ""
         rows.append(
             Row(f"paths signed a second, {name}: in batches of {_PATHS} against one by one",

@@ -7,7 +7,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,14 @@ def _signing(items: list[Entry], urls: dict[str, str]) -> list[Row]:
     for message in messages:
         plain.sign(message)
     pynacl = len(messages) / (time.perf_counter() - start)
-    open_ = {"file": FileKey.load, "agent": AgentKey, "SoftHSM": Pkcs11Key}
+    open_: dict[str, Callable[[str], Custodian]] = {
+        "file": FileKey.load,
+        "agent": AgentKey,
+        "SoftHSM": Pkcs11Key,
+    }
     rows = []
     for name, url in urls.items():
-        rate = uvloop.run(_rate(open_[name](url), requests))  # type: ignore[operator]
+        rate = uvloop.run(_rate(open_[name](url), requests))
         aim = "≥ 0.3" if name == "agent" else ""
         rows.append(
             Row(f"signatures a second, {name}, {_ON_THEIR_WAY} on their way, against pynacl",

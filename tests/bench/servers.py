@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.tools.narseal import Process, narseal_process
+from tests.tools.ports import free_ports
 
 SERVER_CORE = {0}
 LOAD = ["taskset", "-c", "1"]
@@ -30,18 +31,13 @@ http {{
 """
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def nginx(body: str, cores: set[int] = SERVER_CORE) -> Iterator[str]:
     """A one-worker nginx with this server block; its URL."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        port = free_port()
+        [port] = free_ports(1)
         config = folder / "nginx.conf"
         config.write_text("user root;" + _NGINX.format(folder=folder, port=port, body=body))
         process = subprocess.Popen(

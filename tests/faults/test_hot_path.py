@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tests.tools.cache import entry
 from tests.tools.narseal import UPSTREAM, Client, metric, narseal
 from tests.tools.upstream import FakeCache
+from tests.tools.waiting import PATIENCE, eventually
 
 ITEM = entry("item").signed(UPSTREAM)
 
@@ -37,7 +39,7 @@ class Wire:
 
     async def answer(self) -> tuple[int, bytes, bytes]:
         """Status, head and body of the next answer."""
-        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 10)
+        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), PATIENCE)
         length = next(
             int(line.split(b":")[1])
             for line in head.split(b"\r\n")
@@ -170,7 +172,7 @@ async def test_broken_http_is_400_and_the_end(
         async with Wire(client) as wire:
             await wire.send(BROKEN_HTTP[number])
             assert (await wire.answer())[0] == 400
-            assert await asyncio.wait_for(wire.reader.read(), 5) == b""
+            assert await asyncio.wait_for(wire.reader.read(), PATIENCE) == b""
         assert (await client.get("healthz"))[0] == 200
 
 
@@ -197,7 +199,7 @@ async def test_headers_that_change_the_answer_do_not_take_the_hot_path(
         async with Wire(client) as wire:
             await wire.send(get(target, "Connection: close"))
             assert (await wire.answer())[2] == body
-            assert await asyncio.wait_for(wire.reader.read(), 5) == b""
+            assert await asyncio.wait_for(wire.reader.read(), PATIENCE) == b""
         async with Wire(client) as wire:
             await wire.send(get(target).replace(b"HTTP/1.1", b"HTTP/1.0"))
             assert (await wire.answer())[2] == body
@@ -207,7 +209,7 @@ async def test_a_dribbled_head_is_cut_off_at_its_deadline(
     tmp_path: Path, upstream: FakeCache
 ) -> None:
     async with (
-        narseal(tmp_path, {"url": upstream.url}, limits={"header_timeout": "500ms"}) as client,
+        narseal(tmp_path, {"url": upstream.url}, limits={"header_timeout": "2s"}) as client,
         Wire(client) as silent,
         Wire(client) as dribbling,
         Wire(client) as good,
@@ -216,13 +218,16 @@ async def test_a_dribbled_head_is_cut_off_at_its_deadline(
         await good.answer()
         await dribbling.send(get("/healthz"))
         await dribbling.answer()
-        for byte in get("/" + "x" * 30):
-            if dribbling.writer.is_closing() or dribbling.reader.at_eof():
-                break
-            dribbling.writer.write(bytes([byte]))
+        endless = itertools.chain(b"GET /", itertools.repeat(ord("x")))
+
+        async def cut_off() -> bool:
+            if not dribbling.writer.is_closing():
+                dribbling.writer.write(bytes([next(endless)]))
             await asyncio.sleep(0.1)
+            return dribbling.reader.at_eof()
+
+        await eventually(cut_off)
         assert await silent.reader.read() == b""
-        assert dribbling.reader.at_eof()
         await good.send(get("/healthz"))  # idle between requests is not a dribble
         assert (await good.answer())[0] == 200
 
@@ -261,7 +266,7 @@ async def test_any_bytes_leave_the_server_standing(tmp_path: Path, upstream: Fak
             async with Wire(client) as wire:
                 await wire.send(sample)
                 wire.writer.write_eof()
-                answer = await asyncio.wait_for(wire.reader.read(), 10)
+                answer = await asyncio.wait_for(wire.reader.read(), PATIENCE)
                 assert not answer or answer.startswith(b"HTTP/1.")
         async with Wire(client) as wire:
             await wire.send(request)

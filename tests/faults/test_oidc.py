@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ async def test_tokens_that_are_not_taken(what: str, tmp_path: Path, issuer: Issu
     stranger = Issuer()
     stranger.url = issuer.url
     pem = "-----BEGIN PUBLIC KEY-----"
-    token = {
+    makers: dict[str, Callable[[], str]] = {
         "audience": lambda: issuer.token(SUBJECT),
         "issuer": lambda: good(issuer, iss="https://elsewhere.example"),
         "subject": lambda: issuer.token("repo:evil/app:ref:refs/heads/main", aud="narseal"),
@@ -80,7 +80,8 @@ async def test_tokens_that_are_not_taken(what: str, tmp_path: Path, issuer: Issu
             headers={"kid": "1"},
         ),
         "rubbish": lambda: "a.b.c",
-    }[what]()  # fmt: skip
+    }  # fmt: skip
+    token = makers[what]()
     async with uploading(tmp_path, issuer) as bearing:
         status, _ = await bearing(token).put(ITEM.info.url, ITEM.file)
         assert status == 401

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from narseal.nix.realisation import Realisation
 from narseal.pipeline.trust.policy import known_keys
 from tests.faults.test_uploads import Uploader, add
 from tests.tools.cache import Entry, entry, key
+from tests.tools.changing import everywhere
 from tests.tools.command import narseal_command
 from tests.tools.narseal import (
     OPERATOR,
     UPSTREAM,
     Client,
-    Process,
     metric,
     narseal,
     narseal_process,
@@ -35,6 +35,7 @@ from tests.tools.narseal import (
     settings,
 )
 from tests.tools.upstream import FakeCache
+from tests.tools.waiting import eventually
 
 SLSA = "https://slsa.dev/provenance/v1"
 SBOM = "https://spdx.dev/Document"
@@ -152,12 +153,11 @@ async def test_nothing_of_a_kept_back_path_carries_our_signature(tmp_path: Path)
         # attested: signed in both ways
         await pipeline.attest(digest_of(APP), attested(APP))
         await client.narinfo(APP.hash)
-        for _ in range(100):
-            found = await client.get(f"{APP.info.url}.sigstore.json")
-            if found[0] == 200:
-                break
-            await asyncio.sleep(0.05)
-        assert found[0] == 200
+
+        async def signed() -> bool:
+            return (await client.get(f"{APP.info.url}.sigstore.json"))[0] == 200
+
+        await eventually(signed)
         lines = (await client.get(f"attestations/{APP.info.store_path}"))[1].splitlines()
         assert len(lines) == 2
 
@@ -176,9 +176,7 @@ async def test_attestation_lets_through_what_an_upstream_has(
         assert status["evidence"] == "signature upstream-1"
         # by the name of the path this time
         assert (await pipeline.attest(str(app.info.store_path), attested(app)))[0] == 201
-        start = time.monotonic()
         info = await client.narinfo(app.hash)
-        assert time.monotonic() - start < 1
         assert (await client.get(info.url))[1] == app.file
         status = json.loads((await client.get(f"status/{app.info.store_path}"))[1])
         assert status["policy"] == {
@@ -388,21 +386,6 @@ async def test_realisation_of_a_kept_back_path_is_kept_back(tmp_path: Path) -> N
         assert OPERATOR.public.name.encode() in body
 
 
-async def everywhere(process: Process, item: Entry, status: int) -> float:
-    """Seconds until every worker answers so: 40 fresh connections in a row."""
-    start = last = time.monotonic()
-    row = 0
-    while row < 40:
-        async with (
-            aiohttp.ClientSession() as fresh,
-            fresh.get(f"{process.url}/{item.hash}.narinfo") as response,
-        ):
-            row = row + 1 if response.status == status else 0
-            last = last if row else time.monotonic()
-        assert time.monotonic() - start < 10
-    return last - start
-
-
 async def test_changed_rules_reach_every_worker_and_the_folder(tmp_path: Path) -> None:
     token = add(tmp_path)
     upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
@@ -417,19 +400,19 @@ async def test_changed_rules_reach_every_worker_and_the_folder(tmp_path: Path) -
             await kept_back(client, APP)
 
             assert (await pipeline.attest(digest_of(APP), attested(APP)))[0] == 201
-            assert await everywhere(process, APP, 200) < 1
+            await everywhere(process, APP, 200)
             assert f"{APP.hash}.narinfo" in client.published()
+
+            def shown(wanted: bool) -> bool:
+                return (f"{APP.hash}.narinfo" in client.published()) == wanted
+
             for policy, status in (([rule | {"predicate_types": [SBOM]}], 403), ([rule], 200)):
                 new = tmp_path / "new.toml"
                 new.write_text(render_toml(settings(tmp_path, policy=policy, **more)))
                 new.replace(tmp_path / "narseal.toml")
-                took = await everywhere(process, APP, status)
-                print(f"{status} everywhere after {took:.2f} s")
-                assert took < 2
+                await everywhere(process, APP, status)
                 there = status == 200
-                await client.until(
-                    lambda there=there: (f"{APP.hash}.narinfo" in client.published()) == there
-                )
+                await client.until(partial(shown, there))
 
 
 @pytest.mark.parametrize(
@@ -470,9 +453,8 @@ async def test_changed_rules_reach_every_worker_and_the_folder(tmp_path: Path) -
 def test_wrong_rules_are_named(rule: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     file = tmp_path / "narseal.toml"
     tree = settings(tmp_path, {"url": "http://127.0.0.1:9"})
-    environment = {"NARSEAL_POLICY": json.dumps([rule])}
     file.write_text(render_toml(tree))
-    done = narseal_command("check-config", "--config", file, **environment)
+    done = narseal_command("check-config", "--config", file, NARSEAL_POLICY=json.dumps([rule]))
     assert done.returncode == 2, done.stderr
     assert sentence in done.stderr
     assert "policy" in done.stderr or "nowhere" in done.stderr
@@ -484,11 +466,11 @@ async def test_policy_test_says_which_rule_and_why(tmp_path: Path, upstream: Fak
     file = tmp_path / "narseal.toml"
     tree = settings(tmp_path, {"url": upstream.url})
     file.write_text(render_toml(tree))
-    rules = {"NARSEAL_POLICY": json.dumps([RULE, {"match": "o*", "require": "signature",
-                                                  "keys": ["upstream-1"]}])}  # fmt: skip
+    other_rule = {"match": "o*", "require": "signature", "keys": ["upstream-1"]}
+    rules = json.dumps([RULE, other_rule])
 
     def test(*words: str) -> tuple[int, str]:
-        done = narseal_command("policy", "test", "--config", file, *words, **rules)
+        done = narseal_command("policy", "test", "--config", file, *words, NARSEAL_POLICY=rules)
         return done.returncode, done.stdout + done.stderr
 
     code, text = await asyncio.to_thread(test, f"/nix/store/{app.info.store_path}")
@@ -517,4 +499,4 @@ def test_a_rule_that_names_one_of_two_keys_is_refused() -> None:
         "policy": [{"match": "*", "require": "signature", "keys": ["upstream-1"]}],
     }
     with pytest.raises(ConfigError, match="two keys are called upstream-1"):
-        known_keys(Config(**tree), [])
+        known_keys(Config.model_validate(tree), [])

@@ -267,6 +267,7 @@ async def test_wrong_file_hash_over_right_content_is_corrected(
     tmp_path: Path, upstream: FakeCache
 ) -> None:
     claimed = Hash.sha256(b"not this file")
+    assert GOOD.info.file_hash
     item = GOOD.but(file_hash=claimed, file_size=7)
     upstream.add(item)
     async with narseal(tmp_path, {"url": upstream.url}) as client:

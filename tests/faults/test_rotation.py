@@ -14,9 +14,9 @@ import pytest
 
 from narseal.custody import write_private
 from narseal.nix.narinfo import NarInfo
-from tests.faults.test_reload import logged, write
 from tests.faults.test_uploads import Uploader, add
 from tests.tools.cache import Entry, entry, key
+from tests.tools.changing import logged, write
 from tests.tools.command import narseal_command
 from tests.tools.narseal import (
     OPERATOR,
@@ -26,6 +26,7 @@ from tests.tools.narseal import (
     narseal_process,
 )
 from tests.tools.upstream import FakeCache
+from tests.tools.waiting import eventually
 
 NEW = key("operator-2")
 
@@ -68,27 +69,23 @@ async def test_a_new_key_signs_everything_in_the_background(
             for item in items:
                 info = await client.narinfo(item.hash)
                 await client.get(info.url)
-            signing = both(tmp_path) | {"resign_rate": 100}
+            signing = both(tmp_path) | {"resign_rate": 40}
             write(process, there, workers=2, signing=signing)
             logged(process, "is in force")
-            begun = time.monotonic()
-            seen = set()
-            while True:
-                status = json.loads((await client.get("status"))[1])
-                seen.add(status["lackSignatures"])
-                if status["lackSignatures"] == 0:
-                    break
-                assert time.monotonic() - begun < 30
-                await asyncio.sleep(0.05)
-            took = time.monotonic() - begun
-            assert took > 0.5  # 120 paths at 100 a second
-            assert len(seen) > 2  # progress can be seen
+            seen: list[int] = []
+
+            async def done() -> bool:
+                seen.append(json.loads((await client.get("status"))[1])["lackSignatures"])
+                return seen[-1] == 0
+
+            await eventually(done)
+            assert len(set(seen)) > 2  # progress can be seen
+            assert seen == sorted(seen, reverse=True)
             # nobody asked for them: the folder has them
-            for _ in range(100):
-                if in_folder(tmp_path) == [{"upstream-1", "operator-1", "operator-2"}] * 120:
-                    break
-                await asyncio.sleep(0.05)
-            assert in_folder(tmp_path) == [{"upstream-1", "operator-1", "operator-2"}] * 120
+            everybody = {"upstream-1", "operator-1", "operator-2"}
+            await client.until(lambda: in_folder(tmp_path) == [everybody] * 120)
+            written = [p.stat().st_mtime for p in (tmp_path / "storage").glob("*.narinfo")]
+            assert max(written) - min(written) > 2  # 120 paths at 40 a second
             metrics = (await client.get("metrics"))[1].decode()
             assert 'narseal_resigned_total{result="signed"} 120.0' in metrics
             assert "narseal_resign_waiting 0.0" in metrics
@@ -100,26 +97,41 @@ async def test_a_new_key_signs_everything_in_the_background(
 async def test_keys_sign_from_their_beginning_to_their_end(
     tmp_path: Path, upstream: FakeCache
 ) -> None:
-    items = [entry(f"w{n}", b"%d" % n).signed(UPSTREAM) for n in range(3)]
+    items = [entry(f"w{n}", b"%d" % n).signed(UPSTREAM) for n in range(60)]
     upstream.add(*items)
-    now = datetime.now(UTC)
+    begins = datetime.now(UTC) + timedelta(seconds=3)
+    ends = begins + timedelta(seconds=2)
     tmp_path.mkdir(exist_ok=True)
     write_private(tmp_path / "operator.secret", OPERATOR.render())
-    keys = both(tmp_path, not_before=now + timedelta(seconds=4))
-    keys["key"][0]["not_after"] = now + timedelta(seconds=7)
+    keys = both(tmp_path, not_before=begins)
+    keys["key"][0]["not_after"] = ends
     async with narseal(tmp_path, {"url": upstream.url}, signing=keys) as client:
 
         async def names(item: Entry) -> set[str]:
             return signers((await client.get(f"{item.hash}.narinfo"))[1]) - {"upstream-1"}
 
-        assert await names(items[0]) == {"operator-1"}
-        await asyncio.sleep(4.2 - (datetime.now(UTC) - now).total_seconds())
-        assert await names(items[1]) == {"operator-1", "operator-2"}
-        await asyncio.sleep(7.2 - (datetime.now(UTC) - now).total_seconds())
-        assert await names(items[2]) == {"operator-2"}
-        await asyncio.sleep(2)  # the background has seen to the first one
-        status = json.loads((await client.get("status"))[1])
-        assert [k["active"] for k in status["keys"]] == [False, True]
+        asked = begins
+        for item in items:
+            asked = datetime.now(UTC)
+            found = await names(item)
+            answered = datetime.now(UTC)
+            if answered < begins:
+                assert found == {"operator-1"}
+            elif begins <= asked and answered < ends:
+                assert found == {"operator-1", "operator-2"}
+            elif ends <= asked:
+                assert found == {"operator-2"}
+            await asyncio.sleep(0.1)
+        assert begins < asked
+
+        async def first_has_ended() -> bool:
+            status = json.loads((await client.get("status"))[1])
+            return [k["active"] for k in status["keys"]] == [False, True]
+
+        await eventually(first_has_ended)
+        last = entry("last", b"last").signed(UPSTREAM)
+        upstream.add(last)
+        assert await names(last) == {"operator-2"}
 
 
 async def test_without_any_active_key_nothing_is_served_unsigned(
@@ -174,18 +186,16 @@ async def test_revoked_while_64_readers_read(tmp_path: Path, upstream: FakeCache
                         counts["after" if asked > revoked_at else "before"] += 1
 
             readers = [asyncio.create_task(read(n)) for n in range(64)]
-            await asyncio.sleep(1)
+            await client.until(lambda: counts["before"] > 100)
             outcome = await asyncio.to_thread(
                 narseal_command, "revoke", "operator-1", "--reason", "stolen", "--json",
                 "--config", tmp_path / "narseal.toml",
             )  # fmt: skip
             revoked_at = time.monotonic()
-            await asyncio.sleep(1)
+            await client.until(lambda: counts["after"] > 100)
             done.set()
             await asyncio.gather(*readers)
             assert late == []
-            assert counts["before"] > 100
-            assert counts["after"] > 100
             tree = json.loads(outcome.stdout)
             assert (outcome.returncode, tree["stripped"], tree["signed"]) == (1, 62, 61), tree
             [lost] = tree["withdrawn"]

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from narseal.storage import Index, LocalStorage
 from tests.tools.cache import Entry, entry
 from tests.tools.command import narseal_command
 from tests.tools.narseal import OPERATOR, Process, is_countersigned, narseal_process
+from tests.tools.waiting import eventually
 
 KILLS = 50
 
@@ -131,10 +131,11 @@ async def _until_nothing_is_wrong(folder: Path) -> None:
     running = asyncio.create_task(index.run())
     storage = LocalStorage(f"file://{folder}/storage")
     keys = {OPERATOR.public.name: OPERATOR.public}
-    deadline = time.monotonic() + 10
-    while found := [p async for p in problems(index, storage, keys, content=True)]:
-        assert time.monotonic() < deadline, found
-        await asyncio.sleep(0.05)
+
+    async def nothing_is_wrong() -> bool:
+        return not [p async for p in problems(index, storage, keys, content=True)]
+
+    await eventually(nothing_is_wrong)
     await index.close()
     await running
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import lzma
 from dataclasses import replace
 
 import pytest
@@ -187,7 +184,7 @@ def test_a_cut_or_lengthened_nar_is_refused(node: nar.Node, data: st.DataObject)
             reader.finish()
 
 
-HOSTILE = {
+HOSTILE: dict[str, nar.Node] = {
     "dot dot": nar.Directory({b"..": nar.Regular(b"")}),
     "dot": nar.Directory({b".": nar.Regular(b"")}),
     "slash": nar.Directory({b"a/b": nar.Regular(b"")}),
@@ -266,13 +263,12 @@ def test_truncated_streams_are_refused(compression: str, data: st.DataObject) ->
         decoder.finish()
 
 
-BOMBS = {"xz": lzma.compress, "bzip2": bz2.compress, "gzip": gzip.compress, "zstd": COMPRESS["zstd"],
-         "br": COMPRESS["br"]}  # fmt: skip
+BOMBS = ("xz", "bzip2", "gzip", "zstd", "br")
 
 
 @pytest.mark.parametrize("compression", BOMBS)
 def test_a_bomb_comes_out_in_bounded_pieces(compression: str) -> None:
-    file = BOMBS[compression](bytes(32 << 20))
+    file = COMPRESS[compression](bytes(32 << 20))
     taken = 0
     for piece in decompressor(compression).feed(file):
         assert len(piece) <= 1 << 20

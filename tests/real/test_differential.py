@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 
@@ -12,13 +11,10 @@ from narseal.errors import NarsealError
 from narseal.nix import nar
 from narseal.nix.nar import NarReader
 from narseal.nix.narinfo import NarInfo
-from tests.tools.cache import entry, store_path
-from tests.tools.narseal import UPSTREAM
+from tests.tools.differential import ITEM, read_by_nix
 from tests.tools.nix import Nix, nix
 
 pytestmark = pytest.mark.real
-
-_ITEM = entry("item", references=(store_path("dep"),)).signed(UPSTREAM)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +25,7 @@ def client() -> Iterator[Nix]:
 
 def variants() -> list[bytes]:
     """Texts near a good narinfo, always the same ones."""
-    text = _ITEM.info.render()
+    text = ITEM.info.render()
     lines = text.splitlines(keepends=True)
     choice = random.Random(2034)
     found = [
@@ -54,33 +50,6 @@ def variants() -> list[bytes]:
     return found
 
 
-def read_by_nix(client: Nix, texts: list[bytes]) -> list[dict[str, object] | None]:
-    """What `nix path-info` makes of each, None where it gives up; one cache folder for each."""
-    hash_part = _ITEM.hash
-    for number, text in enumerate(texts):
-        cache = client.folder / f"c{number}"
-        cache.mkdir(exist_ok=True)
-        (cache / "nix-cache-info").write_text("StoreDir: /nix/store\n")
-        (cache / f"{hash_part}.narinfo").write_bytes(text)
-    client.forget()
-    path = _ITEM.info.store_path.full("/nix/store")
-    script = (
-        f"for n in $(seq 0 {len(texts) - 1}); do printf '='; timeout 20 nix path-info --json --json-format 1"
-        f" --store file://{client.path('.')}/c$n {path} 2>/dev/null | head -c 100000 | tr -d '\\n';"
-        " echo; done"
-    )
-    answers = client.script(script.replace("set -e;", "") + "; true").split("\n")
-    assert len(answers) == len(texts)
-    found: list[dict[str, object] | None] = []
-    for answer in answers:
-        tree = json.loads(answer[1:]) if answer[1:] else {}
-        value = next(iter(tree.values()), None)
-        if value:
-            value = {k: v for k, v in value.items() if k not in ("url", "registrationTime")}
-        found.append(value)
-    return found
-
-
 def test_what_narseal_accepts_nix_reads_the_same(client: Nix) -> None:
     texts = variants()
     parsed: list[NarInfo | None] = []
@@ -97,8 +66,8 @@ def test_what_narseal_accepts_nix_reads_the_same(client: Nix) -> None:
     for number in accepted:
         info = parsed[number]
         assert info
-        assert ours[number] or info.store_path != _ITEM.info.store_path, texts[number]
-        if by_nix[number] and info.store_path == _ITEM.info.store_path:
+        assert ours[number] or info.store_path != ITEM.info.store_path, texts[number]
+        if by_nix[number] and info.store_path == ITEM.info.store_path:
             theirs, mine = dict(by_nix[number] or {}), dict(ours[number] or {})
             # a malformed Sig is dropped here; Nix keeps what it cannot read
             theirs_sigs, my_sigs = theirs.pop("signatures"), mine.pop("signatures")
@@ -119,10 +88,10 @@ def test_every_nar_that_narseal_accepts_nix_restores(client: Nix) -> None:
     choice = random.Random(7)
     candidates = [good]
     for _ in range(4000):
-        data = bytearray(good)
-        at = choice.randrange(len(data))
-        data[at] = choice.choice([0, 1, 2, 47, 46, 97, 98, 255, data[at] ^ 1])
-        candidates.append(bytes(data))
+        changed = bytearray(good)
+        at = choice.randrange(len(changed))
+        changed[at] = choice.choice([0, 1, 2, 47, 46, 97, 98, 255, changed[at] ^ 1])
+        candidates.append(bytes(changed))
     accepted = []
     for data in candidates:
         reader = NarReader(max_size=len(data))

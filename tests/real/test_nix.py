@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import subprocess
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from narseal.custody import write_private
-from tests.faults.test_reload import logged, write
 from tests.tools.cache import key
+from tests.tools.changing import logged, write
 from tests.tools.command import narseal_command
 from tests.tools.narseal import OPERATOR, Process, narseal_process
 from tests.tools.nix import Nix, nix
+from tests.tools.waiting import until
 
 pytestmark = pytest.mark.real
 
@@ -159,10 +159,7 @@ def test_narseals_own_folder_is_a_plain_binary_cache(
     client.run("nix", "copy", "--from", proxy.url, "--to", store_of(client), built.all)
     wanted = {f"{path[11:43]}.narinfo" for path in built.closure}
     storage = proxy.folder / "storage"
-    deadline = time.monotonic() + 20
-    while not wanted <= {p.name for p in storage.glob("*.narinfo")}:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: wanted <= {p.name for p in storage.glob("*.narinfo")})
     with nix() as other:
         other.config["trusted-public-keys"] = proxy.public_key
         # the folder is seen by Nix below the scratch folder of the builder
@@ -282,12 +279,7 @@ def test_keys_rotate_under_clients_with_the_old_both_and_the_new(
             write(running, upstream, workers=2, signing={"key": [first, second]})
             logged(running, "is in force")
             reading.result()
-        for _ in range(600):
-            done = narseal_command("status", "--from", running.url)
-            if " 0 paths lack" in done.stdout:
-                break
-            time.sleep(0.1)
-        assert " 0 paths lack" in done.stdout
+        until(lambda: " 0 paths lack" in narseal_command("status", "--from", running.url).stdout)
         copies("old", "both", "new")
         with ThreadPoolExecutor(1) as pool:
             reading = pool.submit(copies, "both", "new")

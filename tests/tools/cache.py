@@ -59,6 +59,11 @@ def tree(contents: bytes) -> nar.Node:
     )
 
 
+def unzstd(data: bytes) -> bytes:
+    """What zstd made of other bytes, whole."""
+    return zstd.decompress(data)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A path of a cache: its narinfo as a value, its files as bytes."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.tools import debian
+from tests.tools.waiting import PATIENCE
+
+_NO_FILES: Mapping[str, Path] = {}
 
 
 class Cosign:
@@ -19,11 +23,11 @@ class Cosign:
         return debian.inside(file)
 
     def try_run(
-        self, *argv: str | Path, password: str = "", **more: Path
+        self, *argv: str | Path, password: str = "", files: Mapping[str, Path] = _NO_FILES
     ) -> subprocess.CompletedProcess[str]:
         """A command, whatever becomes of it; paths are given as this side sees them.
 
-        `more` are variables of its environment that name files.
+        `files` are variables of its environment that name some.
         """
         (self.folder / "home").mkdir(exist_ok=True)
         words = [self.path(word) if isinstance(word, Path) else word for word in argv]
@@ -31,7 +35,7 @@ class Cosign:
             f"HOME={self.path(self.folder / 'home')}",
             f"COSIGN_PASSWORD={password}",
             "COSIGN_YES=true",
-            *(f"{name}={self.path(file)}" for name, file in more.items()),
+            *(f"{name}={self.path(file)}" for name, file in files.items()),
             # nobody answers there: a call that wants the network fails at once
             "HTTPS_PROXY=http://127.0.0.1:9",
             "NO_PROXY=localhost,127.0.0.1",
@@ -40,11 +44,13 @@ class Cosign:
             environment = ["-i", "PATH=/usr/bin:/bin", *environment]
         return subprocess.run(
             debian.command(["/usr/bin/env", *environment, "cosign", *words]),
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=PATIENCE,
         )  # fmt: skip
 
-    def run(self, *argv: str | Path, password: str = "", **more: Path) -> str:
+    def run(
+        self, *argv: str | Path, password: str = "", files: Mapping[str, Path] = _NO_FILES
+    ) -> str:
         """A command that must work."""
-        result = self.try_run(*argv, password=password, **more)
+        result = self.try_run(*argv, password=password, files=files)
         assert result.returncode == 0, f"{argv}: {result.stdout}\n{result.stderr}"
         return result.stdout

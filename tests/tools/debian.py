@@ -12,13 +12,16 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 CACHE = Path(os.environ.get("TESTS_CACHE", Path.home() / ".cache" / "narseal-tests"))
 ROOT = CACHE / "sid"
 #: With the Nix of Debian bookworm, 2.8: the oldest client that tests drive.
 OLD_ROOT = CACHE / "bookworm"
+#: With Go, made only where this machine has none and something must be built with it.
+_GO_ROOT = CACHE / "sid-go"
 #: Commands that tests use, and the packages that bring them.
 PACKAGES = {
     "debootstrap": "debootstrap",
@@ -38,9 +41,7 @@ _ENTER = 'mount --bind /proc "$0/proc" && mount --rbind /dev "$0/dev" && exec ch
 
 def install() -> None:
     """Bring everything that is missing; CalledProcessError if Debian's packages are out of reach."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked():
         missing = [package for command, package in PACKAGES.items() if not shutil.which(command)]
         if missing:
             _install(missing)
@@ -51,6 +52,39 @@ def install() -> None:
         for root in (ROOT, OLD_ROOT):
             if root.exists():  # else cosign asks a name server for localhost
                 (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Alone in the cache: who makes something there waits for who makes it already."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def go_root() -> Path:
+    """A Debian root that has Go, made if it is missing; to be called while `locked`.
+
+    Go in it speaks to the proxies that this machine's Go would: by variables of the environment,
+    `go env -w` and the certificates that this machine trusts.
+    """
+    if not shutil.which("debootstrap"):
+        _install([PACKAGES["debootstrap"]])
+    if not _GO_ROOT.exists():
+        _make_root(_GO_ROOT, "go version", ("golang-go", "ca-certificates"))
+    certificates = Path("/etc/ssl/certs/ca-certificates.crt")
+    settings = Path.home() / ".config" / "go" / "env"
+    for file, there in (
+        (certificates, certificates),
+        (settings, Path("/root/.config/go/env")),
+        (Path("/etc/resolv.conf"), Path("/etc/resolv.conf")),
+    ):
+        if file.exists():
+            target = _GO_ROOT / there.relative_to("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    return _GO_ROOT
 
 
 def _install(packages: list[str]) -> None:
@@ -103,6 +137,7 @@ def scratch(root: Path = ROOT) -> Path:
 
 
 def _make_root(root: Path, programs: str, packages: Sequence[str]) -> None:
+    """A root with these packages, named after Debian's suite (and what it is for, after a dash)."""
     part = root.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     sites = subprocess.run(
@@ -117,7 +152,7 @@ def _make_root(root: Path, programs: str, packages: Sequence[str]) -> None:
             "debootstrap",
             "--variant=minbase",
             f"--include={','.join(packages)}",
-            root.name,
+            root.name.partition("-")[0],
             str(part),
             mirror,
         ],

@@ -7,8 +7,7 @@ import re
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +24,7 @@ from narseal.nix.narinfo import NarInfo
 from narseal.server.worker import Stop, work
 from narseal.storage import Epoch, LocalStorage, epoch_file, migrate
 from tests.tools.cache import key
+from tests.tools.waiting import PATIENCE, eventually
 
 OPERATOR = key("operator-1")
 UPSTREAM = key("upstream-1")
@@ -81,6 +81,14 @@ class Client:
         assert status == 404, (status, body)
         return headers["X-Narseal-Reason"]
 
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Wait for something that happens behind the answer."""
+
+        async def met() -> object:
+            return condition()
+
+        await eventually(met)
+
     def published(self) -> set[str]:
         """Files of storage that a client of the folder could see."""
         return {
@@ -88,13 +96,6 @@ class Client:
             for path in self.storage.rglob("*")
             if path.is_file() and ".narseal" not in path.parts and path.name != "nix-cache-info"
         }
-
-    async def until(self, condition: Any, seconds: float = 10.0) -> None:
-        """Wait for something that happens behind the answer."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, "it did not happen"
-            await asyncio.sleep(0.01)
 
 
 def is_countersigned(info: NarInfo) -> bool:
@@ -135,7 +136,7 @@ async def narseal(folder: Path, *upstreams: dict[str, Any], **more: Any) -> Asyn
     if task.done():
         task.result()
     connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=60)
+    timeout = aiohttp.ClientTimeout(total=PATIENCE)
     try:
         async with aiohttp.ClientSession(
             connector=connector, auto_decompress=False, timeout=timeout
@@ -189,7 +190,7 @@ def narseal_process(folder: Path, *upstreams: dict[str, Any], **more: Any) -> It
     finally:
         process.terminate()
         try:
-            process.wait(40)
+            process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
             raise

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.tools import debian
+from tests.tools.waiting import PATIENCE
 
 _CONFIG = """\
 experimental-features = nix-command flakes ca-derivations
 sandbox = false
 build-users-group =
 substituters =
-connect-timeout = 5
+connect-timeout = 60
 """
 
 
@@ -55,7 +56,7 @@ class Nix:
         clean = ["env", *pairs] if here else ["/usr/bin/env", "-i", *pairs]
         return subprocess.run(
             debian.command([*clean, *argv], self._root),
-            capture_output=True, text=True, timeout=300,
+            capture_output=True, text=True, timeout=PATIENCE,
         )  # fmt: skip
 
     def script(self, text: str) -> str:

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ from narseal.cosign.keys import CosignKey
 from narseal.custody import write_private
 from tests.tools.cache import key
 from tests.tools.narseal import OPERATOR, UPSTREAM, render_toml
+from tests.tools.waiting import PATIENCE, until
 
 AUDIT = key("audit-1")
 #: Debian has it on every machine; nothing of ours runs as it.
@@ -57,19 +57,20 @@ class Signer:
 
     def wait(self) -> None:
         """Until it takes connections."""
-        deadline = time.monotonic() + 20
-        while True:
+
+        def answers() -> bool:
             with socket.socket(socket.AF_UNIX) as sock, suppress(OSError):
                 sock.connect(str(self.socket))
-                return
-            gone = self.process is None or self.process.poll() is not None
-            assert not gone and time.monotonic() < deadline, self.errors.read_text()
-            time.sleep(0.02)
+                return True
+            assert self.process and self.process.poll() is None, self.errors.read_text()
+            return False
+
+        until(answers)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         assert self.process is not None
         self.process.send_signal(number)
-        self.process.wait(20)
+        self.process.wait(PATIENCE)
 
     def freeze(self) -> None:
         assert self.process is not None
@@ -164,7 +165,11 @@ class SoftHsm:
 
     def _run(self, *argv: str) -> None:
         done = subprocess.run(
-            argv, env=os.environ | self.environment, capture_output=True, text=True, timeout=60
+            argv,
+            env=os.environ | self.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
         )
         assert done.returncode == 0, done.stdout + done.stderr
 

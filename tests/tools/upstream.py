@@ -92,13 +92,20 @@ class FakeCache:
         return fault
 
 
-def delay(seconds: float) -> Fault:
-    """Answer late."""
+class Gate:
+    """A fault that holds a request back until it is opened."""
 
-    async def fault(_: web.Request) -> None:
-        await asyncio.sleep(seconds)
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self._open = asyncio.Event()
 
-    return fault
+    def open(self) -> None:
+        """Let everybody through."""
+        self._open.set()
+
+    async def __call__(self, _: web.Request) -> None:
+        self.reached.set()
+        await self._open.wait()
 
 
 def status(code: int, **headers: str) -> Fault:

@@ -136,6 +136,7 @@ def test_cosign_settings_that_contradict_are_errors(text: str, sentence: str) ->
 
 @pytest.mark.parametrize("command", ["verify", "config"])
 def test_regular_expression_that_is_none_is_an_error(tmp_path: Path, command: str) -> None:
+    words: list[str | Path]
     if command == "verify":
         file = tmp_path / "x"
         file.write_text("")
@@ -156,7 +157,7 @@ def test_public_instance_out_of_reach_is_exit_code_3(tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_text("")
     nowhere = "http://127.0.0.1:9"
-    words = ["verify", file, "--identity", "a", "--issuer", "b"]
+    words: list[str | Path] = ["verify", file, "--identity", "a", "--issuer", "b"]
     result = narseal_command(*words, HTTPS_PROXY=nowhere, https_proxy=nowhere, HOME=str(tmp_path))
     assert result.returncode == 3, result.stderr
     assert "with no network, give a file" in result.stderr
@@ -288,10 +289,17 @@ def test_container_layout_is_signed_as_its_index_after_its_blobs_were_checked(
     (tmp_path / "pw").write_text("pw")
     (tmp_path / "pw").chmod(0o600)
     (tmp_path / "cosign.pub").write_text(KEY.public.render())
-    words = ["sign", folder, "--key", tmp_path / "cosign.key", "--password-file", tmp_path / "pw"]
+    words: list[str | Path] = [
+        "sign",
+        folder,
+        "--key",
+        tmp_path / "cosign.key",
+        "--password-file",
+        tmp_path / "pw",
+    ]
     assert release.check_layout(folder) == 3
     assert narseal_command(*words).returncode == 0
-    check = ["verify", folder, "--key", tmp_path / "cosign.pub"]
+    check: list[str | Path] = ["verify", folder, "--key", tmp_path / "cosign.pub"]
     assert narseal_command(*check).returncode == 0
     blob = next(b for b in (folder / "blobs/sha256").iterdir() if b.read_bytes() == b"layer")
     blob.write_bytes(b"other")

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 from narseal.storage import Index, migrate
+from tests.tools.waiting import PATIENCE
 
 
 async def test_closing_waits_for_what_runs_though_its_callers_are_gone(tmp_path: Path) -> None:
@@ -15,13 +16,15 @@ async def test_closing_waits_for_what_runs_though_its_callers_are_gone(tmp_path:
     before = set(threading.enumerate())
     index = Index(url, "/nix/store")
     running = asyncio.create_task(index.run())
-    asks = [asyncio.create_task(index.nar(f"{n}.nar")) for n in range(50)]
+    asks: list[asyncio.Task[object]] = [
+        asyncio.create_task(index.nar(f"{n}.nar")) for n in range(50)
+    ]
     asks += [asyncio.create_task(index.stored_bytes()) for _ in range(50)]
     await asyncio.sleep(0.001)
     for ask in asks:
         ask.cancel()
     await index.close()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, PATIENCE)
     for thread in set(threading.enumerate()) - before:
-        thread.join(1)
+        thread.join(PATIENCE)
         assert not thread.is_alive()

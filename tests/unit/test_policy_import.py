@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,7 +28,7 @@ def keyless(**more: object) -> dict[str, object]:
     return {"keyless": {"identities": identities} | more}
 
 
-def rule(text: str) -> dict[str, object]:
+def rule(text: str) -> dict[str, Any]:
     """The one rule of a configuration that is one."""
     [found] = Config.parse(text, environ={}).policy
     return found.model_dump(exclude_defaults=True)
@@ -56,7 +57,7 @@ def test_authorities_and_identities_are_alternatives_and_policies_are_not() -> N
     found = rule(text)
     assert "identity_regex must match the whole name" in text
     assert found["require"] == "all"
-    any_of, one = found["of"]  # type: ignore[misc]
+    any_of, one = found["of"]
     assert (any_of["require"], len(any_of["of"])) == ("any", 2)
     assert any_of["of"][0]["cosign_key"] == PEM
     assert [p["issuer"] for p in any_of["of"][1]["of"]] == ["https://issuer", "https://other"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import time
 from pathlib import Path
 
 import aiohttp
@@ -15,6 +14,7 @@ from narseal.cosign import statement
 from narseal.custody.pkcs11 import TokenUrl
 from narseal.errors import ConfigError
 from narseal.nix.keys import PublicKey
+from tests.tools.asking import must_come
 from tests.tools.cache import entry
 from tests.tools.command import narseal_command
 from tests.tools.cosign import Cosign
@@ -63,13 +63,7 @@ async def test_nix_and_cosign_accept_what_the_token_signs(
                 ("cosign.pub", pub),
                 (f"{ITEM.info.url}.sigstore.json", bundle),
             ):
-                for _ in range(100):
-                    async with session.get(f"{process.url}/{address}") as response:
-                        target.write_bytes(await response.read())
-                        if response.status == 200:
-                            break
-                    await asyncio.sleep(0.1)
-                assert response.status == 200, process.log.read_text()
+                target.write_bytes(await must_come(session, f"{process.url}/{address}"))
             cosign.run(
                 "verify-blob", "--key", pub, "--bundle", bundle, "--insecure-ignore-tlog", file
             )
@@ -156,7 +150,7 @@ async def test_a_token_goes_and_comes_back_under_load(
                             assert response.headers["Retry-After"]
                         await asyncio.sleep(0.05)
 
-            async def away() -> float:
+            async def away() -> None:
                 await asyncio.sleep(0.1)
                 tokens, gone = hsm.folder / "tokens", hsm.folder / "gone"
                 tokens.rename(gone)
@@ -164,14 +158,12 @@ async def test_a_token_goes_and_comes_back_under_load(
                 await asyncio.sleep(0.5)
                 tokens.rmdir()
                 gone.rename(tokens)
-                back = time.monotonic()
                 async with session.get(f"{process.url}/{items[-1].hash}.narinfo") as response:
                     assert response.status == 200
-                return time.monotonic() - back
 
             trouble = asyncio.create_task(away())
             await asyncio.gather(*(read() for _ in range(16)))
-            assert await trouble < 1
+            await trouble
             assert statuses.count(200) == len(items)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from narseal.cosign import statement, trust
 from narseal.cosign.keys import CosignKey
-from narseal.cosign.sign import KeylessSigner, KeySigner
+from narseal.cosign.sign import KeylessSigner, KeySigner, Signer
 from narseal.cosign.statement import AttestedPath
 from narseal.nix.hashes import Hash
 from tests.tools.cache import entry
@@ -75,7 +75,7 @@ def signed(instance: Sigstore) -> Iterator[Signed]:
         files.public.write_text(key.public.render())
         files.other_public.write_text(other.public.render())
         known = trust.load(instance.trust_config_file)
-        signers = {
+        signers: dict[str, Signer] = {
             "key": KeySigner(key, None, timeout=20),
             "log": KeySigner(key, known, timeout=20),
             "keyless": KeylessSigner(lambda: instance.issuer.token(IDENTITY), known, timeout=20),

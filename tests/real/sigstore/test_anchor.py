@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import shutil
@@ -17,6 +16,7 @@ from narseal.custody.file import FileKey
 from narseal.signer import audit
 from narseal.signer.audit import AuditLog
 from tests.real.sigstore.conftest import IDENTITY
+from tests.tools.asking import must_come
 from tests.tools.cache import entry
 from tests.tools.command import narseal_command
 from tests.tools.narseal import UPSTREAM, narseal_process
@@ -56,13 +56,7 @@ async def test_a_log_made_anew_with_the_audit_key_is_found(
                     await session.get(f"{process.url}/{item.hash}.narinfo")
                     await session.get(f"{process.url}/{item.info.url}")
                 address = f"{process.url}/attestations/sha256:{ITEMS[0].info.nar_hash.digest.hex()}"
-                for _ in range(300):
-                    async with session.get(address) as response:
-                        body = await response.read()
-                        if response.status == 200:
-                            break
-                    await asyncio.sleep(0.1)
-                assert response.status == 200, process.log.read_text()
+                body = await must_come(session, address)
                 content = Bundle.parse(body.splitlines()[0]).content
                 assert isinstance(content, Envelope)
                 [head] = audit_heads(Statement.parse(content.payload))

@@ -15,10 +15,11 @@ import pytest
 
 from narseal.client.dump import nar_hash
 from narseal.nix.hashes import Hash
-from tests.faults.test_policy import Pipeline, digest_of, everywhere, kept_back
+from tests.faults.test_policy import Pipeline, digest_of, kept_back
 from tests.faults.test_uploads import add
 from tests.real.sigstore.conftest import IDENTITY, PASSWORD, Signed
 from tests.tools.cache import entry
+from tests.tools.changing import everywhere
 from tests.tools.command import narseal_command
 from tests.tools.cosign import Cosign
 from tests.tools.narseal import Client, Process, narseal_process, render_toml, settings
@@ -99,7 +100,7 @@ async def test_path_is_served_within_a_second_of_its_provenance_and_not_after_th
         done = await asyncio.to_thread(attest, instance, *words)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"left {SLSA} of /nix/store/{item.info.store_path}")
-        assert await everywhere(process, item, 200) < 1
+        await everywhere(process, item, 200)
         shown = await asyncio.to_thread(
             narseal_command, "status", str(item.info.store_path), "--from", process.url
         )
@@ -111,9 +112,7 @@ async def test_path_is_served_within_a_second_of_its_provenance_and_not_after_th
             changed = configuration(folder, [rule(instance, who)])
             new.write_text(render_toml(settings(folder, **changed)))
             new.replace(folder / "narseal.toml")
-            took = await everywhere(process, item, status)
-            print(f"{status} on every worker after {took:.2f} s")
-            assert took < 2
+            await everywhere(process, item, status)
 
 
 async def test_cosign_makes_and_verifies_what_is_left(

@@ -94,7 +94,7 @@ def test_signature_and_certificate_of_a_keyless_signature(
     )  # fmt: skip
     assert signed.returncode == 0, signed.stderr
     # .sig and .pem carry no log entry, so this is what older cosign can look at
-    words = [
+    words: list[str | Path] = [
         "verify-blob", "--signature", folder / "app.tar.gz.sig", "--certificate",
         folder / "app.tar.gz.pem", "--insecure-ignore-tlog", "--certificate-oidc-issuer",
         instance.issuer.url, "--certificate-identity",
@@ -103,11 +103,11 @@ def test_signature_and_certificate_of_a_keyless_signature(
         "SIGSTORE_ROOT_FILE": instance.folder / "ca.pem",
         "SIGSTORE_CT_LOG_PUBLIC_KEY_FILE": instance.folder / "ct.pub",
     }
-    result = cosign.try_run(*words, IDENTITY, file, **roots)
+    result = cosign.try_run(*words, IDENTITY, file, files=roots)
     assert result.returncode == 0, result.stderr
-    assert cosign.try_run(*words, "eve@example.org", file, **roots).returncode != 0
+    assert cosign.try_run(*words, "eve@example.org", file, files=roots).returncode != 0
     file.write_bytes(b"other")
-    assert cosign.try_run(*words, IDENTITY, file, **roots).returncode != 0
+    assert cosign.try_run(*words, IDENTITY, file, files=roots).returncode != 0
 
 
 def test_bundles_that_cosign_made_verify(
@@ -116,16 +116,17 @@ def test_bundles_that_cosign_made_verify(
     folder = cosign.folder
     blob = folder / "blob"
     blob.write_text("text")
-    services = ["--signing-config", instance.signing_config_file]
+    services: list[str | Path] = ["--signing-config", instance.signing_config_file]
     services += ["--trusted-root", instance.trusted_root_file]
     predicate = folder / "predicate.json"
     predicate.write_text('{"a": 1}')
-    attest = ["attest-blob", "--predicate", predicate, "--type", "urn:example:x"]
-    by_key = ["--key", signed.key]
+    attest: list[str | Path] = ["attest-blob", "--predicate", predicate, "--type", "urn:example:x"]
+    blob_words: list[str | Path] = ["sign-blob"]
+    by_key: list[str | Path] = ["--key", signed.key]
     token = instance.issuer.token("dev@example.org")
-    keyless = ["--identity-token", token]
+    keyless: list[str | Path] = ["--identity-token", token]
     for number, (make, who) in enumerate(
-        (make, who) for make in (["sign-blob"], attest) for who in (by_key, keyless)
+        (make, who) for make in (blob_words, attest) for who in (by_key, keyless)
     ):
         bundle = folder / f"{number}.json"
         cosign.run(*make, *who, *services, "--bundle", bundle, blob, password=PASSWORD)

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.tools.cache import Entry, entry
 from tests.tools.narseal import UPSTREAM, metric, narseal, narseal_process
 from tests.tools.sigstore import Sigstore
 from tests.tools.upstream import FakeCache
+from tests.tools.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.real
 
@@ -109,7 +111,7 @@ async def test_each_service_goes_away_during_a_run_and_all_are_signed_in_the_end
         await running
         assert len(served) == PATHS
         index = tmp_path / "n/index.sqlite"
-        await client.until(lambda: len(attested(index)) == PATHS, 60)
+        await client.until(lambda: len(attested(index)) == PATHS)
         await client.until(lambda: metric("narseal_attest_queue") == 0)
         assert metric("narseal_attest_oldest_seconds") == 0
     assert metric("narseal_attest_failures_total") > failures
@@ -128,16 +130,15 @@ async def test_while_a_service_is_frozen_the_queue_grows_old_and_serving_goes_on
     ) as client:
         instance.rekor.freeze()
         try:
-            for item in items:
-                info = await client.narinfo(item.hash)
-                assert (await client.get(info.url))[0] == 200
-            await client.until(lambda: metric("narseal_attest_oldest_seconds") > 2.5, 20)
+            urls = [(await client.narinfo(item.hash)).url for item in items]
+            assert [(await client.get(url))[0] for url in urls] == [200] * len(items)
+            await client.until(lambda: metric("narseal_attest_oldest_seconds") > 2.5)
             assert metric("narseal_attest_queue") == 20
-            status, _, headers = await client.get(f"{info.url}.sigstore.json")
+            status, _, headers = await client.get(f"{urls[-1]}.sigstore.json")
             assert (status, headers["Retry-After"]) == (404, "1")
         finally:
             instance.rekor.thaw()
-        await client.until(lambda: metric("narseal_attest_queue") == 0, 30)
+        await client.until(lambda: metric("narseal_attest_queue") == 0)
 
 
 def rubbish(kind: str, url: str, instance: Sigstore, file: Path) -> Path:
@@ -232,18 +233,20 @@ async def test_kill_at_any_moment_neither_loses_nor_signs_twice(
     }  # fmt: skip
     chance = random.Random(4)
 
-    def run(start: int, stop: int, kill_after: float | None) -> None:
+    def brought(url: str, item: Entry) -> bool:
         from urllib.request import urlopen
 
+        try:
+            urlopen(f"{url}/{item.hash}.narinfo", timeout=PATIENCE).read()
+            urlopen(f"{url}/{item.info.url}", timeout=PATIENCE).read()
+        except OSError:
+            return False
+        return True
+
+    def run(start: int, stop: int, kill_after: float | None) -> None:
         with narseal_process(tmp_path / "n", {"url": upstream.url}, cosign=settings) as proxy:
             for item in items[start:stop]:
-                for _ in range(50):
-                    try:
-                        urlopen(f"{proxy.url}/{item.hash}.narinfo", timeout=5).read()
-                        urlopen(f"{proxy.url}/{item.info.url}", timeout=5).read()
-                        break
-                    except OSError:
-                        time.sleep(0.1)
+                until(partial(brought, proxy.url, item))
                 if kill_after and item is items[(start + stop) // 2]:
                     time.sleep(kill_after)
                     os.kill(proxy.workers()[0], signal.SIGKILL)
@@ -256,10 +259,9 @@ async def test_kill_at_any_moment_neither_loses_nor_signs_twice(
         await asyncio.to_thread(run, start, stop, chance.random() * 0.8 if part < 5 else None)
     index = tmp_path / "n/index.sqlite"
     with narseal_process(tmp_path / "n", {"url": upstream.url}, cosign=settings):
-        deadline = time.monotonic() + 60
-        while waiting(index) or len(attested(index)) < len(items):
-            assert time.monotonic() < deadline, (waiting(index), len(attested(index)))
-            await asyncio.sleep(0.2)
+        await asyncio.to_thread(
+            until, lambda: not waiting(index) and len(attested(index)) == len(items)
+        )
     assert set(attested(index).values()) == {1}
     found = in_bundles(tmp_path / "n")
     assert len(found) == len(items) and set(found.values()) == {1}
@@ -281,10 +283,7 @@ async def test_one_worker_of_several_signs(
             for item in items:
                 urlopen(f"{proxy.url}/{item.hash}.narinfo").read()
                 urlopen(f"{proxy.url}/{item.info.url}").read()
-            deadline = time.monotonic() + 30
-            while len(attested(tmp_path / "n/index.sqlite")) < len(items):
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            until(lambda: len(attested(tmp_path / "n/index.sqlite")) == len(items))
             body = urlopen(f"{proxy.url}/{items[0].info.url}.sigstore.json").read()
             known = trust.load(instance.trusted_root_file)
             expected = ByIdentity(IDENTITY, instance.issuer.url)

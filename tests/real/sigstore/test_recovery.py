@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,9 +24,11 @@ from tests.faults.test_uploads import Uploader, add
 from tests.real.sigstore.conftest import IDENTITY
 from tests.tools.cache import Entry, entry, key
 from tests.tools.narseal import UPSTREAM, Client, render_toml
+from tests.tools.ports import free_ports
 from tests.tools.signer import SoftHsm
 from tests.tools.sigstore import Sigstore
 from tests.tools.upstream import FakeCache
+from tests.tools.waiting import PATIENCE, eventually
 
 pytestmark = pytest.mark.real
 
@@ -43,7 +44,7 @@ cd {folder}
 start() {{
   setsid narseal serve --config {folder}/narseal.toml >> out 2>> log.jsonl < /dev/null &
   echo $! > pid
-  for _ in $(seq 200); do curl -fs {url}/readyz > /dev/null && return; sleep 0.05; done
+  for _ in $(seq 4000); do curl -fs {url}/readyz > /dev/null && return; sleep 0.05; done
   cat log.jsonl >&2; exit 1
 }}
 stop() {{
@@ -55,7 +56,7 @@ stop() {{
 reload() {{
   before=$(grep -c 'is in force' log.jsonl || true)
   kill -HUP "$(cat pid)"
-  for _ in $(seq 200); do
+  for _ in $(seq 4000); do
     [ "$(grep -c 'is in force' log.jsonl || true)" -gt "$before" ] && return; sleep 0.05
   done
   cat log.jsonl >&2; exit 1
@@ -81,9 +82,7 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
+        [self.port] = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         self.bin = folder / "bin"
         self.bin.mkdir(parents=True)
@@ -116,7 +115,7 @@ class Machine:
         text = text.replace("http://127.0.0.1:8080", self.url)
         path = f"{self.bin}:{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", "-euxo", "pipefail", "-c", text], capture_output=True, text=True, timeout=120,
+            ["bash", "-euxo", "pipefail", "-c", text], capture_output=True, text=True, timeout=PATIENCE,
             env=os.environ | self.environment | {"PATH": path}, cwd=self.folder,
         )  # fmt: skip
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
@@ -190,10 +189,11 @@ async def test_stolen_cosign_key(machine: Machine, upstream: FakeCache) -> None:
     cosign = {"mode": "key", "key": f"file:{keys}/cosign.key", "password_file": f"{keys}/password",
               "batch_max_age": "200ms"}  # fmt: skip
     await begin(machine, upstream, cosign=cosign)
-    for _ in range(100):
-        if (await get(machine, f"{UPLOADED.info.url}.sigstore.json"))[0] == 200:
-            break
-        await asyncio.sleep(0.1)
+
+    async def signed() -> bool:
+        return (await get(machine, f"{UPLOADED.info.url}.sigstore.json"))[0] == 200
+
+    await eventually(signed)
     said = await machine.section("The cosign key was stolen")
     assert re.search(r"[1-9][0-9]* bundles dropped", said[1])
     assert "7 of 7 paths verified (content, attestation)" in said[2]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from narseal.cosign import trust
-from narseal.cosign.bundle import Bundle
+from narseal.cosign.bundle import Bundle, Envelope
 from narseal.cosign.sign import KeylessSigner
 from narseal.cosign.statement import PREDICATE_TYPE, Statement
 from narseal.errors import ConfigError, UpstreamTrouble
@@ -27,6 +27,7 @@ from tests.tools.narseal import OPERATOR, UPSTREAM, Client, metric, narseal
 from tests.tools.sigstore import Sigstore
 from tests.tools.sigstore.issuer import CLIENT, SECRET
 from tests.tools.upstream import FakeCache
+from tests.tools.waiting import eventually
 
 pytestmark = pytest.mark.real
 
@@ -61,14 +62,18 @@ async def fetch(client: Client, items: list[Entry]) -> list[str]:
 
 async def bundle_of(client: Client, url: str) -> bytes:
     """Ask until it is there."""
-    for _ in range(300):
+    body = b""
+
+    async def signed() -> bool:
+        nonlocal body
         status, body, headers = await client.get(f"{url}.sigstore.json")
-        if status == 200:
-            return body
-        assert (status, headers["Retry-After"]) == (404, "1")
-        assert headers["Cache-Control"] == "no-store"
-        await asyncio.sleep(0.1)
-    raise AssertionError("it is never signed")
+        if status != 200:
+            assert (status, headers["Retry-After"]) == (404, "1")
+            assert headers["Cache-Control"] == "no-store"
+        return status == 200
+
+    await eventually(signed, "it is never signed")
+    return body
 
 
 def who(mode: str, signed: Signed, instance: Sigstore, *, cosign: bool) -> list[str | Path]:
@@ -117,7 +122,9 @@ async def test_what_is_served_verifies_with_cosign(
                 batches.add(body)
         assert len(batches) == 1
         line = batches.pop()
-        assert Statement.parse(Bundle.parse(line).content.payload).predicate_type == PREDICATE_TYPE
+        content = Bundle.parse(line).content
+        assert isinstance(content, Envelope)
+        assert Statement.parse(content.payload).predicate_type == PREDICATE_TYPE
         file.write_bytes(line)
         words = ["verify-blob-attestation", "--bundle", file, "--type", PREDICATE_TYPE]
         cosign.run(*words, *who(mode, signed, instance, cosign=True), nar)
@@ -165,8 +172,8 @@ async def test_signature_and_certificate_of_each_file_where_the_operator_asks_fo
             "verify-blob", "--signature", cosign.folder / "x.sig", "--certificate",
             cosign.folder / "x.pem", "--insecure-ignore-tlog", "--certificate-identity", IDENTITY,
             "--certificate-oidc-issuer", instance.issuer.url, nar,
-            SIGSTORE_ROOT_FILE=instance.folder / "ca.pem",
-            SIGSTORE_CT_LOG_PUBLIC_KEY_FILE=instance.folder / "ct.pub",
+            files={"SIGSTORE_ROOT_FILE": instance.folder / "ca.pem",
+                   "SIGSTORE_CT_LOG_PUBLIC_KEY_FILE": instance.folder / "ct.pub"},
         )  # fmt: skip
 
 

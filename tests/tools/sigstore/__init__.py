@@ -10,9 +10,8 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from tests.tools.debian import scratch
+from tests.tools.ports import free_ports
 from tests.tools.sigstore.build import program
 from tests.tools.sigstore.front import Front
 from tests.tools.sigstore.identities import KINDS, fulcio_config
 from tests.tools.sigstore.issuer import Issuer
+from tests.tools.waiting import until
 
 _Private = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 _LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
@@ -50,20 +51,18 @@ class Service:
                 cwd=self._log.parent,
             )  # fmt: skip
 
-    def wait(self, seconds: float = 30) -> None:
+    def wait(self) -> None:
         """Until it takes connections."""
-        assert self._process is not None
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                gone = self._process.poll() is not None
-                if gone or time.monotonic() > deadline:
-                    text = self._log.read_text()[-2000:]
-                    raise AssertionError(f"{self.name} does not start:\n{text}") from None
-                time.sleep(0.05)
+
+        def answers() -> bool:
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return True
+            gone = self._process is None or self._process.poll() is not None
+            assert not gone, f"{self.name} does not start:\n{self._log.read_text()[-2000:]}"
+            return False
+
+        until(answers, self.name)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -102,7 +101,7 @@ class Sigstore:
         config = fulcio_config(urls)
         config["OIDCIssuers"] |= fulcio_config({"email": self.issuer.url})["OIDCIssuers"]
         (folder / "fulcio.json").write_text(json.dumps(config))
-        ports = iter(_free_ports(8))
+        ports = iter(free_ports(8))
         ct_port = next(ports)
         self.ct_log = Service(
             "tesseract",
@@ -140,9 +139,7 @@ class Sigstore:
         self.tsa = Service(
             "timestamp",
             tsa_port,
-            ["serve", "--host=127.0.0.1", f"--port={tsa_port}", "--timestamp-signer=file",
-             f"--file-signer-key-path={folder}/tsa.key",
-             f"--certificate-chain-path={folder}/tsa.pem", "--disable-ntp-monitoring"],
+            [f"--port={tsa_port}", f"--key={folder}/tsa.key", f"--chain={folder}/tsa.pem"],
             folder / "tsa.log",
         )  # fmt: skip
         self.services = [self.ct_log, self.fulcio, self.rekor, self.tsa]
@@ -330,11 +327,3 @@ def _service(url: str, version: int) -> dict[str, Any]:
         "validFor": {"start": start},
         "operator": "tests",
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
