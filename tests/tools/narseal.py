@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 import subprocess
@@ -219,4 +220,4 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, datetime):
         return value.isoformat()
-    return str(value) if isinstance(value, int | float) else '"' + str(value) + '"'
+    return str(value) if isinstance(value, int | float) else json.dumps(str(value))

@@ -19,7 +19,7 @@ MAX_DEPTH = 100
 #: Scalars, objects and arrays; a tree of so many takes some 40 MiB and 80 ms.
 MAX_VALUES = 400_000
 _SMALL = 64 << 10  # bytes whose tree can do no harm, whatever it is
-_PORTION = 256 << 10  # bytes that are read at a time, the interpreter's lock being held
+_PORTION = 64 << 10  # bytes that are read at a time, the interpreter's lock being held
 
 
 def load_json(data: bytes, *, what: str) -> Any:

@@ -46,6 +46,7 @@ def application(
         response.headers["X-Request-Id"] = request.get(_ID, "")
         if handlers.draining or (request.body_exists and not request.content.is_eof()):
             response.force_close()  # a body that nobody read ends with its connection
+            response.headers["Connection"] = "close"
 
     middlewares = [accounting(tally), *([reading(gate)] if gate else [])]
     app = web.Application(middlewares=middlewares, client_max_size=1 << 20)

@@ -1,0 +1,398 @@
+"""Small things that would grow large: a worker's memory and its loop are bounded under each.
+
+Each row is one bomb: what an upstream, an uploader, a reader or an issuer sends. The figures of a
+run are in the report of a failed test, and with `-s` of a good one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bz2
+import gzip
+import io
+import json
+import lzma
+import stat
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import brotli
+import pytest
+from aiohttp import web
+
+from narseal.nix.base32 import encode
+from narseal.nix.hashes import Hash
+from tests.faults.test_policy import OTHER, attested, by_ci, digest_of
+from tests.faults.test_uploads import add
+from tests.tools.cache import Entry, entry
+from tests.tools.narseal import UPSTREAM, Process, narseal_process
+from tests.tools.upstream import FakeCache
+from tests.tools.watching import Watched, watching
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+MIB = 1 << 20
+GROWTH = 128 * MIB
+STALL = 0.5  # seconds of the loop's CPU time; what these tests are about took 16 and more
+ZEROS = bytes(MIB)
+ITEM = entry("my-app-1", b"app", compression="zstd").signed(UPSTREAM)
+LISTING = f"{'1' * 32}.ls"
+EMPTY_FRAME = zstd.compress(b"")
+WIDE = b'{"version":1,"root":{"entries":[' + b"[]," * (21 * MIB) + b"[]]}}"
+DEEP = b'{"version":1,"root":' + b'{"a":' * (3 * MIB) + b"1" + b"}" * (3 * MIB) + b"}"
+
+
+def log(number: int) -> str:
+    return f"log/{encode(number.to_bytes(20, 'big'))}-x.drv"
+
+
+def zeros(compress: Any, size: int) -> bytes:
+    """`size` bytes of zeros through a compressor object, MiB by MiB."""
+    return b"".join([*(compress.compress(ZEROS) for _ in range(size // MIB)), compress.flush()])
+
+
+def brotli_zeros(size: int) -> bytes:
+    compressor = brotli.Compressor(quality=5, lgwin=24)
+    pieces = [compressor.process(ZEROS) for _ in range(size // MIB)]
+    return b"".join([*pieces, compressor.finish()])
+
+
+@dataclass
+class World:
+    """A narseal with one worker, its upstream, and a client with a token."""
+
+    process: Process
+    upstream: FakeCache
+    session: aiohttp.ClientSession
+    token: str
+
+    async def get(self, name: str, **headers: str) -> tuple[int, int]:
+        """Status and size."""
+        size = 0
+        async with self.session.get(f"{self.process.url}/{name}", headers=headers) as response:
+            async for chunk in response.content.iter_any():
+                size += len(chunk)
+            return response.status, size
+
+    async def put(self, name: str, data: Any, encoding: str = "identity") -> int:
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Encoding": encoding}
+        async with self.session.put(
+            f"{self.process.url}/{name}",
+            data=io.BytesIO(data) if isinstance(data, bytes) else data,
+            headers=headers,
+        ) as response:
+            await response.read()
+            return response.status
+
+    def serve(self, name: str, body: bytes, encoding: str) -> None:
+        self.upstream.files[name] = body
+        self.upstream.headers[name] = {"Content-Encoding": encoding}
+
+    def on_disk(self) -> int:
+        """Bytes that the storage takes."""
+        storage = self.process.folder / "storage"
+        total = 0
+        for file in storage.rglob("*"):
+            with suppress(FileNotFoundError):
+                status = file.stat()
+                total += status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0
+        return total
+
+
+@pytest.fixture
+async def world(tmp_path: Path, upstream: FakeCache) -> AsyncIterator[World]:
+    token = add(tmp_path)
+    upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens"), "quarantine_size": "8M"}
+    upstream.add(ITEM)
+    with narseal_process(
+        tmp_path, {"url": upstream.url}, upload=upload, policy=[by_ci() | {"match": "guarded-*"}],
+        limits={"side_files": "100M"},
+    ) as process:  # fmt: skip
+        async with aiohttp.ClientSession(auto_decompress=False) as session:
+            yield World(process, upstream, session, token)
+
+
+Bomb = Callable[[World], Awaitable[None]]
+BOMBS: dict[str, Bomb] = {}
+
+
+def bomb(work: Bomb) -> Bomb:
+    """A row of the table."""
+    BOMBS[work.__name__] = work
+    return work
+
+
+def narinfo_of_upstream(name: str, encoding: str, make: Callable[[], bytes]) -> None:
+    """A row: a narinfo that comes so encoded."""
+
+    async def work(world: World) -> None:
+        world.serve(f"{'2' * 32}.narinfo", make(), encoding)
+        assert (await world.get(f"{'2' * 32}.narinfo"))[0] == 404
+
+    BOMBS[name] = work
+
+
+narinfo_of_upstream("narinfo of empty zstd frames", "zstd", lambda: EMPTY_FRAME * 500_000)
+narinfo_of_upstream("narinfo of empty gzip members", "gzip", lambda: gzip.compress(b"") * 250_000)
+narinfo_of_upstream("narinfo of empty bzip2 streams", "bzip2", lambda: bz2.compress(b"") * 350_000)
+narinfo_of_upstream("narinfo of empty xz streams", "xz", lambda: lzma.compress(b"") * 150_000)
+narinfo_of_upstream("narinfo: 4 GiB as zstd", "zstd", lambda: zeros(zstd.ZstdCompressor(), 4 << 30))
+narinfo_of_upstream("narinfo: 1 GiB as brotli", "br", lambda: brotli_zeros(1 << 30))
+narinfo_of_upstream("narinfo: 1 GiB as bzip2", "bzip2", lambda: zeros(bz2.BZ2Compressor(), 1 << 30))
+narinfo_of_upstream(
+    "narinfo: a dictionary of 1 GiB as lzma", "lzma",
+    lambda: b"\x5d" + (1 << 30).to_bytes(4, "little") + b"\xff" * 8 + bytes(1000),
+)  # fmt: skip
+narinfo_of_upstream(
+    "narinfo of signatures", "identity",
+    lambda: ITEM.info.render() + b"Sig: upstream-1:AAAA\n" * 45_000,
+)  # fmt: skip
+narinfo_of_upstream(
+    "narinfo of references", "identity",
+    lambda: b"StorePath: /nix/store/x\nReferences:" + f" {'0' * 32}-a".encode() * 29_000 + b"\n",
+)  # fmt: skip
+
+
+def listing_of_upstream(name: str, body: bytes) -> None:
+    async def work(world: World) -> None:
+        world.serve(LISTING, zstd.compress(body), "zstd")
+        assert (await world.get(LISTING))[0] == 404
+        assert await world.put(LISTING, zstd.compress(body), "zstd") in (413, 422)
+
+    BOMBS[name] = work
+
+
+listing_of_upstream("listing of 64 MiB of empty arrays", WIDE)
+listing_of_upstream("listing of 15 MiB of empty arrays", WIDE[: 15 * MIB] + b"[]]}}")
+listing_of_upstream("listing of deep objects", DEEP[: 12 * MIB])
+listing_of_upstream("listing of one text", b'{"version":1,"root":"' + b"x" * 14 * MIB + b'"}')
+listing_of_upstream("listing of one number", b'{"version":' + b"1" * 10 * MIB + b"}")
+
+
+@bomb
+async def forty_large_logs(world: World) -> None:
+    """600 bytes each; they are passed on, and not all of them stay."""
+    for number in range(40):
+        world.serve(log(number), zstd.compress(bytes(20 * MIB)), "zstd")
+    for start in range(0, 40, 10):
+        answers = await asyncio.gather(*(world.get(log(start + n)) for n in range(10)))
+        assert set(answers) == {(200, 20 * MIB)}
+    assert world.on_disk() < 110 * MIB
+
+
+@bomb
+async def logs_larger_than_may_be(world: World) -> None:
+    names = [log(100 + n) for n in range(10)]
+    for name in names:
+        world.serve(name, zeros(bz2.BZ2Compressor(), 256 * MIB), "bzip2")
+    assert {status for status, _ in await asyncio.gather(*map(world.get, names))} == {404}
+
+
+@bomb
+async def a_log_in_chunks_of_one_byte(world: World) -> None:
+    async def fault(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+        request.transport.write(head)
+        for _ in range(40):
+            request.transport.write(b"1\r\nx\r\n" * 25_000)
+            await asyncio.sleep(0)
+        request.transport.write(b"0\r\n\r\n")
+        return web.Response()
+
+    world.upstream.fault(log(200), fault)
+    assert await world.get(log(200)) == (200, 1_000_000)
+
+
+@bomb
+async def readers_of_a_large_log_who_take_nothing(world: World) -> None:
+    world.serve(log(300), zstd.compress(bytes(60 * MIB)), "zstd")
+    assert await world.get(log(300)) == (200, 60 * MIB)
+    async with asyncio.TaskGroup() as group:
+        lines = [await _slow_reader(world, log(300)) for _ in range(16)]
+        for _, writer in lines:
+            group.create_task(_close(writer))
+
+
+@bomb
+async def uploaded_narinfo_of_empty_frames(world: World) -> None:
+    assert await world.put(f"{ITEM.hash}.narinfo", EMPTY_FRAME * 100_000, "zstd") in (413, 422)
+
+
+@bomb
+async def uploaded_logs(world: World) -> None:
+    body = zeros(zstd.ZstdCompressor(), 60 * MIB)
+    answers = await asyncio.gather(*(world.put(log(400 + n), body, "zstd") for n in range(8)))
+    assert set(answers) == {201}
+
+
+@bomb
+async def uploaded_attestation_of_empty_arrays(world: World) -> None:
+    body = b'{"mediaType":[' + b"[]," * (2 * MIB) + b"[]]}"
+    names = [f"attestations/{digest_of(OTHER)}"] * 8
+    answers = await asyncio.gather(*(world.put(n, zstd.compress(body), "zstd") for n in names))
+    assert set(answers) == {422}
+
+
+@bomb
+async def uploaded_attestations_of_one_large_text(world: World) -> None:
+    bundles = [attested(OTHER, note=f"{n}" + "x" * (5 * MIB)) for n in range(4)]
+    name = f"attestations/{digest_of(OTHER)}"
+    answers = await asyncio.gather(*(world.put(name, b) for b in bundles))
+    assert set(answers) == {201}
+
+
+@bomb
+async def uploaded_realisation_of_empty_arrays(world: World) -> None:
+    name = f"realisations/sha256:{'a' * 64}!out.doi"
+    body = b'{"id":[' + b"[]," * 80_000 + b"[]]}"
+    assert await world.put(name.replace("!", "%21"), body) == 422
+
+
+@bomb
+async def uploaded_nar_of_empty_frames(world: World) -> None:
+    file = EMPTY_FRAME * 500_000
+    name = f"nar/{Hash.sha256(file).nix32}.nar.zst"
+    assert await world.put(name, file) == 201
+    item = entry("uploaded-1", b"small", compression="zstd")
+    made = item.but(url=name, file_hash=Hash.sha256(file), file_size=len(file))
+    assert await world.put(f"{item.hash}.narinfo", made.info.render()) == 422
+
+
+@bomb
+async def nar_of_an_upstream_that_is_larger_than_it_says(world: World) -> None:
+    honest = entry("lying-1", b"small").signed(UPSTREAM)
+    item = honest.but(compression="br", url="nar/x.nar.br", file_hash=None, file_size=None)
+    item = Entry(item.info, item.nar, brotli_zeros(1 << 30)).signed(UPSTREAM)
+    world.upstream.add(item)
+    assert (await world.get(f"{item.hash}.narinfo"))[0] == 200
+    text = (await _text(world, f"{item.hash}.narinfo")).split("URL: ")[1].split("\n")[0]
+    assert (await world.get(text))[0] in (404, 502)
+
+
+async def _text(world: World, name: str) -> str:
+    async with world.session.get(f"{world.process.url}/{name}") as response:
+        return await response.text()
+
+
+async def _slow_reader(
+    world: World, name: str
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """One who has the head of an answer, and takes no more."""
+    host, port = world.process.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+    writer.write(f"GET /{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    return reader, writer
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
+
+
+def held(name: str, seen: Watched) -> None:
+    print(f"{name}: +{seen.growth / MIB:.0f} MiB, the loop took {seen.stall * 1000:.0f} ms of CPU"
+          f" between two answers, an answer {seen.wait * 1000:.0f} ms")  # fmt: skip
+    assert seen.growth <= GROWTH, seen
+    assert seen.stall <= STALL, seen
+
+
+@pytest.mark.parametrize("name", BOMBS)
+async def test_bomb(name: str, world: World) -> None:
+    assert (await world.get(f"{ITEM.hash}.narinfo"))[0] == 200  # everything is imported
+    [pid] = world.process.workers()
+    with watching(pid, world.process.url) as seen:
+        await BOMBS[name](world)
+    held(name, seen)
+    assert world.process.workers() == [pid]
+
+
+async def test_attestations_go_out_one_by_one(world: World) -> None:
+    """Twelve of 4 MiB, and twelve readers who take nothing."""
+    name = f"attestations/{digest_of(OTHER)}"
+    bundles = [attested(OTHER, note=f"{n}" + "x" * (3 * MIB)) for n in range(12)]
+    for bundle in bundles:
+        assert await world.put(name, bundle) == 201
+    [pid] = world.process.workers()
+    with watching(pid, world.process.url) as seen:
+        readers = [await _slow_reader(world, name) for _ in range(12)]
+        lines = await _text(world, name)
+    held("attestations", seen)
+    found = sorted(json.loads(line)["dsseEnvelope"]["payload"] for line in lines.splitlines())
+    wanted = sorted(json.loads(bundle)["dsseEnvelope"]["payload"] for bundle in bundles)
+    assert found == wanted
+    for _, writer in readers:
+        await _close(writer)
+
+
+async def test_names_without_end_are_bounded_on_disk(tmp_path: Path, upstream: FakeCache) -> None:
+    for number in range(400):
+        upstream.files[log(number)] = b"%d" % number
+    with narseal_process(
+        tmp_path, {"url": upstream.url}, limits={"side_files": "1M"}, workers=2
+    ) as process:
+        async with aiohttp.ClientSession() as session:
+            world = World(process, upstream, session, "")
+            before = world.on_disk()
+            for number in range(400):
+                assert (await world.get(log(number)))[0] == 200
+            assert world.on_disk() - before <= MIB
+            asked = upstream.asked.total()
+            assert (await world.get(log(399)))[0] == 200  # the newest is kept
+            assert upstream.asked.total() == asked
+
+
+async def test_with_no_room_for_them_side_files_are_passed_on(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    upstream.files[log(1)] = b"built\n" * 100_000
+    with narseal_process(tmp_path, {"url": upstream.url}, limits={"side_files": 0}) as process:
+        async with aiohttp.ClientSession() as session:
+            world = World(process, upstream, session, "")
+            for _ in range(2):
+                assert await world.get(log(1)) == (200, 600_000)
+            assert upstream.asked[log(1)] == 2
+            storage = process.folder / "storage"
+            assert not list((storage / ".narseal").glob("*/log*"))
+            assert not list((storage / ".narseal/incoming").iterdir())
+
+
+async def test_uploads_that_arrive_together_stay_within_the_quarantine(world: World) -> None:
+    """Whether they say how large they are or not; and who only announces much holds no room."""
+
+    async def nar(number: int, *, sized: bool) -> int:
+        body = bytes([number]) * MIB
+        name = f"nar/{Hash.sha256(body).nix32}.nar"
+
+        async def slowly() -> AsyncIterator[bytes]:
+            for at in range(0, MIB, 1 << 16):
+                yield body[at : at + (1 << 16)]
+                most.append(world.on_disk())
+                await asyncio.sleep(0.01)
+
+        if not sized:
+            return await world.put(name, slowly())
+        headers = {"Authorization": f"Bearer {world.token}", "Content-Length": str(MIB)}
+        async with world.session.put(
+            f"{world.process.url}/{name}", data=slowly(), headers=headers
+        ) as response:
+            return response.status
+
+    most: list[int] = []
+    before = world.on_disk()
+    answers = await asyncio.gather(*(nar(n, sized=bool(n % 2)) for n in range(24)))
+    assert set(answers) == {201, 507}
+    assert max(most) - before <= 8 * MIB + (1 << 16)
+    assert answers.count(201) <= 8
+
+
+def test_the_table_has_enough_rows() -> None:
+    assert len(BOMBS) >= 24
