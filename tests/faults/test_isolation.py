@@ -165,4 +165,4 @@ async def test_an_upstream_that_drips_holds_up_no_other(
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
-        await client.until(lambda: dripped >= len(dripping), 120)
+        await client.until(lambda: dripped >= len(dripping))

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -189,10 +190,10 @@ class HangingIssuer(Issuer):
         self.asked = 0
         super().__init__()
 
-    def _discovery(self) -> dict[str, object]:
+    def _discovery(self, issuer: str) -> dict[str, Any]:
         self.asked += 1
         self.free.wait(300)
-        return super()._discovery()
+        return super()._discovery(issuer)
 
     def close(self) -> None:
         self.free.set()

@@ -138,7 +138,7 @@ async def test_a_forged_signature_of_the_next_key_is_replaced(
             named = [s for s in NarInfo.parse(text).signatures if s.key_name == NEXT.name]
             return [NEXT.public.verifies(info.fingerprint(), s) for s in named] == [True]
 
-        await client.until(is_rotated, 60)
+        await client.until(is_rotated)
         status = json.loads((await client.get("status"))[1])
         assert status["lackSignatures"] == 0
         kept = await client.narinfo(item.hash)

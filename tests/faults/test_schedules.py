@@ -185,7 +185,7 @@ async def test_revocation_at_each_wait_of_a_publication(
             info = await client.narinfo(item.hash)
             gate.action = revoke(folder, UPSTREAM.name, there)
             await client.get(info.url)
-            await client.until(lambda: info.url in client.published() or gate.done, 60)
+            await client.until(lambda: info.url in client.published() or gate.done)
         gate.action = None
         async with narseal(folder, there) as client:  # what was under way has ended
             if gate.done:
@@ -294,7 +294,7 @@ async def test_an_admission_at_each_wait_of_a_revocation(
         async with narseal(folder, there) as client:
             info = await client.narinfo(item.hash)
             await client.get(info.url)
-            await client.until(lambda: f"{item.hash}.narinfo" in client.published(), 60)
+            await client.until(lambda: f"{item.hash}.narinfo" in client.published())
 
             async def ask() -> None:
                 await client.get(f"{item.hash}.narinfo")

@@ -24,7 +24,7 @@ import aiohttp
 import pytest
 
 from narseal.cosign import statement
-from narseal.cosign.bundle import Envelope, render
+from narseal.cosign.bundle import Envelope, SignedBy, render
 from narseal.cosign.statement import PAYLOAD_TYPE, AttestedPath
 from narseal.custody import wire
 from narseal.custody.agent import AgentCosignKey, AgentKey
@@ -503,7 +503,7 @@ async def test_agent_signs_as_the_file_does(running: Signer) -> None:
     data = statement.render([AttestedPath(ITEM.info, named(ITEM), ITEM.info.file_hash)])
     signature = await asyncio.to_thread(cosign.sign_statement, data)
     assert cosign.public.verifies(statement.envelope_digest(data), signature)
-    assert render(Envelope(PAYLOAD_TYPE, data, signature), hint=cosign.public.hint)
+    assert render(Envelope(PAYLOAD_TYPE, data, signature), SignedBy(cosign.public))
 
 
 async def test_a_revocation_is_written_down_and_does_not_end_a_good_key(

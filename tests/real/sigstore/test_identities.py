@@ -217,7 +217,7 @@ async def test_serve_does_not_fill_the_logs_while_the_certificate_is_for_another
     async with narseal(tmp_path / "n", {"url": upstream.url}, cosign=settings) as client:
         failures = metric("narseal_attest_failures_total")
         await fetch(client, items)
-        await client.until(lambda: metric("narseal_attest_failures_total") >= failures + 3, 120)
+        await client.until(lambda: metric("narseal_attest_failures_total") >= failures + 3)
         assert attested(tmp_path / "n/index.sqlite") == {}
     assert instance.entries() == before
 
@@ -306,7 +306,7 @@ async def test_bundle_that_cannot_be_stored_makes_no_second_entry(
             folder.rmdir()
         folder.write_bytes(b"in the way")
         url, _ = await fetch(client, items)
-        await client.until(lambda: metric("narseal_attest_failures_total") >= failures + 3, 120)
+        await client.until(lambda: metric("narseal_attest_failures_total") >= failures + 3)
         assert instance.entries() == before + 3  # the batch and two files
         folder.unlink()
         folder.mkdir()
