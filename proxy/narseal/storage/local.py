@@ -120,6 +120,12 @@ class LocalStorage:
         except FileNotFoundError:
             return None
 
+    def holds(self, *, nars: bool) -> str | None:
+        """A narinfo, or with `nars` a NAR, that is in the folder."""
+        patterns = ("*.narinfo", "nar/*.nar*") if nars else ("*.narinfo",)
+        found = next((p for pattern in patterns for p in self.root.glob(pattern)), None)
+        return str(found.relative_to(self.root)) if found else None
+
     def narinfos(self) -> list[str]:
         """The names of all narinfo files, in order."""
         return sorted(path.name for path in self.root.glob("*.narinfo"))

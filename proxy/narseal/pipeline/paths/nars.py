@@ -46,6 +46,7 @@ class Nars:
         NotFound for a name that no admitted narinfo mentions; Denied if policy keeps back every
         path that it is of.
         """
+        self._index.presence.check()
         await self.check(file)
         while True:
             if self._services.upstreams and (reader := self._fetcher.join(file)) is not None:
