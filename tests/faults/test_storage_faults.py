@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.faults.test_process import cache_of, fetch
+from tests.faults.test_uploads import uploading
 from tests.tools.cache import entry
-from tests.tools.narseal import UPSTREAM, Process, narseal_process
+from tests.tools.narseal import UPSTREAM, Process, metric, narseal_process
 from tests.tools.waiting import until
 
 ITEMS = [entry(f"item{n}", os.urandom(90_000)).signed(UPSTREAM) for n in range(4)]
@@ -127,3 +130,86 @@ def test_a_folder_with_a_nar_that_a_crash_left_is_started_on(tmp_path: Path) -> 
     (tmp_path / "storage" / ITEMS[0].info.url).write_bytes(ITEMS[0].file)
     with narseal_process(tmp_path, cache_of(tmp_path, *ITEMS)) as proxy:
         fill(proxy)
+
+
+def rot(file: Path) -> None:
+    """One bit, the size as before."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def counted(proxy: Process, name: str) -> float:
+    lines = fetch(f"{proxy.url}/metrics")[1].decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def long_ago(folder: Path, value: float | None) -> None:
+    """What the index looks like when nothing was hashed since a time, or since before it knew."""
+    with closing(sqlite3.connect(folder / "index.sqlite")) as index:
+        index.execute("UPDATE nar SET verified_at = ?", [value])
+        index.commit()
+
+
+@pytest.mark.parametrize("since", [None, 0.0, 1e12], ids=["never", "long-ago", "in-the-future"])
+def test_what_rotted_is_fetched_again_in_the_same_answer(
+    since: float | None, tmp_path: Path
+) -> None:
+    upstream = cache_of(tmp_path, *ITEMS)
+    storage = {"scrub_rate": "0"}
+    with narseal_process(tmp_path, upstream, storage=storage) as proxy:
+        fill(proxy)
+    long_ago(tmp_path, since)
+    rotten = tmp_path / "storage" / ITEMS[0].info.url
+    rot(rotten)
+    with narseal_process(tmp_path, upstream, storage=storage, workers=2) as proxy:
+        for item in ITEMS:
+            assert fetch(f"{proxy.url}/{item.info.url}") == (200, item.file)
+        assert counted(proxy, 'narseal_storage_errors_total{kind="wrong-content"}') == 1
+        assert "other content than was verified" in proxy.log.read_text()
+        until(lambda: rotten.exists() and rotten.read_bytes() == ITEMS[0].file)
+        until((tmp_path / "storage" / f"{ITEMS[0].hash}.narinfo").exists)
+        assert len(list((tmp_path / "storage/.narseal/quarantine").iterdir())) == 1
+        # it was hashed, and so is not hashed again: what rots now is found when its time comes
+        rot(tmp_path / "storage" / ITEMS[1].info.url)
+        assert fetch(f"{proxy.url}/{ITEMS[1].info.url}") != (200, ITEMS[1].file)
+
+
+def test_the_scrub_finds_what_nobody_asks_for(tmp_path: Path) -> None:
+    upstream = cache_of(tmp_path, *ITEMS)
+    with narseal_process(tmp_path, upstream) as proxy:
+        fill(proxy)
+    rotten, missing = (tmp_path / "storage" / item.info.url for item in ITEMS[:2])
+    rot(rotten)
+    missing.unlink()
+    with narseal_process(tmp_path, upstream, workers=2) as proxy:
+        until(lambda: rotten.exists() and rotten.read_bytes() == ITEMS[0].file)
+        until(lambda: missing.exists() and missing.read_bytes() == ITEMS[1].file)
+        until(lambda: counted(proxy, 'narseal_scrubbed_total{result="good"}') >= 2)
+        assert counted(proxy, 'narseal_scrubbed_total{result="bad"}') == 2
+        assert counted(proxy, "narseal_scrub_bytes_total") >= 2 * len(ITEMS[2].file)
+
+
+async def test_a_rotten_upload_is_withdrawn_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    item = entry("uploaded", os.urandom(90_000), compression="zstd")
+    lost = metric("narseal_storage_errors_total", kind="lost")
+    async with uploading(tmp_path) as uploader:
+        client = uploader.client
+        assert (await uploader.path(item))[0] == 201
+        info = await client.narinfo(item.hash)
+        rot(client.storage / info.url)
+        long_ago(tmp_path, None)
+        assert (await client.get(info.url))[0] == 404
+        assert (await client.get(f"{item.hash}.narinfo"))[0] == 404
+        assert not (client.storage / f"{item.hash}.narinfo").exists()
+        named = [
+            record
+            for record in caplog.records
+            if str(item.info.store_path) in record.msg % record.args
+        ]
+        assert [record.levelname for record in named] == ["ERROR"]
+        assert metric("narseal_storage_errors_total", kind="lost") == lost + 1
+        assert (await uploader.path(item))[0] == 201  # brought again, it is served again
+        assert (await client.get(info.url))[1] == item.file

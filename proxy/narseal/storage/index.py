@@ -161,6 +161,10 @@ class Index:
         if true.file != claimed.file:
             self._epoch.advance()
 
+    async def verified(self, file: str, at: float) -> None:
+        """Record when (Unix time) a stored file was last found to be right."""
+        await self._engines.write(lambda c: self._rows.verified(c, file, at))
+
     async def unpublish(self, file: str) -> None:
         """Record that a file is not in storage any more."""
         await self._engines.write(lambda c: self._rows.unpublish(c, file))
