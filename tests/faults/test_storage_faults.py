@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.faults.test_process import cache_of, fetch
+from tests.faults.test_process import BIG, cache_of, fetch, strace
 from tests.faults.test_uploads import uploading
-from tests.tools.cache import entry
+from tests.tools.cache import Entry, entry
 from tests.tools.narseal import UPSTREAM, Process, metric, narseal_process
 from tests.tools.waiting import until
 
 ITEMS = [entry(f"item{n}", os.urandom(90_000)).signed(UPSTREAM) for n in range(4)]
+SMALL = entry("small", os.urandom(2_000)).signed(UPSTREAM)
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -28,9 +31,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def fill(proxy: Process) -> None:
-    """All of ITEMS in storage, their narinfos in every worker's memory."""
-    for item in ITEMS:
+def fill(proxy: Process, *more: Entry) -> None:
+    """All of ITEMS in storage, their narinfos in a worker's memory."""
+    for item in [*ITEMS, *more]:
         assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 200
         assert fetch(f"{proxy.url}/{item.info.url}") == (200, item.file)
         until((proxy.folder / "storage" / f"{item.hash}.narinfo").exists)
@@ -213,3 +216,68 @@ async def test_a_rotten_upload_is_withdrawn_and_named(
         assert metric("narseal_storage_errors_total", kind="lost") == lost + 1
         assert (await uploader.path(item))[0] == 201  # brought again, it is served again
         assert (await client.get(info.url))[1] == item.file
+
+
+@contextmanager
+def failing(proxy: Process, file: str, calls: str, when: str = "1+") -> Iterator[None]:
+    """A worker for which these system calls on one file that is stored now fail with EIO.
+
+    strace knows files by their paths: the stored one gets another, so that what is fetched in its
+    place is another file.
+    """
+    stored = proxy.folder / "storage" / file
+    path = stored
+    if "openat" not in calls:
+        path = stored.rename(proxy.folder / "bad-sectors")
+        stored.symlink_to(path)
+    inject = f"inject={calls}:error=EIO:when={when}"
+    with strace(proxy, "-P", str(path), "-e", f"trace={calls}", "-e", inject, "-o", "/dev/null"):
+        yield
+
+
+@pytest.mark.parametrize("calls", ["openat", "preadv2,pread64,sendfile"])
+@pytest.mark.parametrize("item", [SMALL, ITEMS[0]], ids=["small", "large"])
+def test_what_cannot_be_read_is_fetched_again_in_the_same_answer(
+    item: Entry, calls: str, tmp_path: Path
+) -> None:
+    upstream = cache_of(tmp_path, *ITEMS, SMALL)
+    storage = {"scrub_rate": "0"}
+    with narseal_process(tmp_path, upstream, storage=storage) as proxy:
+        fill(proxy, SMALL)
+    with narseal_process(tmp_path, upstream, storage=storage) as proxy:  # nothing in memory
+        with failing(proxy, item.info.url, calls):
+            assert fetch(f"{proxy.url}/{item.info.url}") == (200, item.file)
+        assert counted(proxy, 'narseal_storage_errors_total{kind="unreadable"}') >= 1
+        assert "Input/output error" in proxy.log.read_text()
+        assert counted(proxy, 'narseal_requests_total{code="499",route="nar"}') == 0
+        assert fetch(f"{proxy.url}/{item.info.url}") == (200, item.file)
+
+
+def test_what_cannot_be_read_to_its_end_is_fetched_again_the_next_time(tmp_path: Path) -> None:
+    upstream = cache_of(tmp_path, *ITEMS, BIG)
+    storage = {"scrub_rate": "0"}
+    with narseal_process(tmp_path, upstream, storage=storage) as proxy:
+        fill(proxy, BIG)
+        with failing(proxy, BIG.info.url, "sendfile", when="3+"):
+            with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+                fetch(f"{proxy.url}/{BIG.info.url}")
+            until(lambda: "Input/output error" in proxy.log.read_text())
+        assert fetch(f"{proxy.url}/{BIG.info.url}") == (200, BIG.file)
+        assert counted(proxy, 'narseal_storage_errors_total{kind="unreadable"}') == 1
+        assert counted(proxy, 'narseal_requests_total{code="499",route="nar"}') == 0
+
+
+def test_an_only_copy_is_not_condemned_by_one_fault(tmp_path: Path) -> None:
+    upstream = cache_of(tmp_path, *ITEMS)
+    with narseal_process(tmp_path, upstream, storage={"scrub_rate": "0"}) as proxy:
+        fill(proxy)
+        with closing(sqlite3.connect(tmp_path / "index.sqlite")) as index:
+            index.execute("UPDATE nar SET url = '', upstream = ''")  # as if it had been uploaded
+            index.commit()
+    with narseal_process(tmp_path, upstream, storage={"scrub_rate": "0"}) as proxy:
+        with failing(proxy, ITEMS[0].info.url, "sendfile", when="1"):
+            with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+                fetch(f"{proxy.url}/{ITEMS[0].info.url}")
+            assert fetch(f"{proxy.url}/{ITEMS[0].info.url}") == (200, ITEMS[0].file)
+        assert counted(proxy, 'narseal_storage_errors_total{kind="unreadable"}') == 1
+        assert not list((tmp_path / "storage/.narseal/quarantine").iterdir())

@@ -105,21 +105,20 @@ class StoredFiles:
         now = await self._index.nar(record.file)
         if now != record or now.verified_at != record.verified_at:
             return False
-        kind = error.kind if error else "wrong-content"
-        metrics.storage_errors.labels(kind).inc()
-        _log.error(
-            "stored nar/%s is struck off: %s",
-            record.file,
-            error or "it is not there",
-            extra={"object": f"nar/{record.file}", "kind": kind},
-        )
-        await self._folder.quarantine(self._folder.path(f"nar/{record.file}"), record.file)
+        name = f"nar/{record.file}"
+        self.note(name, error or StorageBroken("wrong-content", f"{name} is not there"))
+        await self._folder.quarantine(self._folder.path(name), record.file)
         await self._index.unpublish(record.file)
         if not record.url:
             await self._withdraw(record)
         for path, _ in await self._index.paths_of(record.file):
             await self._publisher.narinfo(path.info.store_path.hash_part)
         return True
+
+    def note(self, name: str, error: StorageBroken) -> None:
+        """Count and log a fault of a stored file."""
+        metrics.storage_errors.labels(error.kind).inc()
+        _log.error("stored %s: %s", name, error, extra={"object": name, "kind": error.kind})
 
     async def _withdraw(self, record: NarRecord) -> None:
         """No upstream has just this file: its path is asked for anew, and may be gone."""

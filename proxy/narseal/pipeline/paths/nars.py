@@ -67,6 +67,25 @@ class Nars:
         if denied:
             raise denied
 
+    async def distrust(self, file: str, error: StorageBroken) -> None:
+        """Strike off a file that could not be read, unless it is an only copy that can be now."""
+        record = await self._index.nar(file)
+        if record and record.published_as:
+            record = await self._index.nar(record.published_as)
+        if record is None or not record.stored:
+            self._files.note(f"nar/{file}", error)
+            return
+        self._known.pop(record.file, None)
+        if not record.url:  # one fault of reading condemns nothing that nobody else has
+            try:
+                await self._files.verify(record)
+            except StorageBroken as again:
+                error = again
+            else:
+                self._files.note(f"nar/{file}", error)
+                return
+        await self._files.strike(record, error)
+
     async def _fetch(self, record: NarRecord) -> Reader | None:
         paths = await self._index.paths_of(record.published_as or record.file)
         if not paths:
