@@ -79,7 +79,9 @@ class Index:
         self.realisations = Claims(
             schema.realisation, schema.realisation.c.key, self._engines, survey, self._epoch
         )
-        self.attestations = Attestations(self._engines, self._queries.ask, store_dir, attest=attest)
+        self.attestations = Attestations(
+            self._engines, self._queries.ask, survey, store_dir, attest=attest
+        )
         self.revocations = Revocations(self._engines, self._queries.ask, self._epoch)
         self._asked = (
             self._by_hash,
