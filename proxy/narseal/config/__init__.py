@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from narseal.config.location import sentences
 from narseal.config.policy import (
+    SIGNATURE,
     AcceptConfig,
     AttestationsConfig,
     PolicyConfig,
@@ -33,6 +34,7 @@ from narseal.errors import ConfigError
 from narseal.nix.store_path import check_store_dir
 
 __all__ = [
+    "SIGNATURE",
     "AcceptConfig",
     "AttestationsConfig",
     "Config",
