@@ -35,6 +35,5 @@ class Expression:
             result = self._program.evaluate({"predicate": json_to_cel(predicate)})
         except (CELEvalError, RecursionError, TypeError, ValueError) as error:
             return f"its predicate cannot be judged: {' '.join(str(error).split())[:200]}"
-        return (
-            None if result == celpy.celtypes.BoolType(source=True) else "its predicate is another"
-        )
+        is_met = isinstance(result, celpy.celtypes.BoolType | bool) and bool(result)
+        return None if is_met else f"its predicate is not as {self._text} asks"
