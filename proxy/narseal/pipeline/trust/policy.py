@@ -25,7 +25,7 @@ from narseal.errors import (
 from narseal.nix.keys import PublicKey
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import StorePath
-from narseal.pipeline.trust.sigstore import ExpectedSigners, verified
+from narseal.pipeline.trust.sigstore import ExpectedSigners, check_not_revoked, verified
 from narseal.runtime.threads import ThreadPools
 from narseal.storage import (
     Attestation,
@@ -221,11 +221,7 @@ class Policy:
         """
         verifier = await self._threads.run(self._signers.verifier, who)
         found = await self._threads.run(verified, verifier, data, digest)
-        revoked = await self._revocations.now()
-        if found.signer in revoked.cosign_keys:
-            raise Refused("bad-bundle", "its key is revoked")
-        if who.issuer and revoked.bars(found.signer, who.issuer, found.signed_at):
-            raise Refused("bad-bundle", f"{found.signer} is revoked since before it was signed")
+        check_not_revoked(found, who, await self._revocations.now())
         return found
 
     def _tell(self, path: StorePath, verdict: Verdict) -> None:
