@@ -106,6 +106,15 @@ def test_every_test_that_the_documentation_names_exists() -> None:
         assert f"def {function}(" in (PROJECT / file).read_text(), f"{file}::{function}"
 
 
+def test_every_module_that_the_architecture_names_exists() -> None:
+    text = (PROJECT / "docs/architecture.md").read_text()
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]+\.py)`", text))
+    assert len(named) > 40
+    for file in named:
+        places = [PROJECT / file, *(PROJECT / "proxy/narseal").rglob(file)]
+        assert any(place.exists() for place in places), file
+
+
 def test_every_link_between_pages_leads_somewhere() -> None:
     for page in [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
