@@ -251,7 +251,7 @@ class LimitsConfig(Section):
     transfers: Annotated[int, Field(ge=1)] = 64
     #: Bytes a second below which a NAR is taken up elsewhere (64 times as many if nobody reads it).
     least_rate: Size = 1 << 10
-    #: Narinfos, logs and other small things that each worker asks for at a time.
+    #: Narinfos that each worker asks one upstream for at a time.
     lookups: Annotated[int, Field(ge=1)] = 256
     #: Largest log, listing or other side file.
     side_file: Size = 64 << 20
