@@ -117,6 +117,10 @@ class StorageConfig(Section):
     #: Keep and serve NARs that come as xz or bzip2 as zstd.
     recompress: bool = False
     recompress_level: Annotated[int, Field(ge=1, le=19)] = 3
+    #: A stored NAR that was not hashed for so long is hashed before it is served.
+    reverify_after: Duration = 30 * 86400.0
+    #: Bytes a second of stored NARs that are hashed in the background; 0: none.
+    scrub_rate: Size = 16 << 20
 
 
 class SigningKeyConfig(Section):
