@@ -20,6 +20,7 @@ python3Packages.buildPythonApplication {
     alembic
     backports-zstd
     brotli
+    cel-python
     click
     cryptography
     ijson

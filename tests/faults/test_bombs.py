@@ -389,9 +389,11 @@ async def test_uploads_that_arrive_together_stay_within_the_quarantine(world: Wo
     most: list[int] = []
     before = world.on_disk()
     answers = await asyncio.gather(*(nar(n, sized=bool(n % 2)) for n in range(24)))
-    assert set(answers) == {201, 507}
+    assert set(answers) <= {201, 507} and 507 in answers
     assert max(most) - before <= 8 * MIB + (1 << 16)
     assert answers.count(201) <= 8
+    # what was not taken holds no room: the next one that is alone is taken, if it fits
+    assert await nar(100, sized=True) == (201 if answers.count(201) < 8 else 507)
 
 
 def test_the_table_has_enough_rows() -> None:

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from yarl import URL
 
+from narseal.errors import UpstreamTrouble
 from narseal.upstream.addresses import check_public, public_addresses
+from narseal.upstream.redirects import next_hop
 from tests.faults.test_oidc import good, uploading
 from tests.faults.test_uploads import ITEM as UPLOADED
 from tests.faults.test_uploads import uploading as uploading_by_token
@@ -259,3 +262,31 @@ async def test_an_issuer_that_hangs_is_asked_once_and_its_failure_is_remembered(
         hanging.free.set()
         monkeypatch.setattr(oidc, "_AGAIN_SECONDS", 0.0)
         assert (await bearing(good(hanging)).put("nix-cache-info", b""))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("place", "target"),
+    [
+        ("https://a.example/x", "http://a.example/x"),
+        ("https://a.example/x", "file:///etc/passwd"),
+        ("https://a.example/x", "ftp://a.example/x"),
+        ("http://a.example/x", "gopher://a.example/"),
+        ("http://a.example/x", ""),
+    ],
+)
+def test_redirects_that_are_not_followed(place: str, target: str) -> None:
+    with pytest.raises(UpstreamTrouble, match="redirects"):
+        next_hop(URL(place), target)
+
+
+@pytest.mark.parametrize(
+    ("place", "target", "there"),
+    [
+        ("https://a.example/x", "https://b.example/y", "https://b.example/y"),
+        ("https://a.example/x", "/y", "https://a.example/y"),
+        ("https://a.example/x", "//b.example/y", "https://b.example/y"),
+        ("http://a.example/x", "https://a.example/x", "https://a.example/x"),
+    ],
+)
+def test_redirects_that_are_followed(place: str, target: str, there: str) -> None:
+    assert next_hop(URL(place), target) == URL(there)

@@ -303,6 +303,70 @@ async def test_attestation_of_the_file_counts_where_the_file_is_here(tmp_path: P
         await pipeline.client.narinfo(APP.hash)
 
 
+async def test_variants_of_one_attestation_are_one(tmp_path: Path) -> None:
+    """F13: any token filled the bound with them, and the one that the rule needs was 413."""
+    good = attested(APP)
+    async with guarded(tmp_path, attestations={"per_digest": 2}) as pipeline:
+        await pipeline.path(APP)
+        assert (await pipeline.attest(digest_of(APP), good))[0] == 201
+        resigned = attested(APP)  # ECDSA: another signature over the same statement
+        assert resigned != good
+        tree = json.loads(good)
+        spaced = json.dumps(tree, indent=3).encode()
+        junk = json.dumps(tree | {"junk": 1}).encode()
+        for variant, status in ((good, 200), (resigned, 200), (spaced, 200), (junk, 422)):
+            assert (await pipeline.attest(digest_of(APP), variant))[0] == status
+        served = (await pipeline.client.get(f"attestations/{digest_of(APP)}"))[1]
+        assert len(served.splitlines()) == 1
+        assert (await pipeline.attest(digest_of(APP), attested(APP, note="another")))[0] == 201
+        status, text = await pipeline.attest(digest_of(APP), attested(APP, note="a third"))
+        assert (status, "per_digest" in text) == (413, True)
+
+
+def where(expression: str) -> dict[str, Any]:
+    return {"policy": [RULE | {"where": expression}]}
+
+
+@pytest.mark.parametrize(
+    ("expression", "note", "passes"),
+    [
+        ("predicate.note == 'PASSED'", "PASSED", True),
+        ("predicate.note == 'PASSED'", "FAILED", False),
+        ("has(predicate.note) && predicate.note.startsWith('PA')", "PASSED", True),
+        ("predicate.result == 'PASSED'", "PASSED", False),  # a field that is not there
+        ("predicate.note", "PASSED", False),  # no truth value
+    ],
+)
+async def test_a_predicate_is_judged_by_its_content(
+    expression: str, note: str, passes: bool, tmp_path: Path
+) -> None:
+    """F35: "attested" must not mean "attested that it failed"."""
+    async with guarded(tmp_path, **where(expression)) as pipeline:
+        await pipeline.path(APP)
+        assert (await pipeline.attest(digest_of(APP), attested(APP, note=note)))[0] == 201
+        status, text, _ = await pipeline.client.get(f"{APP.hash}.narinfo")
+        assert status == (200 if passes else 403), text
+
+
+async def test_a_signature_is_no_attestation_and_the_other_way_round(tmp_path: Path) -> None:
+    """F35: a rule for a plain signature was met by any attestation, and cosign's was refused."""
+    plain = KeySigner(CI, None, timeout=1).sign_digest(APP.info.nar_hash.digest)
+    who = {"match": "*-app-*", "cosign_key": CI.public.render()}
+    signed = {"policy": [who | {"require": "cosign-signature"}]}
+    both = {"accept": [{"cosign_key": CI.public.render()}]}
+    async with guarded(tmp_path / "1", **signed, attestations=both) as pipeline:
+        await pipeline.path(APP)
+        assert (await pipeline.attest(digest_of(APP), attested(APP)))[0] == 201
+        await kept_back(pipeline.client, APP)
+        assert (await pipeline.attest(digest_of(APP), plain))[0] == 201
+        await pipeline.client.narinfo(APP.hash)
+    any_type = {"policy": [who | {"require": "attestation"}]}
+    async with guarded(tmp_path / "2", **any_type, attestations=both) as pipeline:
+        await pipeline.path(APP)
+        assert (await pipeline.attest(digest_of(APP), plain))[0] == 201
+        await kept_back(pipeline.client, APP)
+
+
 NOT_TAKEN = [
     (b"", 422, "not JSON"),
     (b"{}", 422, "not a Sigstore bundle"),
@@ -314,8 +378,8 @@ NOT_TAKEN = [
     (attested(APP, SBOM), 422, f"a cosign key may not attest {SBOM}"),
     (attested(APP).replace(b'"sig":"ME', b'"sig":"MF'), 422, "nobody who may attest signed it"),
     (KeySigner(CI, None, timeout=1).sign_digest(APP.info.nar_hash.digest), 422,
-     "a signature of a file"),
-    (KeySigner(CI, None, timeout=1).sign_digest(b"\0" * 32), 422, "a signature of a file"),
+     "may not attest https://sigstore.dev/cosign/sign/v1"),
+    (KeySigner(CI, None, timeout=1).sign_digest(b"\0" * 32), 422, "not among its subjects"),
     (b" " * (600 << 10) + attested(APP), 413, "are taken"),
 ]  # fmt: skip
 
@@ -389,8 +453,8 @@ async def test_realisation_of_a_kept_back_path_is_kept_back(tmp_path: Path) -> N
 async def test_changed_rules_reach_every_worker_and_the_folder(tmp_path: Path) -> None:
     token = add(tmp_path)
     upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
-    accept = {"accept": [{"cosign_key": CI.public.render().replace("\n", "\\n")}]}
-    rule = RULE | {"cosign_key": CI.public.render().replace("\n", "\\n")}
+    accept = {"accept": [{"cosign_key": CI.public.render()}]}
+    rule = RULE | {"cosign_key": CI.public.render()}
     more = {"workers": 2, "upload": upload, "attestations": accept}
     with narseal_process(tmp_path, policy=[rule], **more) as process:
         async with aiohttp.ClientSession() as session:
@@ -426,8 +490,13 @@ async def test_changed_rules_reach_every_worker_and_the_folder(tmp_path: Path) -
         ({"match": "*", "require": "signature"}, "needs keys"),
         ({"match": "*", "require": "attestation", "keys": ["x"], "identity": "x", "issuer": "y"},
          "keys does not belong"),
-        ({"match": "*", "require": "attestation"}, "who attests"),
-        ({"match": "*", "require": "attestation", "identity": "x"}, "who attests"),
+        ({"match": "*", "require": "cosign-signature"}, "who signs"),
+        ({"match": "*", "require": "attestation", "where": "predicate.",
+          "cosign_key": "x"}, "not CEL"),
+        ({"match": "*", "require": "signature", "keys": ["a-1"], "where": "true"},
+         "belongs to require"),
+        ({"match": "*", "require": "attestation"}, "who signs"),
+        ({"match": "*", "require": "attestation", "identity": "x"}, "who signs"),
         ({"match": "*", "require": "attestation", "identity": "x", "identity_regex": "y",
           "issuer": "z"}, "exclude each other"),
         ({"match": "*", "require": "attestation", "identity_regex": "(", "issuer": "z"},

@@ -18,6 +18,10 @@ from typing import Any
 import pytest
 
 from narseal.config import Config
+from narseal.cosign import statement
+from narseal.cosign.keys import CosignKey
+from narseal.cosign.sign import KeySigner
+from narseal.cosign.statement import AttestedPath
 from narseal.custody import write_private
 from narseal.custody.file import FileKey
 from narseal.nix.narinfo import NarInfo
@@ -168,6 +172,51 @@ async def test_revocation_at_each_wait_of_an_admission(
                 assert UPSTREAM.name not in names(body)
             if gate.done:
                 await check(client, item, UPSTREAM.name, speaks=speaks)
+
+    await everywhere(gate, tmp_path, act)
+
+
+async def test_revocation_of_a_bundles_key_at_each_wait_of_an_admission(
+    tmp_path: Path, upstream: FakeCache, gate: Gate
+) -> None:
+    """The path rests on a Sigstore bundle, whose key is revoked meanwhile."""
+    cosign = CosignKey.generate()
+    item = entry("app", b"1", compression="zstd")
+    upstream.add(item)
+    assert item.info.file_hash
+    said = statement.render([AttestedPath(item.info, "x.nar", item.info.file_hash)])
+    bundle = KeySigner(cosign, None, timeout=1).sign_statement(said)
+    upstream.files[f"{item.info.url}.sigstore.json"] = bundle
+    there = {
+        "url": upstream.url,
+        "public_keys": [],
+        "verify": "bundle",
+        "cosign_key": cosign.public.render(),
+    }
+
+    async def act(folder: Path, gate: Gate) -> None:
+        folder.mkdir(parents=True)
+        config = Config(**settings(folder, there))
+        revocation = Revocation("cosign", cosign.public.hint, "", 0.0, "stolen")
+
+        async def revoke_it() -> None:
+            async with command(config) as substituter:
+                await substituter.revoking.revoke(
+                    revocation, lambda *_: None, cosign_key=cosign.public
+                )
+
+        async with narseal(folder, there) as client:
+            gate.action = revoke_it
+            status, _, _ = await client.get(f"{item.hash}.narinfo")
+            gate.action = None
+            if gate.done:
+                assert status != 200, "it was answered on the word of a revoked key"
+                await check(client, item, cosign.public.hint, speaks=False)
+        if not gate.done:  # and afterwards
+            async with narseal(folder, there) as client:
+                await client.narinfo(item.hash)
+                await revoke_it()
+                await check(client, item, cosign.public.hint, speaks=False)
 
     await everywhere(gate, tmp_path, act)
 

@@ -220,4 +220,6 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, datetime):
         return value.isoformat()
-    return str(value) if isinstance(value, int | float) else json.dumps(str(value))
+    return (
+        str(value) if isinstance(value, int | float) else json.dumps(str(value), ensure_ascii=False)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -123,6 +124,48 @@ def test_a_log_that_was_cut_off_is_not_gone_on_with(log: Path) -> None:
         file.write(b"rubbish\n")
     with pytest.raises(ConfigError, match="no record"):
         opened(log.parent)
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync"])
+def test_a_line_is_synced_before_it_counts_and_half_a_line_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """What the machine does is changed here, at its border: calls are seen, or fail half way."""
+    made = opened(tmp_path)
+    calls: list[str] = []
+    write, fsync = os.write, os.fsync
+
+    def seen_write(descriptor: int, data: memoryview) -> int:
+        calls.append("write")
+        return write(descriptor, data[:50])
+
+    def seen_fsync(descriptor: int) -> None:
+        calls.append("fsync")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "write", seen_write)
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    made.append([record(1), record(2)])
+    assert calls.count("write") > 2
+    assert calls[-1] == "fsync" and calls.count("fsync") == 1
+    before = (tmp_path / "log").read_bytes()
+
+    def full(descriptor: int, data: memoryview | None = None) -> int:
+        if data is not None and len(calls) % 2:
+            calls.append("write")
+            return write(descriptor, data[:10])
+        raise OSError(28, "no space left")
+
+    calls[:] = ["one"]
+    monkeypatch.setattr(os, fails, full)
+    with pytest.raises(OSError, match="no space"):
+        made.append([record(3)])
+    assert (tmp_path / "log").read_bytes() == before
+    assert made.count == 2
+    monkeypatch.undo()
+    made.append([record(3)])
+    made.close()
+    assert audit.verify(tmp_path / "log", AUDIT.public).problems == ()
 
 
 def test_two_signers_do_not_share_a_log(tmp_path: Path) -> None:

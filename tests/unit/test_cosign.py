@@ -6,10 +6,12 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -20,7 +22,7 @@ from narseal.cosign.bundle import Bundle, MessageSignature, SignedBy
 from narseal.cosign.keys import CosignKey, CosignPublicKey
 from narseal.cosign.sign import KeySigner
 from narseal.cosign.statement import AttestedPath, Statement, contradictions
-from narseal.cosign.verify import ByKey, Verifier
+from narseal.cosign.verify import ByIdentity, ByKey, Verifier
 from narseal.errors import (
     ConfigError,
     ContentMismatch,
@@ -186,6 +188,177 @@ def test_statement_that_contradicts_the_narinfo_is_seen(field: str) -> None:
     tree["predicate"]["paths"][0][field] = "another"
     found = contradictions(Statement.parse(json.dumps(tree).encode()), item.info)
     assert len(found) == 1 and found[0].startswith(f"{field} is another in the attestation")
+
+
+def test_a_second_entry_of_a_path_that_contradicts_is_seen() -> None:
+    item = entry("p")
+    tree = json.loads(statement.render([attested(item)]))
+    first = tree["predicate"]["paths"][0]
+    for paths in ([first, first | {"narSize": 1}], [first | {"narSize": 1}, first]):
+        tree["predicate"]["paths"] = paths
+        parsed = Statement.parse(json.dumps(tree).encode())
+        assert contradictions(parsed, item.info)[0].startswith("narSize is 1 in the attestation")
+    tree["predicate"]["paths"] = [first | {"storePath": first["storePath"] + "2"}]
+    parsed = Statement.parse(json.dumps(tree).encode())
+    assert "does not name" in contradictions(parsed, item.info)[0]
+    tree["predicate"]["paths"] = [first]
+    tree["predicateType"] += "2"
+    parsed = Statement.parse(json.dumps(tree).encode())
+    assert "the predicate is" in contradictions(parsed, item.info)[0]
+
+
+def test_statements_of_other_types_are_none() -> None:
+    tree = json.loads(statement.render([attested(entry("p"))]))
+    for kind in ("https://in-toto.io/Statement/v1", "https://in-toto.io/Statement/v0.1"):
+        Statement.parse(json.dumps(tree | {"_type": kind}).encode())
+    for kind in ("https://in-toto.io/Statement/v", "https://in-toto.io/Statement/v11", "", None):
+        with pytest.raises(MalformedAttestation, match="not an in-toto statement"):
+            Statement.parse(json.dumps(tree | {"_type": kind}).encode())
+    digest = tree["subject"][0]["digest"]["sha256"]
+    for wrong in (digest[:-1], digest + "0", digest.upper() + "", 7):
+        tree["subject"][0]["digest"]["sha256"] = wrong
+        if wrong != digest:
+            with pytest.raises(MalformedAttestation, match="64 hex digits"):
+                Statement.parse(json.dumps(tree).encode())
+
+
+def test_a_digest_is_covered_whole() -> None:
+    item = entry("p")
+    parsed = Statement.parse(statement.render([attested(item)]))
+    digest = item.info.nar_hash.digest
+    assert parsed.covers(digest)
+    for wrong in (digest[:-1], digest + b"x", digest[:31] + b"x", b""):
+        assert not parsed.covers(wrong)
+
+
+def test_own_statements_are_byte_for_byte() -> None:
+    from narseal.cosign.statement import check_own
+
+    item = entry("p", references=(store_path("a"), store_path("b")))
+    assert item.info.file_hash
+    name = item.info.url.removeprefix("nar/")
+    data = statement.render([AttestedPath(item.info, name, item.info.file_hash)])
+    assert check_own(data, store_dir="/nix/store") == (1, [])
+    tree = json.loads(data)
+    fact = tree["predicate"]["paths"][0]
+    refs = fact["references"]
+
+    def rendered(**changes: Any) -> bytes:
+        paths = [fact | changes]
+        return json.dumps(tree | {"predicate": {"paths": paths}}, separators=(",", ":")).encode()
+
+    assert rendered() == data
+    for wrong in (
+        data + b"\n",
+        rendered(references=refs[::-1]),
+        rendered(references=[*refs, refs[-1]]),
+        rendered(narSize=-1),
+        rendered(narSize=True),
+        rendered(storePath="/nix/stores/" + fact["storePath"].rpartition("/")[2]),
+        rendered(file=fact["file"] | {"name": "x"}),
+        rendered(narHash="sha1:" + "0" * 32),
+        rendered(narHash=item.info.nar_hash.sri),
+        rendered(narHash=f"sha256:{item.info.nar_hash.hex}"),
+        rendered(file=fact["file"] | {"sha256": fact["file"]["sha256"].upper()}),
+        data.replace(tree["subject"][0]["digest"]["sha256"].encode(), b"0" * 64, 1),
+        data.replace(
+            b'"subject":[', b'"subject":[{"name":"x","digest":{"sha256":"' + b"0" * 64 + b'"}},'
+        ),
+    ):
+        assert wrong != data
+        with pytest.raises(MalformedAttestation):
+            check_own(wrong, store_dir="/nix/store")
+    with pytest.raises(MalformedAttestation):
+        check_own(data, store_dir="/nix")
+
+
+def test_a_bundle_by_key_is_of_this_key_and_this_digest() -> None:
+    other = CosignKey.generate()
+    data = KeySigner(KEY, None, timeout=1).sign_digest(DIGEST)
+    parsed = Bundle.parse(data)
+    verified = Verifier(ByKey((other.public, KEY.public)), None).verify(parsed, DIGEST)
+    assert (verified.signer, verified.log_index) == (KEY.public.hint, None)
+    with pytest.raises(Refused, match="not signed by the key"):
+        Verifier(ByKey((other.public,)), None).verify(parsed, DIGEST)
+    with pytest.raises(Refused, match="not signed by the key"):
+        Verifier(ByKey(()), None).verify(parsed, DIGEST)
+    for wrong in (DIGEST[:31] + b"x", DIGEST[:31], hashlib.sha256(b"x").digest()):
+        with pytest.raises(Refused, match="not of a file"):
+            Verifier(ByKey((KEY.public,)), None).verify(parsed, wrong)
+    whole = KeySigner(KEY, None, timeout=1).sign_statement(statement.render([attested(entry("p"))]))
+    nar_digest = entry("p").info.nar_hash.digest
+    Verifier(ByKey((KEY.public,)), None).verify(Bundle.parse(whole), nar_digest)
+    with pytest.raises(Refused, match="not of a file"):
+        Verifier(ByKey((KEY.public,)), None).verify(Bundle.parse(whole), DIGEST)
+    # the hint is whatever the bundle says: the key decides
+    tree = json.loads(data)
+    tree["verificationMaterial"]["publicKey"]["hint"] = other.public.hint
+    lied = Verifier(ByKey((KEY.public,)), None).verify(
+        Bundle.parse(json.dumps(tree).encode()), DIGEST
+    )
+    assert lied.signer == KEY.public.hint
+    with pytest.raises(ConfigError, match="trusted root"):
+        Verifier(ByIdentity("a", "b"), None)
+
+
+def test_an_identity_is_the_whole_name_and_its_issuer_the_only_one() -> None:
+    from cryptography import x509
+    from cryptography.x509.oid import ObjectIdentifier
+
+    from narseal.cosign.verify import _Policy
+
+    private = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.now(UTC)
+
+    def certificate(name: str, *issuers: tuple[str, bytes]) -> x509.Certificate:
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([])).issuer_name(x509.Name([]))
+            .public_key(private.public_key()).serial_number(7)
+            .not_valid_before(now).not_valid_after(now + timedelta(minutes=10))
+            .add_extension(x509.SubjectAlternativeName([x509.RFC822Name(name)]), critical=True)
+        )  # fmt: skip
+        for oid, value in issuers:
+            extension = x509.UnrecognizedExtension(ObjectIdentifier(oid), value)
+            builder = builder.add_extension(extension, critical=False)
+        return builder.sign(private, hashes.SHA256())
+
+    def der(text: str) -> bytes:
+        return b"\x0c" + bytes([len(text)]) + text.encode()
+
+    old, new = "1.3.6.1.4.1.57264.1.1", "1.3.6.1.4.1.57264.1.8"
+    good = certificate("ci@a.example", (new, der("https://i")))
+
+    def take(found: x509.Certificate, identity: str, issuer: str, *, is_regex: bool = False) -> str:
+        policy = _Policy(ByIdentity(identity, issuer, is_regex=is_regex))
+        policy.verify(found)
+        return policy.found
+
+    assert take(good, "ci@a.example", "https://i") == "ci@a.example"
+    assert take(good, ".*@a[.]example", "https://i", is_regex=True) == "ci@a.example"
+    both = certificate("ci@a.example", (old, b"https://i"), (new, der("https://i")))
+    assert take(both, "ci@a.example", "https://i")
+    for found, identity, issuer, is_regex in (
+        (good, "ci@a.exampl", "https://i", False),
+        (good, "ci@a.example2", "https://i", False),
+        (good, "ci@a.example", "https://", False),
+        (good, "ci@a.example", "https://i/", False),
+        (good, "", "https://i", False),
+        (good, ".*@a[.]example", "https://i", False),
+        (good, ".*@a", "https://i", True),
+        (good, "@a[.]example", "https://i", True),
+        (certificate("ci@a.example"), "ci@a.example", "https://i", False),
+        (
+            certificate("ci@a.example", (old, b"https://i"), (new, der("https://j"))),
+            "ci@a.example", "https://i", False,
+        ),
+        (
+            certificate("ci@a.example", (old, b"https://j"), (new, der("https://i"))),
+            "ci@a.example", "https://i", False,
+        ),
+    ):  # fmt: skip
+        with pytest.raises(Refused):
+            take(found, identity, issuer, is_regex=is_regex)
 
 
 def test_predicate_follows_its_schema() -> None:

@@ -106,6 +106,15 @@ def test_every_test_that_the_documentation_names_exists() -> None:
         assert f"def {function}(" in (PROJECT / file).read_text(), f"{file}::{function}"
 
 
+def test_every_module_that_the_architecture_names_exists() -> None:
+    text = (PROJECT / "docs/architecture.md").read_text()
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]+\.py)`", text))
+    assert len(named) > 40
+    for file in named:
+        places = [PROJECT / file, *(PROJECT / "proxy/narseal").rglob(file)]
+        assert any(place.exists() for place in places), file
+
+
 def test_every_link_between_pages_leads_somewhere() -> None:
     for page in [PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
@@ -132,6 +141,20 @@ def test_examples_for_pipelines_are_yaml_and_their_rules_a_configuration() -> No
     lines = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
     config = Config.parse("\n".join(lines), environ={})
     assert len(config.policy) == len(config.upload.oidc) == 1
+
+
+def test_pipelines_install_narseal_and_give_nobody_more_than_he_needs() -> None:
+    """F37: they never installed it, let the whole workflow be it, and named actions by tags."""
+    tree = yaml.safe_load((PROJECT / "examples/github-actions.yml").read_text())
+    assert tree["permissions"] == {}
+    steps = [step for job in tree["jobs"].values() for step in job["steps"]]
+    for step in steps:
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step.get("uses", f"a/b@{'0' * 40}"))
+    runs = [step.get("run", "") for step in steps]
+    script = yaml.safe_load((PROJECT / "examples/gitlab-ci.yml").read_text())["cache"]["script"]
+    for commands in (runs, script):
+        [installs] = [n for n, text in enumerate(commands) if "$NARSEAL" in text]
+        assert installs < min(n for n, text in enumerate(commands) if "narseal attest" in text)
 
 
 def test_dashboard_asks_for_metrics_that_exist() -> None:

@@ -64,6 +64,13 @@ def test_authorities_and_identities_are_alternatives_and_policies_are_not() -> N
     assert one["identity"] == "ci@example.org"
 
 
+def test_a_policy_without_attestations_asks_for_a_signature() -> None:
+    """F35: "signed by X" became any attestation of any type by X."""
+    for item in (keyless(), {"key": {"data": PEM}}):
+        text = translate(policy(item, mode="enforce"), globs=["*"])
+        assert rule(text)["require"] == "cosign-signature"
+
+
 def test_private_instance_is_named() -> None:
     item = keyless(url="https://fulcio.internal")
     text = translate(policy(item), globs=["*"], trust_config="/etc/root.json")
@@ -88,6 +95,8 @@ def test_private_instance_is_named() -> None:
         (policy({"key": {"data": PEM}, **keyless()}), "exactly one of key and keyless"),
         (policy({"key": {"data": PEM}, "ctlog": {"url": "https://rekor"}}), "--trust-config"),
         (policy(keyless(url="https://fulcio.internal")), "--trust-config"),
+        (policy({**keyless(), "ctlog": {"url": "https://rekor.internal"}}), "--trust-config"),
+        (policy(keyless(), mode="warn"), "is enforced"),
         (policy(keyless(identities=[{"issuerRegExp": ".*", "subject": "x"}])),
          "issuerRegExp cannot be said"),
         (policy(keyless(identities=[{"issuer": "x"}])), "exactly one of subject"),

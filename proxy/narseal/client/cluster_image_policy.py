@@ -18,6 +18,7 @@ from narseal.cosign.keys import CosignPublicKey
 from narseal.errors import ConfigError, MalformedKey
 
 _PUBLIC_FULCIO = "https://fulcio.sigstore.dev"
+_PUBLIC_LOG = "https://rekor.sigstore.dev"
 _MAX_POLICIES = 64
 
 Rule = dict[str, Any]
@@ -54,6 +55,10 @@ def _policy(document: object, trust_config: str | None) -> tuple[str, Rule]:
     if not name.isprintable():
         raise ConfigError("metadata.name is not printable")
     spec = _known(tree.get("spec"), f"{name}: spec", "images", "authorities", "mode", "match")
+    if spec.get("mode", "enforce") != "enforce":
+        raise ConfigError(
+            f"{name}: spec.mode is {str(spec['mode'])[:40]!r}, and a narseal policy is enforced"
+        )
     authorities = _list(spec.get("authorities"), f"{name}: spec.authorities")
     parts = [
         _authority(item, f"{name}: authorities[{n}]", trust_config)
@@ -72,7 +77,11 @@ def _authority(item: object, where: str, trust_config: str | None) -> Rule:
         else _identities(tree["keyless"], f"{where}.keyless", trust_config)
     )
     if "ctlog" in tree:
-        _known(tree["ctlog"], f"{where}.ctlog", "url")
+        log = _known(tree["ctlog"], f"{where}.ctlog", "url").get("url", _PUBLIC_LOG)
+        if log.rstrip("/") != _PUBLIC_LOG and not trust_config:
+            raise ConfigError(
+                f"{where}.ctlog.url: for another log than the public, give --trust-config"
+            )
         if "key" in tree and not trust_config:
             raise ConfigError(
                 f"{where}.ctlog: to ask for a log entry of a key's signature, give --trust-config"
@@ -82,7 +91,7 @@ def _authority(item: object, where: str, trust_config: str | None) -> Rule:
     wanted = _list(tree["attestations"], f"{where}.attestations") if "attestations" in tree else []
     kinds = [_kind(kind, f"{where}.attestations[{n}]") for n, kind in enumerate(wanted)]
     if not kinds:
-        return _joined("any", [{"require": "attestation", **signer} for signer in signers])
+        return _joined("any", [{"require": "cosign-signature", **signer} for signer in signers])
     return _joined(
         "all",
         [

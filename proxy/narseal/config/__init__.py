@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from narseal.config.location import sentences
 from narseal.config.policy import (
+    SIGNATURE,
     AcceptConfig,
     AttestationsConfig,
     PolicyConfig,
@@ -33,6 +34,7 @@ from narseal.errors import ConfigError
 from narseal.nix.store_path import check_store_dir
 
 __all__ = [
+    "SIGNATURE",
     "AcceptConfig",
     "AttestationsConfig",
     "Config",
@@ -253,7 +255,7 @@ class LimitsConfig(Section):
     transfers: Annotated[int, Field(ge=1)] = 64
     #: Bytes a second below which a NAR is taken up elsewhere (64 times as many if nobody reads it).
     least_rate: Size = 1 << 10
-    #: Narinfos, logs and other small things that each worker asks for at a time.
+    #: Narinfos that each worker asks one upstream for at a time.
     lookups: Annotated[int, Field(ge=1)] = 256
     #: Largest log, listing or other side file.
     side_file: Size = 64 << 20

@@ -28,6 +28,10 @@ PREDICATE_TYPES = {
 }
 
 
+#: What cosign calls the statement that is a signature and says no more; plain ones count as it.
+SIGNATURE = "https://sigstore.dev/cosign/sign/v1"
+
+
 def predicate_type(text: str) -> str:
     """The URI of a predicate type, which may be given by cosign's short name; ValueError else."""
     uri = PREDICATE_TYPES.get(text, text)
@@ -36,6 +40,13 @@ def predicate_type(text: str) -> str:
             f"{text!r} is neither a URI nor one of {', '.join(PREDICATE_TYPES)}, as cosign has them"
         )
     return uri
+
+
+def _expression(text: str) -> str:
+    from narseal.config.expression import Expression
+
+    Expression(text)
+    return text
 
 
 def _key(text: str) -> str:
@@ -71,11 +82,13 @@ class AcceptConfig(SignerSection):
 class RequirementConfig(SignerSection):
     """What a rule asks for."""
 
-    require: Literal["signature", "attestation", "any", "all"] | None = None
+    require: Literal["signature", "cosign-signature", "attestation", "any", "all"] | None = None
     #: With "signature": names of keys that are pinned above, or whole keys; one is enough.
     keys: tuple[Annotated[str, AfterValidator(_key)], ...] = ()
     #: With "attestation": one of these; none: any.
     predicate_types: PredicateTypes = ()
+    #: With "attestation": a CEL expression over `predicate` that must be true.
+    where: Annotated[str, AfterValidator(_expression)] | None = None
     #: With "any" and "all".
     of: tuple[RequirementConfig, ...] = ()
 
@@ -89,21 +102,29 @@ class RequirementConfig(SignerSection):
                     if name == wanted
                     else f"{name} does not belong to require = {self.require!r}"
                 )
-        if self.require == "attestation" and not self.names_signer:
+        by_sigstore = self.require in ("attestation", "cosign-signature")
+        if by_sigstore and not self.names_signer:
             raise ValueError(
-                'require = "attestation" needs to know who attests: identity and issuer, or'
+                f'require = "{self.require}" needs to know who signs: identity and issuer, or'
                 " cosign_key"
             )
-        stray = self.model_fields_set & {*SignerSection.model_fields, "predicate_types"}
-        if self.require != "attestation" and stray:
+        belongs = {"predicate_types", "where"} if self.require != "attestation" else set()
+        if not by_sigstore:
+            belongs |= {*SignerSection.model_fields}
+        if stray := self.model_fields_set & belongs:
             raise ValueError(f'{min(stray)} belongs to require = "attestation"')
         if any(part.require is None for part in self.of):
             raise ValueError("each part of `of` has a require")
         return self
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The predicate types that meet it; none: any attestation."""
+        return (SIGNATURE,) if self.require == "cosign-signature" else self.predicate_types
+
     def attesters(self) -> Iterator[RequirementConfig]:
-        """Every requirement of an attestation in it."""
-        if self.require == "attestation":
+        """Every requirement of an attestation, or of a signature by cosign, in it."""
+        if self.require in ("attestation", "cosign-signature"):
             yield self
         for part in self.of:
             yield from part.attesters()

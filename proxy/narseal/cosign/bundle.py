@@ -57,6 +57,11 @@ class Bundle:
     #: How it names the key, which nothing vouches for; "" with a certificate.
     hint: str = ""
 
+    def render(self) -> bytes:
+        """Its one form: JSON on one line, fields in order, nothing that the specification lacks."""
+        tree = json.loads(Model.from_json(self.text).to_json())
+        return json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()
+
     @property
     def signed(self) -> bytes:
         """The SHA-256 that its signature is over: the file's, or the envelope's."""

@@ -202,6 +202,8 @@ def _read_fact(item: Any, store_dir: str) -> tuple[StorePath, Hash, Hash, str]:
         nar, file = Hash.parse(item["narHash"]), Hash.parse(f"sha256:{item['file']['sha256']}")
         if type(size) is not int or size < 0 or not _FILE_NAME.fullmatch(name):
             raise ValueError("a size or a file name that is none")
+        if (str(nar), file.hex) != (item["narHash"], item["file"]["sha256"]):
+            raise ValueError("a hash that is spelled otherwise")
         if nar.algorithm != "sha256" or references != sorted(set(references)):
             raise ValueError("a hash of another kind, or references out of order")
     except (TypeError, ValueError, KeyError, AttributeError) as error:

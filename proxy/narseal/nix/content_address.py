@@ -43,6 +43,11 @@ class ContentAddress:
                 return cls(method, found)
         raise MalformedContentAddress(f"CA is neither text: nor fixed: {text[:80]!r}")
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether the bytes of a NAR are held to it: what git hashes is not recomputed here."""
+        return self.method is not Method.GIT
+
     def store_path(
         self, name: str, references: Iterable[StorePath], *, self_hash: str, store_dir: str
     ) -> StorePath | None:

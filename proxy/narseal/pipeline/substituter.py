@@ -70,7 +70,9 @@ class Substituter:
         self._publisher = Publisher(services)
         self._fetcher = Fetcher(services, self._publisher)
         self._renewal = Renewal(services, self._publisher)
-        self._bundles = UpstreamBundles(upstream_signers(config), services.threads)
+        self._bundles = UpstreamBundles(
+            upstream_signers(config), services.index.revocations, services.threads
+        )
         #: With the upstreams behind it.
         self.everything = self._view(services)
         #: What is in storage, and no more: for those who push.
@@ -80,8 +82,8 @@ class Substituter:
         self.side_file_uploads = SideFileUploads(services)
         self.uploads = Uploads(services, admission, self._renewal, self._publisher)
         self.provenance = Provenance(services, admission, self.everything.finder)
-        self.revoking = Revoking(services, self._renewal)
         self.repair = Repair(services, self._publisher)
+        self.revoking = Revoking(services, self._renewal, self.repair)
         self._background: list[asyncio.Task[None]] = []
 
     @classmethod

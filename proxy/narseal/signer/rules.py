@@ -225,13 +225,15 @@ class SigningRules:
             return f"signature {signer}", False
         check_content_address(info)
         named = any(fnmatchcase(info.store_path.name, glob) for glob in self._config.content)
-        if info.ca is None and not named:
-            raise Refused(
-                "unsigned",
-                f"{info.store_path}: no signature by a trusted key, no content address, and its"
-                " name is not among those that are signed on their content",
-            )
-        return "content-address" if info.ca is not None and not named else "content", True
+        if named:
+            return "content", True
+        if info.ca is not None and info.ca.is_measured:
+            return "content-address", True
+        raise Refused(
+            "unsigned",
+            f"{info.store_path}: no signature by a trusted key, no content address that can be"
+            " held to its content, and its name is not among those that are signed on it",
+        )
 
     def hash(self, waiting: ToHash) -> Approved:
         """Hold the file in storage to the narinfo, here, where the proxy cannot touch it.

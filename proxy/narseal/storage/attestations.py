@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
@@ -72,6 +73,18 @@ def _of(subjects: frozenset[bytes]) -> ColumnElement[bool]:
     """Paths that one of these digests is of: their NAR's, or their stored file's."""
     files = select(schema.nar.c.file).where(schema.nar.c.file_hash.in_(subjects))
     return or_(schema.path.c.nar_hash.in_(subjects), schema.path.c.nar_file.in_(files))
+
+
+#: So many times as many attestations of a digest by all signers as by one.
+_SIGNERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """What was verified of a bundle: who signed, and the SHA-256 of what."""
+
+    signer: str
+    statement: bytes
 
 
 class Attestations:
@@ -175,6 +188,12 @@ class Attestations:
 
         await self._engines.write(work)
 
+    async def has(self, digest: bytes) -> bool:
+        """Whether a bundle is recorded."""
+        named = schema.attestation.c.digest == digest
+        query: Select[Any] = select(schema.attestation.c.digest).where(named)
+        return bool(await self._ask(query))
+
     async def digests(self) -> list[bytes]:
         """Of every bundle over a statement."""
         return [bytes(row.digest) for row in await self._ask(select(schema.attestation.c.digest))]
@@ -198,38 +217,48 @@ class Attestations:
         self,
         digest: bytes,
         predicate_type: str,
-        signer: str,
+        signed: Signed,
         subjects: frozenset[bytes],
         *,
         most: int,
     ) -> bool:
         """Record a bundle that somebody brought; whether it is new.
 
-        UploadTooLarge if one of its subjects has `most` attestations already. The paths that
+        It is not if the same signer's bundle over the same statement is there: however many ways
+        there are to write it down. UploadTooLarge if one of its subjects has `most` attestations
+        by that signer, or sixteen times as many by all, already. The paths that
         it covers wait for narseal's own, where they were not attested: they may pass now.
         """
 
         async def work(connection: AsyncConnection) -> bool:
-            named = schema.attestation.c.digest == digest
-            if (await connection.execute(select(named).where(named))).first():
+            table = schema.attestation.c
+            known = (table.statement == signed.statement) & (table.signer == signed.signer)
+            same = select(table.digest).where(or_(table.digest == digest, known)).limit(1)
+            if (await connection.execute(same)).first():
                 return False
             count = (
                 select(func.count())
+                .select_from(schema.subject.join(schema.attestation))
                 .where(schema.subject.c.digest.in_(subjects))
                 .group_by(schema.subject.c.digest)
                 .order_by(func.count().desc())
                 .limit(1)
             )
-            if ((await connection.execute(count)).scalar() or 0) >= most:
-                raise UploadTooLarge(
-                    f"there are {most} attestations of that digest; attestations.per_digest"
-                    " bounds them"
-                )
+            for bound, counted in (
+                (most, count.where(table.signer == signed.signer)),
+                (most * _SIGNERS, count),
+            ):
+                if ((await connection.execute(counted)).scalar() or 0) >= bound:
+                    raise UploadTooLarge(
+                        f"there are {bound} attestations of that digest; attestations.per_digest"
+                        " bounds those of each signer"
+                    )
             values = {
                 "digest": digest,
                 "predicate_type": predicate_type,
                 "made_at": time.time(),
-                "signer": signer,
+                "signer": signed.signer,
+                "statement": signed.statement,
             }
             await connection.execute(insert_or(schema.attestation), [values])
             covered = [{"digest": subject, "attestation": digest} for subject in subjects]

@@ -164,13 +164,17 @@ class LocalStorage:
         (self.uploads / file).unlink(missing_ok=True)
 
     def reserve(self, descriptor: int, size: int, *, max_age: float, max_bytes: int) -> None:
-        """Let an arriving upload count as `size` bytes, before they are written.
-
-        What waits for longer than `max_age` seconds is dropped. StorageFull if all uploads, those
-        of other processes that arrive at the same time included, are more than `max_bytes` then.
-        """
+        """Let an arriving upload count as `size` bytes, before they are written; see check_room."""
         with storage_errors():
             os.ftruncate(descriptor, size)
+        self.check_room(max_age=max_age, max_bytes=max_bytes)
+
+    def check_room(self, *, max_age: float, max_bytes: int) -> None:
+        """Drop uploads that wait for longer than `max_age` seconds.
+
+        StorageFull if all of them, those of other processes that arrive at the same time included,
+        are more than `max_bytes` then.
+        """
         old = time.time() - max_age
         total = 0
         # in this order: one that is renamed meanwhile is counted twice rather than not at all
@@ -184,7 +188,7 @@ class LocalStorage:
                         total += status.st_size
         if total > max_bytes:
             raise StorageFull(
-                "too many uploaded NARs arrive or wait for their narinfos; upload.quarantine_size"
+                "too many uploads arrive or wait for their narinfos; upload.quarantine_size"
                 " bounds them"
             )
 

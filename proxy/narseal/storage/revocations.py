@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Row, Select, or_, select, update
+from sqlalchemy import Column, ColumnElement, Row, Select, or_, select, update
 from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -80,13 +80,14 @@ class Revocations:
             self._seen = epoch
         return self._known
 
-    async def add(self, revocation: Revocation) -> None:
+    async def add(self, revocation: Revocation) -> list[str]:
         """Revoke, in one transaction with the withdrawal of what had no other evidence.
 
-        What is withdrawn is admitted anew, if at all, on other evidence.
+        What is withdrawn is admitted anew, if at all, on other evidence. Returns the hash parts of
+        the paths among it.
         """
 
-        async def work(connection: AsyncConnection) -> None:
+        async def work(connection: AsyncConnection) -> list[str]:
             values = {
                 "kind": revocation.kind,
                 "name": revocation.name,
@@ -102,18 +103,28 @@ class Revocations:
                     keys, set_={"since": revocation.since, "reason": revocation.reason}
                 )
             )
-            if revocation.kind != "key":
-                return
-            rests = f"signature {revocation.name}"
+            paths = select(schema.path.c.hash_part).where(
+                _rests_on(revocation, schema.path.c.evidence), ~schema.path.c.withdrawn
+            )
+            found = [str(row.hash_part) for row in await connection.execute(paths)]
             for table in (schema.path, schema.realisation):
-                evidence = table.c.evidence
+                rests = _rests_on(revocation, table.c.evidence)
                 await connection.execute(
-                    update(table)
-                    .where(or_(evidence == rests, evidence.endswith(f" {rests}", autoescape=True)))
-                    .where(~table.c.withdrawn)
-                    .values(withdrawn=True)
+                    update(table).where(rests, ~table.c.withdrawn).values(withdrawn=True)
                 )
+            return found
 
-        await self._engines.write(work)
+        withdrawn: list[str] = await self._engines.write(work)
         self._epoch.advance()
         self._epoch.arrive()
+        return withdrawn
+
+
+def _rests_on(revocation: Revocation, evidence: Column[str]) -> ColumnElement[bool]:
+    """Rows that were admitted on the word of what is revoked."""
+    if revocation.kind == "key":
+        rests = f"signature {revocation.name}"
+        return or_(evidence == rests, evidence.endswith(f" {rests}", autoescape=True))
+    of = f" of {revocation.issuer}" if revocation.kind == "identity" else ""
+    rests = f"bundle {revocation.name}{of}"
+    return or_(evidence == rests, evidence.startswith(f"{rests} ", autoescape=True))

@@ -15,9 +15,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TypeVar
 
 from narseal.cosign import statement
+from narseal.cosign.bundle import Bundle
+from narseal.cosign.certificate import CertificateNames
 from narseal.cosign.statement import AttestedPath, AuditHead
 from narseal.errors import NarsealError, Refused, Unavailable
 from narseal.pipeline.services import Services
@@ -181,11 +184,23 @@ class Attester:
         if key and key.public.hint in (await self._revocations.now()).cosign_keys:
             raise Unavailable("the cosign key is revoked: configure another (cosign.key)")
 
+    async def _check_identity(self, bundle: bytes) -> None:
+        """Unavailable if the identity that just signed is revoked: what waits, waits for another."""
+        certificate = Bundle.parse(bundle).certificate
+        if certificate is None:
+            return
+        named = CertificateNames.parse(certificate)
+        revoked = await self._revocations.now()
+        for identity, issuer in product(named.identities, named.issuers):
+            if revoked.bars(identity, issuer, named.began):
+                raise Unavailable(f"{identity} is revoked: let narseal sign as another identity")
+
     async def _finish(self, begun: _Begun) -> None:
         """Sign what of it is not signed yet, keep it, and take its paths off the queue."""
         await self._check_key()
         bundle = await self._run(self._sign, begun)
         await self._check_key()  # it may have been revoked while the services were slow
+        await self._check_identity(bundle)
         digest = hashlib.sha256(bundle).digest()
         await self._run(self._folder.local.write, bundle_name(digest), bundle)
         subjects = frozenset(head.digest for head in begun.heads).union(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from narseal.cosign.verify import Verified
 from narseal.errors import ContentMismatch, Malformed, NarsealError, Refused, Unavailable
 from narseal.nix.inspection import Measured
 from narseal.nix.narinfo import NarInfo
@@ -13,6 +14,7 @@ from narseal.pipeline.paths.finder import Candidate, Finder
 from narseal.pipeline.paths.lookup import Lookup
 from narseal.pipeline.paths.renewal import Renewal, path_request
 from narseal.pipeline.services import Services
+from narseal.pipeline.trust.sigstore import signer_of
 from narseal.pipeline.trust.upstream_bundles import UpstreamBundles
 from narseal.storage import Admitted, NarRecord, PathRecord
 from narseal.upstream import Upstream
@@ -78,16 +80,31 @@ class Admission:
     async def _take(self, upstream: Upstream, candidate: Candidate) -> Admitted:
         """Hold a candidate to its bytes where they come first, countersign it, pin it."""
         self._policy.check_name(candidate.info.store_path)
-        nar = await self._measured(upstream, candidate)
-        admitted = await self._pin(upstream, candidate, nar)
+        nar, bundle = await self._measured(upstream, candidate)
+        admitted = await self._pin(upstream, candidate, nar, bundle)
+        if bundle:  # whose signer may have been revoked since
+            await self._recheck(upstream, bundle, candidate.info.store_path.hash_part)
         if admitted[1].stored:
             await self._fetcher.publisher.narinfo(candidate.info.store_path.hash_part)
         return admitted
 
-    async def _pin(self, upstream: Upstream, candidate: Candidate, nar: NarRecord) -> Admitted:
+    async def _recheck(self, upstream: Upstream, bundle: Verified, hash_part: str) -> None:
+        try:
+            await self._bundles.check_signer(upstream, bundle)
+        except Refused:
+            await self._index.paths.withdraw(hash_part)
+            raise
+
+    async def _pin(
+        self, upstream: Upstream, candidate: Candidate, nar: NarRecord, bundle: Verified | None
+    ) -> Admitted:
         """Countersign and pin; if a key was revoked meanwhile, weigh what is left anew."""
         for _ in range(_TRIES):
-            record = PathRecord(candidate.info, nar.file, candidate.evidence.text)
+            evidence = candidate.evidence.text
+            if bundle:
+                rest = "" if evidence == "bundle" else f" {evidence}"
+                evidence = f"bundle {signer_of(bundle, upstream.config.who)}{rest}"
+            record = PathRecord(candidate.info, nar.file, evidence)
             signed = await self._renewal.sign(record, path_request(record, nar))
             try:
                 return await self._index.admit(signed, nar)
@@ -98,14 +115,18 @@ class Admission:
                 candidate = self._finder.weigh(upstream, candidate.info, revoked)
         raise Unavailable(f"{candidate.info.store_path}: keys are being revoked; ask again")
 
-    async def _measured(self, upstream: Upstream, candidate: Candidate) -> NarRecord:
-        """The NAR, fetched and hashed where its content comes first."""
+    async def _measured(
+        self, upstream: Upstream, candidate: Candidate
+    ) -> tuple[NarRecord, Verified | None]:
+        """The NAR, fetched and hashed where its content comes first; and its bundle, if it has one."""
         info, evidence = candidate.info, candidate.evidence
         recompress = self._config.storage.recompress and info.compression in ("xz", "bzip2")
         if not evidence.content_first and not recompress:
             await self._policy.check(info, frozenset((info.nar_hash.digest,)))
-            return NarRecord.of(info, upstream.config.url)
+            return NarRecord.of(info, upstream.config.url), None
         self._services.tasks.start(self._prefetch(info), f"references of {info.store_path}")
+
+        bundles: list[Verified] = []
 
         async def check(measured: Measured) -> None:
             if measured.missing:
@@ -116,12 +137,15 @@ class Admission:
                     " refers, and nobody signed that it does",
                 )
             if upstream.config.verify == "bundle":
-                await self._bundles.check(upstream, info, evidence, measured.file_hash)
+                bundles.append(
+                    await self._bundles.check(upstream, info, evidence, measured.file_hash)
+                )
             content = frozenset((info.nar_hash.digest, measured.file_hash.digest))
             await self._policy.check(info, content)
 
         origin = Origin(upstream, info.url)
-        return await self._fetcher.fetch_first(info, origin, check, scan=evidence.scan)
+        nar = await self._fetcher.fetch_first(info, origin, check, scan=evidence.scan)
+        return nar, bundles[0] if bundles else None
 
     async def _prefetch(self, info: NarInfo) -> None:
         """Where content comes first, the references will be asked for next."""

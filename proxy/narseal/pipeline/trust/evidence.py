@@ -13,7 +13,6 @@ from narseal.config import UpstreamConfig
 from narseal.errors import Refused
 from narseal.nix.addressing import check_content_address, check_url
 from narseal.nix.compression import decompressor
-from narseal.nix.content_address import Method
 from narseal.nix.keyring import KeyRing
 from narseal.nix.narinfo import MOST_BUT_OURS, NarInfo
 
@@ -61,7 +60,7 @@ def weigh(
     if signer:
         content_first = upstream.sign_when == "content" or upstream.verify != "signature"
         return kept, Evidence(f"signature {signer}", content_first)
-    if info.ca is not None and info.ca.method is not Method.GIT:  # git's hash is not recomputed
+    if info.ca is not None and info.ca.is_measured:
         return kept, Evidence("content-address", content_first=True)
     if upstream.verify != "signature" and not pinned:
         scan = upstream.verify == "content"  # a bundle names the references

@@ -11,7 +11,8 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from narseal.config import Config, PolicyConfig, RequirementConfig, Who
+from narseal.config import SIGNATURE, Config, PolicyConfig, RequirementConfig, Who
+from narseal.config.expression import Expression
 from narseal.cosign.statement import Statement
 from narseal.cosign.verify import Verified
 from narseal.errors import (
@@ -24,7 +25,7 @@ from narseal.errors import (
 from narseal.nix.keys import PublicKey
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import StorePath
-from narseal.pipeline.trust.sigstore import ExpectedSigners, verified
+from narseal.pipeline.trust.sigstore import ExpectedSigners, check_not_revoked, verified
 from narseal.runtime.threads import ThreadPools
 from narseal.storage import (
     Attestation,
@@ -58,6 +59,8 @@ class _Said:
     predicate_type: str
     #: Names that its statement gives the digest.
     names: tuple[str, ...]
+    #: Why it does not meet the expression that was asked of it; None if it does.
+    failure: str | None = None
 
 
 class Policy:
@@ -83,7 +86,7 @@ class Policy:
         self._revocations = revocations
         self._folder = folder
         self._threads = threads
-        self._said: OrderedDict[tuple[Who, bytes, bytes], _Said | str] = OrderedDict()
+        self._said: OrderedDict[tuple[Who, bytes, bytes, str | None], _Said | str] = OrderedDict()
         self._revoked: Revoked | None = None
         self._told: OrderedDict[tuple[str, str], None] = OrderedDict()
 
@@ -140,7 +143,7 @@ class Policy:
     ) -> tuple[bool, str]:
         if wanted.require == "signature":
             return self._is_signed(wanted, info, (await self._revocations.now()).keys)
-        if wanted.require == "attestation":
+        if wanted.require in ("attestation", "cosign-signature"):
             return await self._is_attested(wanted, info, digests)
         reasons = []
         for part in wanted.of:
@@ -170,16 +173,18 @@ class Policy:
         self, wanted: RequirementConfig, info: NarInfo, digests: frozenset[bytes]
     ) -> tuple[bool, str]:
         who = wanted.who
-        kinds = " or ".join(wanted.predicate_types) or "any type"
+        kinds = " or ".join(wanted.kinds) or "any type"
         last = ""
         for found in reversed(await self._attestations.covering(*digests)):
-            if wanted.predicate_types and found.predicate_type not in wanted.predicate_types:
+            if not _is_of(wanted, found.predicate_type):
                 continue
-            said = await self._say(who, found)
+            said = await self._say(who, found, wanted.where)
             if isinstance(said, str):
                 last = said
-            elif wanted.predicate_types and said.predicate_type not in wanted.predicate_types:
+            elif not _is_of(wanted, said.predicate_type):
                 last = f"one says it is {found.predicate_type} and is {said.predicate_type}"
+            elif said.failure:
+                last = said.failure
             elif (others := _other_paths(said.names, info)) is not None:
                 last = f"one is of {others}"
             else:
@@ -187,9 +192,9 @@ class Policy:
         sentence = f"it has no attestation ({kinds}) by {who}"
         return False, f"{sentence}; {last}" if last else sentence
 
-    async def _say(self, who: Who, found: Attestation) -> _Said | str:
+    async def _say(self, who: Who, found: Attestation, where: str | None) -> _Said | str:
         """What a bundle says of its subject, if it is by `who`; else why not."""
-        key = (who, found.digest, found.subject)
+        key = (who, found.digest, found.subject, where)
         revoked = await self._revocations.now()
         if revoked is not self._revoked:
             self._said.clear()
@@ -201,7 +206,7 @@ class Policy:
                 if data is None:
                     raise Refused("bad-bundle", "the bundle is not in storage any more")
                 result = await self.verify(who, data, found.subject)
-                known = _of_subject(result.statement, found.subject)
+                known = await self._threads.run(_of_subject, result.statement, found.subject, where)
             except (Refused, MalformedAttestation) as error:
                 known = str(error)
             self._said[key] = known
@@ -216,11 +221,7 @@ class Policy:
         """
         verifier = await self._threads.run(self._signers.verifier, who)
         found = await self._threads.run(verified, verifier, data, digest)
-        revoked = await self._revocations.now()
-        if found.signer in revoked.cosign_keys:
-            raise Refused("bad-bundle", "its key is revoked")
-        if who.issuer and revoked.bars(found.signer, who.issuer, found.signed_at):
-            raise Refused("bad-bundle", f"{found.signer} is revoked since before it was signed")
+        check_not_revoked(found, who, await self._revocations.now())
         return found
 
     def _tell(self, path: StorePath, verdict: Verdict) -> None:
@@ -245,7 +246,7 @@ def attesters(config: Config) -> Iterator[tuple[Who, tuple[str, ...]]]:
     """Everybody whose attestations are of use, and their predicate types (none: any)."""
     for rule in config.policy:
         for part in rule.attesters():
-            yield part.who, part.predicate_types
+            yield part.who, part.kinds
     for accepted in config.attestations.accept:
         yield accepted.who, accepted.predicate_types
 
@@ -256,11 +257,18 @@ def attesting_signers(config: Config) -> ExpectedSigners:
     return ExpectedSigners(who, trust_config=config.cosign.trust_config)
 
 
-def _of_subject(statement: Statement | None, digest: bytes) -> _Said:
+def _is_of(wanted: RequirementConfig, predicate_type: str) -> bool:
+    """Whether a statement of a type could meet a requirement; a signature is no attestation."""
+    return predicate_type in wanted.kinds if wanted.kinds else predicate_type != SIGNATURE
+
+
+def _of_subject(statement: Statement | None, digest: bytes, where: str | None) -> _Said:
+    """In a thread: what a statement says of a digest; none: it is a plain signature."""
     if statement is None:
-        raise Refused("bad-bundle", "it is a signature, not an attestation")
+        return _Said(SIGNATURE, ())
     names = tuple(s.name for s in statement.subjects if s.digest == digest)
-    return _Said(statement.predicate_type, names)
+    failure = Expression(where).failure(statement.predicate) if where else None
+    return _Said(statement.predicate_type, names, failure)
 
 
 def _other_paths(names: tuple[str, ...], info: NarInfo) -> str | None:

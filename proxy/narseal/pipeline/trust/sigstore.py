@@ -15,7 +15,8 @@ from narseal.cosign.trust import Trust
 from narseal.cosign.verify import ByIdentity, ByKey, Verified, Verifier
 from narseal.custody import expand, read_private
 from narseal.custody.operator import open_cosign_key
-from narseal.errors import ConfigError, MalformedKey
+from narseal.errors import ConfigError, MalformedKey, Refused
+from narseal.storage import Revoked
 from narseal.telemetry import metrics
 
 _MAX_PUBLIC = 16 << 10
@@ -100,6 +101,19 @@ def verified(verifier: Verifier, data: bytes, digest: bytes) -> Verified:
     if found.log_index is not None:
         metrics.observe_verification("rekor", "good", found.log_seconds)
     return found
+
+
+def signer_of(found: Verified, who: Who) -> str:
+    """What to call whoever signed a verified bundle: a key's hint, or identity and issuer."""
+    return found.signer if who.cosign_key else f"{found.signer} of {who.issuer}"
+
+
+def check_not_revoked(found: Verified, who: Who, revoked: Revoked) -> None:
+    """Refused if the key that signed is revoked, or the identity was when it signed."""
+    if found.signer in revoked.cosign_keys:
+        raise Refused("bad-bundle", "its key is revoked")
+    if who.issuer and revoked.bars(found.signer, who.issuer, found.signed_at):
+        raise Refused("bad-bundle", f"{found.signer} is revoked since before it was signed")
 
 
 def read_public_key(key: str) -> CosignPublicKey:

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from narseal.cosign.bundle import MAX_BYTES
 from narseal.cosign.statement import contradictions
+from narseal.cosign.verify import Verified
 from narseal.errors import Refused
 from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.trust.evidence import Evidence
-from narseal.pipeline.trust.sigstore import ExpectedSigners, verified
+from narseal.pipeline.trust.sigstore import ExpectedSigners, check_not_revoked, verified
 from narseal.runtime.threads import ThreadPools
+from narseal.storage import Revocations
 from narseal.upstream import Upstream
+
+_AT_ONCE = 2
 
 
 class UpstreamBundles:
     """`<URL>.sigstore.json` of upstreams that promise them."""
 
-    def __init__(self, signers: ExpectedSigners, threads: ThreadPools) -> None:
+    def __init__(
+        self, signers: ExpectedSigners, revocations: Revocations, threads: ThreadPools
+    ) -> None:
         self._signers = signers
+        self._revocations = revocations
         self._threads = threads
+        # a bundle may have 24 MiB
+        self._reading = asyncio.Semaphore(_AT_ONCE)
 
     async def check(
         self, upstream: Upstream, info: NarInfo, evidence: Evidence, file_hash: Hash
-    ) -> None:
+    ) -> Verified:
         """The bundle is by whom the configuration names, over the file that was fetched.
 
         A signature over bytes does not say which store path they are. So where nothing else
@@ -30,11 +41,15 @@ class UpstreamBundles:
         be a statement that names it and says of it what the narinfo says. Refused or Malformed
         if not; Trouble if it cannot be had.
         """
-        data = await upstream.get(f"{info.url}.sigstore.json", limit=MAX_BYTES)
-        if data is None:
-            raise Refused("bad-bundle", f"{info.store_path}: the upstream has no bundle of its NAR")
         verifier = await self._threads.run(self._signers.verifier, upstream.config.who)
-        found = await self._threads.run(verified, verifier, data, file_hash.digest)
+        async with self._reading:
+            data = await upstream.get(f"{info.url}.sigstore.json", limit=MAX_BYTES)
+            if data is None:
+                raise Refused(
+                    "bad-bundle", f"{info.store_path}: the upstream has no bundle of its NAR"
+                )
+            found = await self._threads.run(verified, verifier, data, file_hash.digest)
+        await self.check_signer(upstream, found)
         statement = found.statement
         if statement is not None and statement.predicate.get("paths") is not None:
             wrong = contradictions(statement, info)
@@ -44,3 +59,8 @@ class UpstreamBundles:
             wrong = []
         if wrong:
             raise Refused("bad-bundle", f"{info.store_path}: {'; '.join(wrong[:4])}")
+        return found
+
+    async def check_signer(self, upstream: Upstream, found: Verified) -> None:
+        """Refused if whoever signed is revoked by now."""
+        check_not_revoked(found, upstream.config.who, await self._revocations.now())

@@ -13,6 +13,7 @@ from narseal.cosign.keys import CosignPublicKey
 from narseal.errors import Malformed, NarsealError
 from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
+from narseal.pipeline.upkeep.repair import Repair
 from narseal.storage import Revocation, bundle_name
 from narseal.storage.claims import Claims
 
@@ -38,12 +39,14 @@ class Outcome:
 class Revoking:
     """The work of `narseal revoke`, beside a narseal that serves, or without one."""
 
-    def __init__(self, services: Services, renewal: Renewal) -> None:
+    def __init__(self, services: Services, renewal: Renewal, repair: Repair) -> None:
         self._index = services.index
         self._folder = services.folder
         self._threads = services.threads
         self._countersigner = services.countersigner
         self._renewal = renewal
+        self._repair = repair
+        self._policy = services.policy
 
     async def revoke(
         self,
@@ -59,7 +62,7 @@ class Revoking:
         When this returns, no answer carries them. Unavailable if the index cannot be had: what is
         revoked is revoked then, and running it again goes on.
         """
-        await self._index.revocations.add(revocation)
+        rested = await self._index.revocations.add(revocation)
         started = time.monotonic()
         stripped = signed = 0
         withdrawn: list[tuple[str, str]] = []
@@ -82,6 +85,11 @@ class Revoking:
             bundles = 0
         else:
             bundles = await self._drop_bundles(revocation, cosign_key, progress)
+            for hash_part in rested:
+                withdrawn.append((hash_part, "it was admitted on a bundle by whom is revoked"))
+                await self._renewal.strip_path(hash_part)
+            if self._policy.active:  # what passed by an attestation alone does no more
+                await self._repair.look_after_all()
         await asyncio.sleep(max(0.0, _SETTLE - (time.monotonic() - started)))
         await self._countersigner.note(revocation.kind, revocation.name, revocation.reason)
         return Outcome(stripped, signed, tuple(withdrawn), bundles)

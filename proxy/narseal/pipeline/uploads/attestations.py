@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from narseal.config import SIGNATURE
 from narseal.cosign.bundle import Bundle, Envelope
-from narseal.cosign.statement import Statement, read_json
+from narseal.cosign.statement import Statement
 from narseal.errors import (
     BadUpload,
     Denied,
@@ -18,7 +18,6 @@ from narseal.errors import (
     NarsealError,
     NotFound,
     Refused,
-    UploadTooLarge,
 )
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.paths.admission import Admission
@@ -29,6 +28,7 @@ from narseal.storage import (
     Attestation,
     bundle_name,
 )
+from narseal.storage.attestations import Signed
 
 _log = logging.getLogger(__name__)
 
@@ -96,44 +96,49 @@ class Provenance:
 
     async def _put(self, digests: frozenset[bytes], thing: str, data: bytes) -> bool:
         try:
-            compact, statement = await self._threads.run(_parse, data)
-            digest = next((d for d in digests if statement.covers(d)), None)
+            brought = await self._threads.run(_parse, data)
+            digest = next((d for d in digests if d in brought.subjects), None)
             if digest is None:
                 raise BadUpload(
                     f"the attestation is not of {thing}: that is not among its subjects"
                 )
-            signer = await self._verify(compact, statement, digest)
+            signer = await self._verify(brought, digest)
         except Malformed as error:
             raise BadUpload(str(error)) from error
-        name = hashlib.sha256(compact).digest()
-        subjects = frozenset(subject.digest for subject in statement.subjects)
-        await self._folder.write(bundle_name(name), compact)
+        name = hashlib.sha256(brought.bundle).digest()
+        if not await self._attestations.has(name):
+            await self._folder.write(bundle_name(name), brought.bundle)
+        new = False
         try:
             new = await self._attestations.put(
-                name, statement.predicate_type, signer, subjects, most=self._config.per_digest
+                name,
+                brought.predicate_type,
+                Signed(signer, brought.signed),
+                brought.subjects,
+                most=self._config.per_digest,
             )
-        except UploadTooLarge:
-            await self._folder.remove(bundle_name(name))
-            raise
+        finally:
+            if not new and not await self._attestations.has(name):
+                await self._folder.remove(bundle_name(name))
         if new:
             _log.info(
                 "took an attestation of %s",
                 thing,
-                extra={"signer": signer, "predicate_type": statement.predicate_type},
+                extra={"signer": signer, "predicate_type": brought.predicate_type},
             )
             self._epoch.arrive()
-            self._tasks.start(self._renew(subjects), f"attested {thing}")
+            self._tasks.start(self._renew(brought.subjects), f"attested {thing}")
         return new
 
-    async def _verify(self, data: bytes, statement: Statement, digest: bytes) -> str:
+    async def _verify(self, brought: _Brought, digest: bytes) -> str:
         """Who signed it, of those who may; BadUpload says why it is nobody."""
         reasons: dict[str, None] = {}
         for who, predicate_types in self._attesters:
-            if predicate_types and statement.predicate_type not in predicate_types:
-                reasons[f"{who} may not attest {statement.predicate_type}"] = None
+            if predicate_types and brought.predicate_type not in predicate_types:
+                reasons[f"{who} may not attest {brought.predicate_type}"] = None
                 continue
             try:
-                found = await self._policy.verify(who, data, digest)
+                found = await self._policy.verify(who, brought.bundle, digest)
             except (Refused, Malformed) as error:
                 reasons[f"{error}"] = None
                 continue
@@ -162,11 +167,24 @@ def _shown(found: Attestation) -> dict[str, Any]:
     }
 
 
-def _parse(data: bytes) -> tuple[bytes, Statement]:
-    """In a thread: the bundle on one line, and its statement."""
-    tree = read_json(data, limit=len(data), what="the bundle")
-    compact = json.dumps(tree, separators=(",", ":")).encode()
-    content = Bundle.parse(compact).content
-    if not isinstance(content, Envelope):
-        raise BadUpload("the bundle is a signature of a file; an attestation is a DSSE envelope")
-    return compact, Statement.parse(content.payload)
+@dataclass(frozen=True, slots=True)
+class _Brought:
+    """A bundle that somebody brought, before it is verified."""
+
+    #: In its one form.
+    bundle: bytes
+    predicate_type: str
+    subjects: frozenset[bytes]
+    #: SHA-256 of what is signed.
+    signed: bytes
+
+
+def _parse(data: bytes) -> _Brought:
+    """In a thread; Malformed if it is no bundle, or over no statement."""
+    bundle = Bundle.parse(data)
+    canonical = bundle.render()
+    if not isinstance(bundle.content, Envelope):
+        return _Brought(canonical, SIGNATURE, frozenset((bundle.content.digest,)), bundle.signed)
+    statement = Statement.parse(bundle.content.payload)
+    subjects = frozenset(subject.digest for subject in statement.subjects)
+    return _Brought(canonical, statement.predicate_type, subjects, bundle.signed)

@@ -46,7 +46,6 @@ from narseal.storage import (
 )
 
 _log = logging.getLogger(__name__)
-_CHUNK = 1 << 19
 _TRIES = 4
 
 

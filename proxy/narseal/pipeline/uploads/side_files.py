@@ -31,6 +31,7 @@ class SideFileUploads:
         self._index = services.index
         self._folder = services.folder
         self._threads = services.threads
+        self._upload = services.config.upload
         self._waiting = WaitingFiles(services.folder.local)
 
     async def put(self, name: str, file: OpenFile, token: Token) -> None:
@@ -45,7 +46,7 @@ class SideFileUploads:
             return
         about, paths = await self._about(name, file)
         if not paths:
-            await self._threads.run(self._waiting.keep, token.id, about, name, file)
+            await self._threads.run(self._wait, token.id, about, name, file)
             return
         _check_scope(token, paths, name)
         await self._publish(name, file)
@@ -73,6 +74,14 @@ class SideFileUploads:
         about = name.removesuffix(".ls")
         admitted = await self._index.path(about)
         return about, [admitted[0].info.store_path.name] if admitted else []
+
+    def _wait(self, owner: str, about: str, name: str, file: OpenFile) -> None:
+        """In a thread: let a file wait, as far as there is room for it beside the NARs that wait."""
+        upload = self._upload
+        self._folder.local.check_room(
+            max_age=upload.quarantine_age, max_bytes=upload.quarantine_size - file.size
+        )
+        self._waiting.keep(owner, about, name, file)
 
     async def _publish(self, name: str, file: OpenFile) -> None:
         assert file.path is not None  # it is on its way in

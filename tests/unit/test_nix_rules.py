@@ -1,0 +1,345 @@
+"""Rules of the nix room at their edges: what is one byte, one name or one line beside the right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from narseal.errors import ContentMismatch, Malformed, MalformedNar, NarsealError, Refused
+from narseal.nix import nar
+from narseal.nix.addressing import check_content_address, check_url, names_nar_hash
+from narseal.nix.content_address import ContentAddress, Method
+from narseal.nix.fingerprint import fingerprint
+from narseal.nix.hashes import Hash
+from narseal.nix.inspection import Inspection
+from narseal.nix.keyring import MAX_FAILURES, KeyRing
+from narseal.nix.keys import Signature
+from narseal.nix.narinfo import MAX_SIGNATURES, MAX_SIZE, NarInfo
+from narseal.nix.realisation import BuildTraceEntry, Realisation, parse_at
+from narseal.nix.references import HashModulo
+from narseal.nix.store_path import StorePath
+from tests.tools.cache import Entry, entry, key, store_path
+
+STORE = "/nix/store"
+ITEM = entry("app", b"1", compression="none")
+A, B = store_path("a"), store_path("b")
+FIRST, LAST = sorted((A, B), key=str)
+KEY, OTHER = key("a-1"), key("b-1")
+
+
+def path_of(
+    ca: ContentAddress, *references: StorePath, self_hash: str = "", name: str = "x"
+) -> StorePath | None:
+    return ca.store_path(name, references, self_hash=self_hash, store_dir=STORE)
+
+
+# paths of real Nix 2.34.8 are in tests/vectors; these are the manual's words ("Store Path
+# Specification"), computed by hand
+def test_references_of_an_address_are_sorted_and_each_counts_once() -> None:
+    for ca in (ContentAddress(Method.TEXT, Hash.sha256(b"x")),
+               ContentAddress(Method.NAR, Hash.sha256(b"x"))):  # fmt: skip
+        both = path_of(ca, FIRST, LAST)
+        assert both == path_of(ca, LAST, FIRST) == path_of(ca, LAST, FIRST, LAST)
+        assert len({both, path_of(ca), path_of(ca, FIRST), path_of(ca, LAST)}) == 4
+
+
+def test_the_store_path_of_an_address_as_the_specification_has_it() -> None:
+    import hashlib
+
+    from tests.tools import checker
+
+    digest = hashlib.sha256(b"x").digest()
+    text = ContentAddress(Method.TEXT, Hash("sha256", digest))
+    source = ContentAddress(Method.NAR, Hash("sha256", digest))
+    for ca, word in ((text, "text"), (source, "source")):
+        kind = f"{word}:{FIRST.full(STORE)}:{LAST.full(STORE)}"
+        wanted = checker.made(kind, digest, STORE, "x")
+        assert str(path_of(ca, LAST, FIRST)) == wanted
+    own = store_path("own")
+    kind = f"source:{FIRST.full(STORE)}:self"
+    assert str(path_of(source, own, FIRST, self_hash=own.hash_part)) == checker.made(
+        kind, digest, STORE, "x"
+    )
+
+
+def test_which_addresses_have_no_path() -> None:
+    own = store_path("own")
+    digest = Hash.sha256(b"x")
+    sha1 = Hash("sha1", bytes(20))
+    assert path_of(ContentAddress(Method.TEXT, digest), own, self_hash=own.hash_part) is None
+    for ca in (
+        ContentAddress(Method.FLAT, digest),
+        ContentAddress(Method.FLAT, sha1),
+        ContentAddress(Method.NAR, sha1),
+        ContentAddress(Method.GIT, sha1),
+        ContentAddress(Method.GIT, digest),
+    ):
+        assert path_of(ca) is not None
+        assert path_of(ca, A) is None
+        assert path_of(ca, own, self_hash=own.hash_part) is None
+
+
+def test_each_address_has_a_path_of_its_own() -> None:
+    digest = Hash.sha256(b"x")
+    cas = [ContentAddress(method, digest) for method in Method]
+    cas += [ContentAddress(m, Hash("sha1", bytes(20))) for m in Method if m is not Method.TEXT]
+    assert len({path_of(ca) for ca in cas}) == len(cas)
+    assert path_of(cas[0]) != path_of(cas[0], name="y")
+    assert path_of(cas[0]) != cas[0].store_path("x", (), self_hash="", store_dir="/gnu/store")
+
+
+def addressed(method: Method, hashed: Hash, node: nar.Node, **more: object) -> Entry:
+    ca = ContentAddress(method, hashed)
+    path = path_of(ca, name="app")
+    assert path
+    return entry("app", node=node, ca=ca, path=path, compression="none").but(**more)
+
+
+def measure(item: Entry, *, scan: bool = False) -> frozenset[str]:
+    inspection = Inspection(item.info, scan=scan)
+    inspection.feed(item.file)
+    return inspection.finish().missing
+
+
+PLAIN, EXECUTABLE = nar.Regular(b"contents"), nar.Regular(b"contents", executable=True)
+
+
+@pytest.mark.parametrize("method", [Method.FLAT, Method.TEXT])
+def test_an_address_of_contents_is_of_one_plain_file(method: Method) -> None:
+    hashed = Hash.sha256(b"contents")
+    measure(addressed(method, hashed, PLAIN))
+    for node in (
+        EXECUTABLE,
+        nar.Directory({b"a": PLAIN}),
+        nar.Regular(b"contents2"),
+        nar.Symlink(b"contents"),
+    ):
+        with pytest.raises(ContentMismatch):
+            measure(addressed(method, hashed, node))
+
+
+@pytest.mark.parametrize("algorithm", ["sha1", "sha512", "md5"])
+def test_an_address_of_a_nar_by_another_hash(algorithm: str) -> None:
+    import hashlib
+
+    data = b"".join(nar.render(PLAIN))
+    right = Hash(algorithm, hashlib.new(algorithm, data).digest())
+    measure(addressed(Method.NAR, right, PLAIN))
+    with pytest.raises(ContentMismatch):
+        measure(addressed(Method.NAR, Hash(algorithm, bytes(len(right.digest))), PLAIN))
+
+
+def test_an_address_denies_another_path_and_another_nar_hash() -> None:
+    good = addressed(Method.NAR, Hash.sha256(b"".join(nar.render(PLAIN))), PLAIN).info
+    check_content_address(good)
+    assert names_nar_hash(good)
+    for wrong in (
+        replace(good, store_path=replace(good.store_path, name="app2")),
+        replace(good, store_path=StorePath(A.hash_part, "app")),
+        replace(good, references=(A,)),
+        replace(good, nar_hash=Hash.sha256(b"x")),
+        replace(good, store_dir="/gnu/store"),
+    ):
+        with pytest.raises(Refused, match="CA"):
+            check_content_address(wrong)
+    assert not names_nar_hash(replace(good, references=(good.store_path,)))
+    assert not names_nar_hash(addressed(Method.FLAT, Hash.sha256(b"contents"), PLAIN).info)
+
+
+def test_the_bytes_are_held_to_size_and_hash() -> None:
+    measure(ITEM)
+    for wrong in (
+        ITEM.but(nar_size=ITEM.info.nar_size + 8),
+        ITEM.but(nar_size=ITEM.info.nar_size - 8),
+        ITEM.but(nar_hash=Hash.sha256(b"x")),
+    ):
+        with pytest.raises((ContentMismatch, MalformedNar, Refused)):
+            measure(wrong)
+    there = entry("t", A.full(STORE).encode(), references=(A,))
+    assert measure(there, scan=True) == frozenset()
+    assert measure(there.but(references=(A, B)), scan=True) == {B.hash_part}
+    assert measure(there.but(references=(A, B))) == frozenset()
+
+
+def test_a_fingerprint_has_each_reference_once_with_its_folder() -> None:
+    made = fingerprint(STORE, A, ITEM.info.nar_hash, 7, (LAST, FIRST, LAST))
+    refs = f"{FIRST.full(STORE)},{LAST.full(STORE)}"
+    assert made == f"1;{STORE}/{A};{ITEM.info.nar_hash};7;{refs}".encode()
+
+
+def text_of(item: Entry, old: str, new: str) -> bytes:
+    text = item.info.render().decode()
+    assert old in text
+    return text.replace(old, new, 1).encode()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("StorePath: /nix/store/", "StorePath: /gnu/store/"),
+        ("StorePath: /nix/store/", "StorePath: /nix/stoRe/"),
+        ("StorePath: /nix/store/", "StorePath: /nix/store"),
+        ("StorePath: /nix/store/", "StorePath: /nix/store/x/"),
+        ("StorePath: ", "StorePath:"),
+        ("URL: nar/", "URL: "), ("NarSize: ", "NarSize: 0x"), ("NarSize: ", "NarSize: -"),
+        ("NarSize", "Narsize"), ("NarHash: sha256:", "NarHash: sha1:"),
+        ("FileHash: sha256:", "FileHash: sha512:"), ("NarSize: ", "NarSize: 1_"),
+        ("Compression: none", "Compression: None"), ("NarHash: ", "NarHash:  "),
+    ],
+)  # fmt: skip
+def test_a_line_beside_the_right_one(old: str, new: str) -> None:
+    changed = text_of(ITEM, old, new)
+    if old == "URL: nar/":
+        assert NarInfo.parse(changed).url != ITEM.info.url
+        return
+    with pytest.raises(Malformed):
+        NarInfo.parse(changed)
+
+
+def test_sizes_and_counts_at_their_bounds() -> None:
+    size = f"NarSize: {ITEM.info.nar_size}"
+    assert NarInfo.parse(text_of(ITEM, size, f"NarSize: {MAX_SIZE}")).nar_size == MAX_SIZE
+    for wrong in (0, MAX_SIZE + 1):
+        with pytest.raises(Malformed):
+            NarInfo.parse(text_of(ITEM, size, f"NarSize: {wrong}"))
+    file = f"FileSize: {ITEM.info.file_size}"
+    for value, good in ((0, True), (MAX_SIZE, True), (MAX_SIZE + 1, False)):
+        changed = text_of(ITEM, file, f"FileSize: {value}")
+        if good:
+            assert NarInfo.parse(changed).file_size == value
+        else:
+            with pytest.raises(Malformed):
+                NarInfo.parse(changed)
+    signed = ITEM.info.with_signatures(
+        tuple(Signature("k", bytes([n]) * 64) for n in range(MAX_SIGNATURES))
+    ).render()
+    assert len(NarInfo.parse(signed).signatures) == MAX_SIGNATURES
+    with pytest.raises(Malformed):
+        NarInfo.parse(signed + b"Sig: rubbish\n")
+    for field in ("StorePath", "URL", "NarHash", "NarSize"):
+        lines = [x for x in ITEM.info.render().splitlines() if not x.startswith(field.encode())]
+        with pytest.raises(Malformed):
+            NarInfo.parse(b"\n".join([*lines, b""]))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["/x", "\\x", "http://x", "x:y", "a//b", "a/./b", "a/../b", "..", "a/", "%2e%2e/x", "a%2fb",
+     "a%5cb", "a%00", "a\\b", "a#b", "%C3%A9", "a%7f", "", "?x", "a/%252e"],
+)  # fmt: skip
+def test_urls_that_leave_their_upstream(url: str) -> None:
+    with pytest.raises(Refused):
+        check_url(url)
+    check_url("nar/x.nar.xz?hash=/a/../b")
+    check_url("a.b/..c/x%20y")
+
+
+MESSAGE = b"message"
+
+
+def forged(name: str, count: int) -> list[Signature]:
+    return [Signature(name, bytes([n + 1]) * 64) for n in range(count)]
+
+
+def test_a_ring_knows_keys_by_name_and_by_bytes() -> None:
+    namesake = key("impostor")
+    false = replace(namesake.sign(MESSAGE), key_name=KEY.name)
+    renamed = replace(KEY.sign(MESSAGE), key_name=OTHER.name)
+    ring = KeyRing.of([KEY.public], [OTHER.public, KEY.public])
+    assert ring.signer(MESSAGE, [KEY.sign(MESSAGE)]) == KEY.name
+    assert ring.signer(MESSAGE, [OTHER.sign(MESSAGE)]) == OTHER.name
+    for wrong in (false, renamed, KEY.sign(b"other"), key("a").sign(MESSAGE),
+                  key("a-10").sign(MESSAGE)):  # fmt: skip
+        assert ring.signer(MESSAGE, [wrong]) is None
+    assert KEY.name in ring and "a" not in ring and bool(ring) and not KeyRing.of([])
+    two = KeyRing.of([KEY.public, replace(namesake.public, name=KEY.name)])
+    assert two.signer(MESSAGE, [false]) == KEY.name
+    assert len(list(two.keys)) == 2 and set(two.names) == {KEY.name}
+
+
+def test_a_ring_without_revoked_keys() -> None:
+    ring = KeyRing.of([KEY.public, OTHER.public])
+    less = ring.without({KEY.name, "nobody"})
+    assert less.signer(MESSAGE, [KEY.sign(MESSAGE)]) is None
+    assert less.signer(MESSAGE, [KEY.sign(MESSAGE), OTHER.sign(MESSAGE)]) == OTHER.name
+    assert ring.without({"a"}).signer(MESSAGE, [KEY.sign(MESSAGE)]) == KEY.name
+    assert not ring.without({KEY.name, OTHER.name})
+
+
+def test_a_ring_tries_so_many_and_no_more() -> None:
+    ring = KeyRing.of([KEY.public])
+    good = KEY.sign(MESSAGE)
+    assert ring.verified(MESSAGE, [*forged(KEY.name, MAX_FAILURES - 1), good]) == (good,)
+    assert ring.verified(MESSAGE, [*forged(KEY.name, MAX_FAILURES), good]) == ()
+    assert ring.verified(MESSAGE, [*forged("stranger", 99), good]) == (good,)
+    many = [good, *forged(KEY.name, MAX_FAILURES + 1), good]
+    assert ring.verified(MESSAGE, many) == (good,)
+    # a bad one does not end the search, and a good one is no failure
+    both = KeyRing.of([KEY.public, OTHER.public])
+    mixed = [forged(KEY.name, 1)[0], OTHER.sign(MESSAGE), KEY.sign(MESSAGE)]
+    assert both.verified(MESSAGE, mixed) == tuple(mixed[1:])
+
+
+def test_what_a_ring_keeps() -> None:
+    ring = KeyRing.of([KEY.public])
+    good, bad, strangers = KEY.sign(MESSAGE), forged(KEY.name, 1)[0], forged("stranger", 5)
+    assert ring.kept(MESSAGE, [good, bad, *strangers, good], most=9) == tuple(
+        sorted([good, *strangers])
+    )
+    assert len(ring.kept(MESSAGE, [good, *strangers], most=3)) == 3
+    assert good in ring.kept(MESSAGE, [*strangers, good], most=1)
+    assert ring.kept(MESSAGE, strangers, most=0) == ()
+
+
+DRV = store_path("app.drv")
+
+
+def test_realisations_are_of_the_output_that_was_asked_for() -> None:
+    name = f"build-trace-v2/{DRV}/out.doi"
+    good = f'{{"outPath":"{A}","signatures":[]}}'.encode()
+    parsed = parse_at(name, good)
+    assert isinstance(parsed, BuildTraceEntry) and parsed.drv_path == DRV
+    others = {
+        parse_at(f"build-trace-v2/{DRV}/dev.doi", good).fingerprint(),
+        parse_at(f"build-trace-v2/{store_path('b.drv')}/out.doi", good).fingerprint(),
+        parse_at(name, good.replace(str(A).encode(), str(B).encode())).fingerprint(),
+        parsed.fingerprint(),
+    }
+    assert len(others) == 4
+    for wrong in (
+        f"build-trace-v2/{A}/out.doi", f"build-trace-v2/{DRV}/o ut.doi", f"x/{name}", f"{name}x",
+        f"build-trace-v2/{DRV}/a/out.doi",
+    ):  # fmt: skip
+        with pytest.raises(NarsealError):
+            parse_at(wrong, good)
+    for bad in (
+        good.replace(b'"signatures"', b'"sig"'),
+        good.replace(b"{", b'{"x":1,', 1),
+        good.replace(b"{", f'{{"outPath":"{A}",'.encode(), 1),
+        b"[]",
+        good.replace(b"[]", b"7"),
+    ):
+        with pytest.raises(NarsealError):
+            parse_at(name, bad)
+    ident, other = (f"sha256:{c * 64}!out" for c in "ab")
+    old = f'{{"id":"{ident}","outPath":"{A}"}}'.encode()
+    assert isinstance(parse_at(f"realisations/{ident}.doi", old), Realisation)
+    with pytest.raises(NarsealError, match="another output"):
+        parse_at(f"realisations/{other}.doi", old)
+
+
+def test_a_self_reference_is_blanked_wherever_it_stands() -> None:
+    import hashlib
+
+    part = A.hash_part
+    needle = part.encode()
+    for text in (needle, b"x" + needle, needle + needle, b"x" * 40 + needle + b"y", b"x" * 10):
+        blanked = text.replace(needle, bytes(32))
+        for step in (1, 31, 32, 33, 1000):
+            modulo = HashModulo("sha256", part)
+            for begin in range(0, len(text), step):
+                modulo.update(text[begin : begin + step])
+            plain, placed = modulo.digests()
+            assert plain == hashlib.sha256(blanked).digest()
+            assert (plain == placed) == (needle not in text)
