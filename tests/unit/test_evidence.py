@@ -181,3 +181,11 @@ def test_what_is_weighed_at_its_edges() -> None:
     ):
         with pytest.raises(Refused):
             ask(signed(wrong), rules)
+
+
+def test_content_of_an_upstream_whose_key_is_pinned_needs_that_key() -> None:
+    rules = UpstreamConfig(url="https://u", verify="content", public_keys=(A.public,))
+    with pytest.raises(Refused):
+        ask(PLAIN, rules)
+    kept, text, content_first = ask(PLAIN.with_signatures((A.sign(PLAIN.fingerprint()),)), rules)
+    assert (text, content_first) == ("signature a-1", True)
