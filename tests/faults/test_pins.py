@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from narseal.custody import write_private
+from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from tests.faults.test_schedules import revoke
@@ -219,3 +220,60 @@ async def _is_never_over_other_bytes(client: Client, item: Entry) -> None:
         claimed = NarInfo.parse(body)
         assert (await client.get(claimed.url))[0] >= 400
     assert f"{item.hash}.narinfo" not in client.published()
+
+
+async def test_a_realisation_that_is_here_stays(tmp_path: Path, upstream: FakeCache) -> None:
+    """What is pinned at an address is not brought again as another output."""
+    name = f"build-trace-v2/{store_path('app.drv')}/out.doi"
+    one, two = ITEM, DEPENDENCY
+    async with uploading(tmp_path) as uploader:
+        for item in (one, two):
+            assert (await uploader.path(item))[0] == 201
+        assert (await uploader.put(name, _trace(one)))[0] == 201
+        before = (await uploader.client.get(name))[1]
+        assert (await uploader.put(name, _trace(two)))[0] == 409
+        assert (await uploader.client.get(name))[1] == before
+
+
+def _trace(item: Entry) -> bytes:
+    return f'{{"outPath":"{item.info.store_path}","signatures":[]}}'.encode()
+
+
+async def test_an_upload_is_what_its_address_and_its_file_hash_say(tmp_path: Path) -> None:
+    ca = ContentAddress(Method.NAR, ITEM.info.nar_hash)
+    async with uploading(tmp_path) as uploader:
+        for wrong in (
+            ITEM.but(ca=ca),  # of another path
+            ITEM.but(file_hash=Hash.sha256(b"x")),
+            ITEM.but(file_size=len(ITEM.file) + 1),
+        ):
+            assert (await uploader.put(ITEM.info.url, ITEM.file))[0] == 201
+            status, text = await uploader.put(f"{ITEM.hash}.narinfo", wrong.info.render())
+            assert status == 422, text
+            assert (await uploader.client.get(f"{ITEM.hash}.narinfo"))[0] == 404
+        assert (await uploader.path(ITEM))[0] == 201
+
+
+async def test_a_file_is_taken_up_only_from_who_has_the_very_file(
+    tmp_path: Path, upstream: FakeCache, second: FakeCache
+) -> None:
+    """The first breaks off for good; the second has the same NAR, compressed otherwise."""
+    noise = b"".join(n.to_bytes(4, "little") for n in range(600_000))
+    item = entry("app", noise, compression="zstd").signed(UPSTREAM)
+    other_file = zstd.compress(item.nar, level=9)
+    assert len(other_file) != len(item.file)
+    digest = Hash.sha256(other_file)
+    other = replace(
+        item.but(file_hash=digest, file_size=len(other_file), url=f"nar/{digest.nix32}.nar.zst"),
+        file=other_file,
+    )
+    upstream.add(item)
+    second.add(other)
+    async with narseal(
+        tmp_path, {"url": upstream.url}, {"url": second.url, "priority": 90}
+    ) as client:
+        info = await client.narinfo(item.hash)
+        assert info.url == item.info.url
+        upstream.down = True
+        await client.get(info.url)
+        assert second.asked[other.info.url] == 0

@@ -137,3 +137,55 @@ def test_base64_that_only_python_reads_is_no_signature() -> None:
         if wrong != text:
             with pytest.raises(MalformedKey):
                 Signature.parse(wrong)
+
+
+def test_a_revoked_key_is_no_evidence_and_its_signature_goes() -> None:
+    from narseal.pipeline.trust.evidence import Evidence
+
+    rules = UpstreamConfig(url="https://u", public_keys=(A.public, B.public))
+    message = PLAIN.fingerprint()
+
+    def ask_without(revoked: str, *keys: SecretKey) -> tuple[NarInfo, Evidence]:
+        signed = PLAIN.with_signatures(tuple(k.sign(message) for k in keys))
+        return weigh(
+            signed, upstream=rules, own_keys=KeyRing.of([OWN.public]), max_nar_size=1 << 30,
+            revoked=frozenset({revoked}),
+        )  # fmt: skip
+
+    kept, evidence = ask_without("a-1", A, B)
+    assert (kept.signatures, evidence.text) == ((B.sign(message),), "signature b-1")
+    for revoked, keys in (("a-1", (A,)), ("a-1", (A, OWN)), ("b-1", (B, STRANGER))):
+        with pytest.raises(Refused):
+            ask_without(revoked, *keys)
+
+
+def test_our_own_signature_is_no_upstreams_evidence() -> None:
+    with pytest.raises(Refused):
+        ask(PLAIN.with_signatures((OWN.sign(PLAIN.fingerprint()),)), UPSTREAMS["pinned to A"])
+
+
+def test_what_is_weighed_at_its_edges() -> None:
+    from dataclasses import replace
+
+    rules = UPSTREAMS["pinned to A"]
+
+    def signed(info: NarInfo) -> NarInfo:
+        return info.with_signatures((A.sign(info.fingerprint()),))
+
+    ask(signed(replace(PLAIN, nar_size=1 << 30)), rules)
+    for wrong in (
+        replace(PLAIN, nar_size=(1 << 30) + 1),
+        replace(PLAIN, url="../nar/x"),
+        replace(PLAIN, compression="lz4"),
+        replace(PLAIN, ca=ContentAddress(Method.NAR, PLAIN.nar_hash)),
+    ):
+        with pytest.raises(Refused):
+            ask(signed(wrong), rules)
+
+
+def test_content_of_an_upstream_whose_key_is_pinned_needs_that_key() -> None:
+    rules = UpstreamConfig(url="https://u", verify="content", public_keys=(A.public,))
+    with pytest.raises(Refused):
+        ask(PLAIN, rules)
+    kept, text, content_first = ask(PLAIN.with_signatures((A.sign(PLAIN.fingerprint()),)), rules)
+    assert (text, content_first) == ("signature a-1", True)

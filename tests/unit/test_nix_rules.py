@@ -343,3 +343,8 @@ def test_a_self_reference_is_blanked_wherever_it_stands() -> None:
             plain, placed = modulo.digests()
             assert plain == hashlib.sha256(blanked).digest()
             assert (plain == placed) == (needle not in text)
+
+
+def test_a_reference_that_stands_there_twice_counts_once() -> None:
+    twice = text_of(ITEM, "References: ", f"References: {LAST} {FIRST} {LAST}")
+    assert NarInfo.parse(twice).references == (FIRST, LAST)

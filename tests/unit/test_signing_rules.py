@@ -230,3 +230,44 @@ def test_without_a_cosign_key_nothing_else_is_signed(tmp_path: Path) -> None:
         ):
             with pytest.raises(Refused, match="no cosign key"):
                 found.consider(tree, PEER)
+
+
+def test_the_cosign_key_signs_own_statements_and_digests_if_it_may(tmp_path: Path) -> None:
+    import base64
+
+    from narseal.cosign import statement
+    from narseal.cosign.keys import CosignKey
+    from narseal.cosign.statement import AttestedPath, AuditHead
+
+    item = entry("app")
+    assert item.info.file_hash
+    path = AttestedPath(item.info, item.info.url.removeprefix("nar/"), item.info.file_hash)
+
+    def anchoring(*heads: AuditHead) -> dict[str, Any]:
+        text = base64.b64encode(statement.render([path], heads)).decode()
+        return {"id": 1, "kind": "statement", "key": "release", "statement": text}
+
+    digest = {"id": 1, "kind": "digest", "key": "release", "digest": "0" * 64}
+    for name, statements, blobs in (("a", True, False), ("b", False, True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_private(folder / "cosign.key", CosignKey.generate().render(b""))
+        key_of = [{"url": f"file:{folder}/cosign.key", "name": "release"}]
+        with rules(folder, cosign_key=key_of, statements=statements, blobs=blobs) as found:
+            for tree, allowed in ((anchoring(), statements), (digest, blobs)):
+                if allowed:
+                    assert isinstance(found.consider(tree, PEER), Approved)
+                else:
+                    with pytest.raises(Refused, match="not signed here"):
+                        found.consider(tree, PEER)
+            if not statements:
+                continue
+            with pytest.raises(NarsealError, match="never had"):
+                found.consider(anchoring(AuditHead(7, bytes(32))), PEER)
+            agreed = decide(found, item.signed(UPSTREAM))
+            found.sign([agreed])
+            head = found.audit.head()
+            assert head
+            assert isinstance(found.consider(anchoring(head), PEER), Approved)
+            with pytest.raises(NarsealError, match="never had"):
+                found.consider(anchoring(head, AuditHead(head.lines, bytes(32))), PEER)
