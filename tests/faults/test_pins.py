@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,10 +18,16 @@ from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from tests.faults.test_schedules import revoke
 from tests.faults.test_uploads import Uploader, add, uploading
-from tests.tools.cache import Entry, entry, key, store_path, zstd
+from tests.tools.cache import Entry, entry, key, store_path
 from tests.tools.narseal import OPERATOR, UPSTREAM, Client, narseal
 from tests.tools.upstream import FakeCache
 from tests.tools.waiting import eventually
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 
 NEXT = key("operator-2")
 DEPENDENCY = entry("dependency", b"d", compression="zstd")
@@ -205,9 +212,11 @@ async def test_two_names_of_one_file_are_measured_alike(
         info = await client.narinfo(first.hash)
         assert (await client.get(info.url))[0] == 200
         await client.until(lambda: f"{first.hash}.narinfo" in client.published())
-        for number, change in enumerate(
-            ({"nar_hash": Hash.sha256(b"x")}, {"nar_size": ITEM.info.nar_size + 8})
-        ):
+        changes: list[dict[str, Any]] = [
+            {"nar_hash": Hash.sha256(b"x")},
+            {"nar_size": ITEM.info.nar_size + 8},
+        ]
+        for number, change in enumerate(changes):
             second = ITEM.but(store_path=store_path(f"second-{number}"), **change)
             second = second.signed(UPSTREAM)
             upstream.add(second)

@@ -93,6 +93,7 @@ async def _check(config: Config, *, content: bool) -> list[str]:
 
 async def _rebuild(config: Config) -> tuple[int, list[tuple[str, str]]]:
     from narseal.nix.cache_info import CacheInfo
+    from narseal.nix.keyring import KeyRing
     from narseal.pipeline.upkeep.rebuild import Rebuilding
     from narseal.runtime.threads import ThreadPools
     from narseal.storage import LocalStorage
@@ -103,7 +104,11 @@ async def _rebuild(config: Config) -> tuple[int, list[tuple[str, str]]]:
     done, failed = 0, []
     keys = _public_keys(config)
     async with _opened(config) as opened:
-        work = Rebuilding(index=opened, storage=storage, keys=keys, threads=threads)
+        pinned = KeyRing.of(
+            *(upstream.public_keys for upstream in config.upstream), config.upload.trusted_keys
+        )
+        ring = KeyRing.of(keys.values())
+        work = Rebuilding(index=opened, storage=storage, keys=ring, pinned=pinned, threads=threads)
         async for name, error in work.run():
             if error:
                 failed.append((name, str(error)))

@@ -83,6 +83,10 @@ class NarInfo:
             raise MalformedNarInfo(f"{self.nar_size} is no size", field="NarSize")
         if self.file_size is not None and not 0 <= self.file_size <= MAX_SIZE:
             raise MalformedNarInfo(f"{self.file_size} is no size", field="FileSize")
+        parts = {reference.hash_part: reference for reference in self.references}
+        own = parts.get(self.store_path.hash_part, self.store_path)
+        if len(parts) < len(self.references) or own != self.store_path:
+            raise MalformedNarInfo("two paths with the same hash part", field="References")
         if self.compression not in COMPRESSIONS:
             raise MalformedNarInfo(f"unknown: {self.compression[:40]!r}", field="Compression")
 

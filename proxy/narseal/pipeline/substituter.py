@@ -125,7 +125,7 @@ class Substituter:
             admission,
             finder,
             Nars(services, finder, self._fetcher),
-            Realisations(services, self._renewal),
+            Realisations(services, self._renewal, admission),
             SideFiles(services),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -76,7 +77,9 @@ def _held(text: str, rule: OidcConfig, key: jwt.PyJWK) -> Token | None:
     wanted = rule.claims | ({"sub": rule.identity} if rule.identity else {})
     if any(claims.get(name) != value for name, value in wanted.items()):
         return None
-    return Token("oidc", str(claims["sub"])[:100], rule.allow, float(claims["exp"]), "")
+    who = f"{rule.issuer} {claims['sub']}".encode()
+    name = f"oidc-{hashlib.sha256(who).hexdigest()[:16]}"
+    return Token(name, str(claims["sub"])[:100], rule.allow, float(claims["exp"]), "")
 
 
 class _Keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from narseal.errors import Refused
+from narseal.nix.hashes import Hash
 from narseal.storage import schema
 from narseal.storage.attestations import enqueue, leave
 from narseal.storage.claims import revoked_keys
@@ -176,7 +178,9 @@ class Admissions:
     async def bind(self, connection: AsyncConnection, nar: NarRecord) -> NarRecord:
         """The row of the file name: the present one if it means the same NAR, else a new one."""
         by_nar_hash = file_name(nar.nar_hash, nar.compression)
-        for file in dict.fromkeys((nar.file, by_nar_hash)):
+        # the last is nobody's to take: names that a narinfo claims are only claimed
+        unclaimed = file_name(Hash("sha256", os.urandom(32)), nar.compression)
+        for file in dict.fromkeys((nar.file, by_nar_hash, unclaimed)):
             candidate = replace(nar, file=file)
             if (await connection.execute(_NEW_NAR, nar_values(candidate))).rowcount:
                 return candidate

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from narseal.errors import BadUpload, NotFound
 from narseal.nix.keys import Signature
-from narseal.nix.narinfo import MAX_SIGNATURES
+from narseal.nix.narinfo import MAX_SIGNATURES, MOST_BUT_OURS
 from narseal.storage import schema
 from narseal.storage.engine import Engines
 from narseal.storage.epoch import Epoch
@@ -55,11 +55,13 @@ class Claims:
         *,
         ours: Iterable[str] = (),
         drop: Iterable[Signature] = (),
+        is_upload: bool = False,
     ) -> Signed:
         """Add signatures to a row's, take others and all by revoked keys away; what it has then.
 
         Whoever else adds some at the same time loses none. `ours` are the names of the operator's
-        keys whose signatures were made or verified. NotFound if the row is gone.
+        keys whose signatures were made or verified: they have room before others'. NotFound if the row
+        is gone; BadUpload if an upload brings more of others' than are kept.
         """
         table = self._table.c
         named = self._key == key
@@ -71,10 +73,13 @@ class Claims:
                 raise NotFound(f"{key} is not in the index any more")
             revoked = await revoked_keys(connection)
             united = {*signatures_of(row.signatures), *signatures} - set(drop)
-            found = tuple(sorted(s for s in united if s.key_name not in revoked))
-            if len(found) > MAX_SIGNATURES:
-                raise BadUpload(f"{key} has too many signatures: {len(found)}")
             names = (names_of(row.ours) | frozenset(ours)) - revoked
+            kept = sorted(s for s in united if s.key_name not in revoked)
+            own = [s for s in kept if s.key_name in names]
+            others = [s for s in kept if s.key_name not in names]
+            if is_upload and len(others) > MOST_BUT_OURS:
+                raise BadUpload(f"{key} has too many signatures: {len(others)} of others'")
+            found = tuple(sorted([*own, *others[: max(0, MAX_SIGNATURES - len(own))]]))
             values = {"signatures": "\n".join(map(str, found)), "ours": "\n".join(sorted(names))}
             await connection.execute(update(self._table).where(named).values(values))
             if self._on_signed:

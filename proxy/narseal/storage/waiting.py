@@ -9,7 +9,7 @@ from narseal.errors import StorageFull
 from narseal.runtime.files import OpenFile
 from narseal.storage.local import LocalStorage, storage_errors
 
-_MOST = 4096
+_MOST = 2048
 
 
 class WaitingFiles:
@@ -21,11 +21,11 @@ class WaitingFiles:
     def keep(self, owner: str, about: str, name: str, file: OpenFile) -> None:
         """Let a file on its way in wait for the narinfo of a hash part, or the one that names a NAR.
 
-        StorageFull if too many wait.
+        StorageFull if too many of the same owner wait.
         """
         folder = self._local.uploads
-        if sum(1 for _ in folder.glob("*~*")) >= _MOST:
-            raise StorageFull("too many uploaded files wait for the narinfos of their paths")
+        if sum(1 for _ in folder.glob(f"*~{owner}~*")) >= _MOST:
+            raise StorageFull("too many of your files wait for the narinfos of their paths")
         assert file.path is not None  # it is on its way in
         with storage_errors():
             os.fsync(file.descriptor)

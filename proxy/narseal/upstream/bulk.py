@@ -105,7 +105,7 @@ def _translated(url: str) -> Iterator[None]:
         raise UpstreamTrouble(f"{url}: {error}") from error
     except (urllib3.exceptions.ReadTimeoutError, urllib3.exceptions.ConnectTimeoutError) as error:
         raise UpstreamTimeout(f"{url}: the upstream stalls") from error
-    except urllib3.exceptions.HTTPError as error:
+    except (urllib3.exceptions.HTTPError, UnicodeError) as error:
         raise UpstreamTrouble(f"{url}: {type(error).__name__}: {error}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from time import perf_counter
@@ -22,6 +23,7 @@ from narseal.telemetry.rejections import reject
 from narseal.upstream import Upstream
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class Answers:
@@ -110,6 +112,9 @@ async def _timed(
     except NarsealError as error:
         result = "refused"
         return error
+    except Exception as error:  # whatever an upstream sends, the next one is asked
+        _log.exception("%s: a fault of ours", upstream.config.url)
+        return UpstreamTrouble(f"{upstream.config.url}: {type(error).__name__}: {error}")
     finally:
         metrics.upstream_seconds.labels(upstream.config.label, result).observe(
             perf_counter() - start

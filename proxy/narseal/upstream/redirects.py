@@ -35,9 +35,14 @@ class Reach:
 
 def next_hop(url: URL, location: str) -> URL:
     """Where a redirect leads; UpstreamTrouble if it must not be followed."""
-    target = url.join(URL(location, encoded=True)) if location else URL()
+    try:
+        target = url.join(URL(location, encoded=True)) if location else URL()
+        (target.host or "").encode("idna")
+        str(target).encode("ascii")
+    except ValueError as error:  # UnicodeError is one, too
+        raise UpstreamTrouble(f"{url}: redirects to {location[:200]!a}: {error}") from error
     if target.scheme not in ("http", "https") or not target.host:
-        raise UpstreamTrouble(f"{url}: redirects to {location[:200]!r}")
+        raise UpstreamTrouble(f"{url}: redirects to {location[:200]!a}")
     if url.scheme == "https" and target.scheme == "http":
         raise UpstreamTrouble(f"{url}: redirects from https to http")
     return target

@@ -48,8 +48,11 @@ class Publisher:
         while seen != (mark := self._epoch.read()):
             seen = mark
             found = await self._index.path(hash_part)
+            revoked = (await self._index.revocations.now()).keys
             if found and await self._is_visible(*found):
-                await self._folder.write(name, served(*found).render())
+                info = served(*found)
+                kept = tuple(s for s in info.signatures if s.key_name not in revoked)
+                await self._folder.write(name, info.with_signatures(kept).render())
             else:
                 await self._folder.remove(name)
 

@@ -80,8 +80,19 @@ class Admission:
     async def _take(self, upstream: Upstream, candidate: Candidate) -> Admitted:
         """Hold a candidate to its bytes where they come first, countersign it, pin it."""
         self._policy.check_name(candidate.info.store_path)
-        nar, bundle = await self._measured(upstream, candidate)
-        admitted = await self._pin(upstream, candidate, nar, bundle)
+        for _ in range(_TRIES):
+            nar, bundle = await self._measured(upstream, candidate)
+            try:
+                admitted = await self._pin(upstream, candidate, nar, bundle)
+                break
+            except Refused as error:
+                if error.reason != "revoked":
+                    raise
+                # what is left is weighed, measured and judged anew
+                revoked = (await self._index.revocations.now()).keys
+                candidate = self._finder.weigh(upstream, candidate.info, revoked)
+        else:
+            raise Unavailable(f"{candidate.info.store_path}: keys are being revoked; ask again")
         if bundle:  # whose signer may have been revoked since
             await self._recheck(upstream, bundle, candidate.info.store_path.hash_part)
         if admitted[1].stored:
@@ -98,22 +109,14 @@ class Admission:
     async def _pin(
         self, upstream: Upstream, candidate: Candidate, nar: NarRecord, bundle: Verified | None
     ) -> Admitted:
-        """Countersign and pin; if a key was revoked meanwhile, weigh what is left anew."""
-        for _ in range(_TRIES):
-            evidence = candidate.evidence.text
-            if bundle:
-                rest = "" if evidence == "bundle" else f" {evidence}"
-                evidence = f"bundle {signer_of(bundle, upstream.config.who)}{rest}"
-            record = PathRecord(candidate.info, nar.file, evidence)
-            signed = await self._renewal.sign(record, path_request(record, nar))
-            try:
-                return await self._index.admit(signed, nar)
-            except Refused as error:
-                if error.reason != "revoked":
-                    raise
-                revoked = (await self._index.revocations.now()).keys
-                candidate = self._finder.weigh(upstream, candidate.info, revoked)
-        raise Unavailable(f"{candidate.info.store_path}: keys are being revoked; ask again")
+        """Countersign and pin; Refused("revoked") if a key was revoked meanwhile."""
+        evidence = candidate.evidence.text
+        if bundle:
+            rest = "" if evidence == "bundle" else f" {evidence}"
+            evidence = f"bundle {signer_of(bundle, upstream.config.who)}{rest}"
+        record = PathRecord(candidate.info, nar.file, evidence)
+        signed = await self._renewal.sign(record, path_request(record, nar))
+        return await self._index.admit(signed, nar)
 
     async def _measured(
         self, upstream: Upstream, candidate: Candidate

@@ -20,6 +20,7 @@ from narseal.nix import realisation
 from narseal.nix.keyring import KeyRing
 from narseal.nix.narinfo import MOST_BUT_OURS
 from narseal.nix.realisation import BuildTraceEntry, Entry, parse_at
+from narseal.pipeline.paths.admission import Admission
 from narseal.pipeline.paths.lookup import Lookup
 from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
@@ -35,7 +36,9 @@ _TRIES = 4
 class Realisations:
     """Both spellings, by the address below the store URL."""
 
-    def __init__(self, services: Services, renewal: Renewal) -> None:
+    def __init__(self, services: Services, renewal: Renewal, admission: Admission) -> None:
+        self._admission = admission
+        self._policy = services.policy
         self._upstreams = services.upstreams
         self._index = services.index
         self._epoch = services.epoch
@@ -61,7 +64,8 @@ class Realisations:
             self._upstreams, lambda u: self._ask(u, name), answers, thing=name
         ) as candidates:
             async for _, record in candidates:
-                await self._renewal.check_out_path(record)
+                if self._policy.active:  # what it is about is judged first
+                    await self._admission.path(record.entry.out_path.hash_part)
                 return await self._admit(record)
         verdict = answers.verdict(name)
         self._lookup.remember(name, verdict)

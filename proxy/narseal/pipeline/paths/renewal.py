@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from narseal.custody.requests import PathRequest, RealisationRequest, Request
-from narseal.errors import Malformed, NotFound, Refused
+from narseal.errors import Denied, Malformed, NotFound, Refused
 from narseal.nix.addressing import check_content_address
 from narseal.nix.keyring import KeyRing
 from narseal.pipeline.nars.publisher import Publisher
@@ -46,7 +46,7 @@ class Renewal:
             await self._publisher.verify_stored(path.info, nar)
 
         renewed = await self._renewed(self._index.paths, path, path_request(path, nar), verify)
-        if renewed is not path and nar.stored:
+        if renewed is not path:
             await self._publisher.narinfo(path.info.store_path.hash_part)
         return renewed, nar
 
@@ -93,9 +93,8 @@ class Renewal:
             return
         found = await self._index.path(record.entry.out_path.hash_part)
         if found is None:
-            self._policy.check_name(record.entry.out_path)
-        else:
-            await self._policy.check(found[0].info, content_digests(found[0].info, found[1]))
+            raise Denied(f"{record.key}: {record.entry.out_path} was not admitted")
+        await self._policy.check(found[0].info, content_digests(found[0].info, found[1]))
 
     async def sign(self, record: R, request: Request) -> R:
         """Add the signatures of our active keys that are missing, before it is admitted."""

@@ -6,13 +6,14 @@ operator's key that is not revoked, and after its file was hashed; nothing is si
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from narseal.errors import Malformed, NarsealError, Refused
+from narseal.nix.addressing import check_content_address
 from narseal.nix.compression import is_file_name
-from narseal.nix.keys import PublicKey
-from narseal.nix.narinfo import NarInfo
+from narseal.nix.keyring import KeyRing
+from narseal.nix.narinfo import MAX_SIGNATURES, NarInfo
 from narseal.pipeline.nars.inspect import inspect_stored
 from narseal.runtime.threads import ThreadPools
 from narseal.storage import Index, LocalStorage, NarRecord, PathRecord
@@ -26,12 +27,14 @@ class Rebuilding:
         *,
         index: Index,
         storage: LocalStorage,
-        keys: Mapping[str, PublicKey],
+        keys: KeyRing,
+        pinned: KeyRing,
         threads: ThreadPools,
     ) -> None:
         self._index = index
         self._storage = storage
         self._keys = keys
+        self._pinned = pinned
         self._threads = threads
 
     async def run(self) -> AsyncIterator[tuple[str, NarsealError | None]]:
@@ -53,7 +56,12 @@ class Rebuilding:
             raise Refused("wrong-path", f"{name} is of {info.store_path} at {info.url[:100]!r}")
         if not is_file_name(file, info.compression):
             raise Refused("wrong-compression", f"{name}: {info.url} is not {info.compression}")
+        check_content_address(info)
         signer = await self._signer(info)
+        known = KeyRing.of(self._keys.keys, self._pinned.keys)
+        info = info.with_signatures(
+            known.kept(info.fingerprint(), info.signatures, most=MAX_SIGNATURES)
+        )
         path = self._storage.path(info.url)
         measured = await self._threads.run_transfer(inspect_stored, info, path)
         record = NarRecord.from_file(
@@ -67,13 +75,15 @@ class Rebuilding:
         await self._index.admit(PathRecord(info, stored.file, f"folder signature {signer}"), stored)
 
     async def _signer(self, info: NarInfo) -> str:
-        """The operator's key that signed it."""
+        """On whose word the path rests: a pinned key's if one signed, else ours. Ours must have.
+
+        So that what is revoked later takes away what it spoke for.
+        """
         revoked = (await self._index.revocations.now()).keys
         message = info.fingerprint()
-        for signature in info.signatures:
-            key = self._keys.get(signature.key_name)
-            if key and key.name not in revoked and key.verifies(message, signature):
-                return key.name
-        raise Refused(
-            "unsigned", f"{info.store_path}: no good signature by a key of the operator's"
-        )
+        own = self._keys.without(revoked).signer(message, info.signatures)
+        if own is None:
+            raise Refused(
+                "unsigned", f"{info.store_path}: no good signature by a key of the operator's"
+            )
+        return self._pinned.without(revoked).signer(message, info.signatures) or own

@@ -78,7 +78,11 @@ class Uploads:
         self._side_files = SideFileUploads(services)
         self._trusted = KeyRing.of(self._upload.trusted_keys)
         #: What bears one of these names is kept only if it verifies.
-        self._known = KeyRing.of(self._upload.trusted_keys, services.countersigner.ring.keys)
+        self._known = KeyRing.of(
+            self._upload.trusted_keys,
+            services.countersigner.ring.keys,
+            *(upstream.config.public_keys for upstream in services.upstreams),
+        )
 
     def check_size(self, size: int | None) -> None:
         """UploadTooLarge, before a byte of the body is taken."""
@@ -109,7 +113,7 @@ class Uploads:
             trusted = await self._authorise(info, token)
             found = await self._index.path(hash_part)
             if found and not found[0].withdrawn:
-                await self._merge(found[0], found[1], info)
+                await self._merge(found[0], found[1], info, token)
                 return False
             check_content_address(info)
             await self._check_references(info)
@@ -149,7 +153,7 @@ class Uploads:
             )
         return None
 
-    async def _merge(self, path: PathRecord, nar: NarRecord, info: NarInfo) -> None:
+    async def _merge(self, path: PathRecord, nar: NarRecord, info: NarInfo, token: Token) -> None:
         """Add good signatures; whatever else the narinfo says stays as it was."""
         if path.info.fingerprint() != info.fingerprint():
             raise UploadConflict(
@@ -157,11 +161,11 @@ class Uploads:
                 f" overwritten; the upload says {info.nar_hash}"
             )
         more = set(self._kept(info)) - set(path.info.signatures)
+        if not token.may(info.store_path.name):  # a trusted key let it in: strangers' stay out
+            more = {signature for signature in more if signature.key_name in self._known}
         if not more:
             return
-        if len(more) + len(path.info.signatures) > MOST_BUT_OURS:
-            raise BadUpload(f"{info.store_path} has {len(path.info.signatures)} signatures already")
-        await self._index.paths.sign(info.store_path.hash_part, more)
+        await self._index.paths.sign(info.store_path.hash_part, more, is_upload=True)
         self._epoch.advance()
         if nar.stored:
             await self._publisher.narinfo(info.store_path.hash_part)
@@ -200,8 +204,8 @@ class Uploads:
             measured = await self._threads.run_transfer(_inspect, info, incoming[0])
             self._check(info, measured)
         except (Refused, Malformed, BadUpload):
+            # a narinfo that disagrees proves nothing against the file, which another may claim
             await self._folder.discard(incoming)
-            await self._folder.discard_upload(file)
             raise
         record = NarRecord.from_file(
             info, file, file_hash=measured.file_hash, file_size=measured.file_size

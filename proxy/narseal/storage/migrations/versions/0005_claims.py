@@ -17,6 +17,20 @@ def upgrade() -> None:
     op.add_column("attestation", sa.Column("statement", sa.LargeBinary(32)))
     op.create_index("attestation_statement", "attestation", ["statement", "signer"], unique=False)
     connection = op.get_bind()
+    # a content address vouches for no size: what was not measured is asked for anew
+    connection.execute(
+        sa.text(
+            "UPDATE path SET withdrawn = 1 WHERE evidence = 'content-address' AND NOT EXISTS ("
+            "SELECT 1 FROM nar WHERE nar.file = path.nar_file AND nar.stored"
+            " AND nar.nar_size = path.nar_size)"
+        )
+    )
+    uploaded = {
+        row.hash_part
+        for row in connection.execute(
+            sa.text("SELECT hash_part FROM path WHERE evidence LIKE 'upload %'")
+        )
+    }
     old = connection.execute(sa.text("SELECT key, body, evidence FROM realisation")).all()
     op.drop_table("realisation")
     table = op.create_table(
@@ -29,19 +43,22 @@ def upgrade() -> None:
         sa.Column("admitted_at", sa.Float, nullable=False),
         sa.Column("withdrawn", sa.Boolean, nullable=False),
     )
-    rows = [_row(*row) for row in old]
+    rows = [_row(row.key, row.body, row.evidence, uploaded) for row in old]
     if rows:
         op.bulk_insert(table, rows)
 
 
-def _row(key: str, body: bytes, evidence: str) -> dict[str, object]:
+def _row(key: str, body: bytes, evidence: str, uploaded: set[str]) -> dict[str, object]:
     tree = json.loads(body)
     signatures = [
         f"{item['keyName']}:{item['sig']}" if isinstance(item, dict) else str(item)
         for item in tree["signatures"]
     ]
     bare = json.dumps(tree | {"signatures": []}, sort_keys=True, separators=(",", ":")).encode()
-    # evidence that a renewal wrote over is not known any more: such a one is asked for anew
+    # evidence that a renewal wrote over is not known any more: such a one is asked for anew, unless
+    # its path was uploaded, as it was then itself
+    if evidence == "stored" and str(tree["outPath"])[:32] in uploaded:
+        evidence = "upload before"
     return {
         "key": key,
         "body": bare,
