@@ -89,5 +89,8 @@ async def test_as_many_signatures_as_a_narinfo_may_have(tmp_path: Path) -> None:
         most = [by("m", n) for n in range(MAX_SIGNATURES - 1)]
         signed, _ = await found.paths.sign(HASH, most)
         assert len(signed) == MAX_SIGNATURES
+        # ours have room before others', and uploaders bring no more than leaves some
+        signed, ours = await found.paths.sign(HASH, [by("z-1")], ours=["z-1"])
+        assert len(signed) == MAX_SIGNATURES and by("z-1") in signed and "z-1" in ours
         with pytest.raises(BadUpload, match="too many signatures"):
-            await found.paths.sign(HASH, [by("n")])
+            await found.paths.sign(HASH, [by("n")], is_upload=True)
