@@ -67,8 +67,9 @@ def offers(draw: st.DrawFn) -> Offer:
     """One offer; its name is of the token's scope (`mine-*`), or not."""
     name = draw(st.sampled_from(["mine-a", "mine-b", "mine", "other-a", "other-mine-a"]))
     contents = draw(st.sampled_from(CONTENTS))
-    node = draw(st.sampled_from([nar.Regular(contents), nar.Regular(contents, executable=True),
-                                 nar.Directory({b"a": nar.Regular(contents)})]))  # fmt: skip
+    nodes: list[nar.Node] = [nar.Regular(contents), nar.Regular(contents, executable=True),
+                                 nar.Directory({b"a": nar.Regular(contents)})]  # fmt: skip
+    node = draw(st.sampled_from(nodes))
     refers = draw(st.booleans())
     references = (DEPENDENCY.info.store_path,) if refers else ()
     item, is_honest = _addressed(draw, name, node, references)

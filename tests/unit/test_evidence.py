@@ -187,5 +187,5 @@ def test_content_of_an_upstream_whose_key_is_pinned_needs_that_key() -> None:
     rules = UpstreamConfig(url="https://u", verify="content", public_keys=(A.public,))
     with pytest.raises(Refused):
         ask(PLAIN, rules)
-    kept, text, content_first = ask(PLAIN.with_signatures((A.sign(PLAIN.fingerprint()),)), rules)
+    _, text, content_first = ask(PLAIN.with_signatures((A.sign(PLAIN.fingerprint()),)), rules)
     assert (text, content_first) == ("signature a-1", True)
