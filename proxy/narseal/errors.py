@@ -20,7 +20,9 @@ NarsealError
 └── Trouble                     not known: the outside world failed
     ├── UpstreamTrouble, UpstreamTimeout
     └── Unavailable             narseal itself cannot now
-        └── StorageFull
+        ├── StorageFull
+        ├── StorageBroken       a stored file cannot be read, or is not what was verified
+        └── IndexGone           the index is not the file any more that was opened
 """
 
 from __future__ import annotations
@@ -209,3 +211,20 @@ class StorageFull(Unavailable):
 
     status = 507
     reason = "storage-full"
+
+
+class StorageBroken(Unavailable):
+    """A stored file cannot be read, or is not what was verified when it was stored."""
+
+    reason = "storage"
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        #: `unreadable` or `wrong-content`, of `narseal_storage_errors_total`.
+        self.kind = kind
+
+
+class IndexGone(Unavailable):
+    """The index was deleted or replaced while it was in use: pins and revocations are not known."""
+
+    reason = "index-gone"

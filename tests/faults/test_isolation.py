@@ -166,3 +166,28 @@ async def test_an_upstream_that_drips_holds_up_no_other(
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
         await client.until(lambda: dripped >= len(dripping))
+
+
+async def test_an_upstream_that_hangs_holds_up_no_others_narinfos(
+    tmp_path: Path, caches: tuple[FakeCache, FakeCache]
+) -> None:
+    """All lookups waited for it; what the other has was not asked for meanwhile."""
+    hanging, good = caches
+    wanted = [entry(f"w{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(12)]
+    good.add(*wanted)
+    let_go = asyncio.Event()
+
+    async def hang(_: web.Request) -> web.StreamResponse:
+        await let_go.wait()
+        return web.Response(status=404)
+
+    for item in wanted:
+        hanging.fault(f"{item.hash}.narinfo", hang, times=10)
+    upstreams = (
+        {"url": hanging.url, "priority": 1, "hedge_after": "10ms", "timeout": "60s"},
+        {"url": good.url, "priority": 2},
+    )
+    async with narseal(tmp_path, *upstreams, limits={"lookups": 2}) as client:
+        found = await asyncio.gather(*(client.narinfo(item.hash) for item in wanted))
+        assert [info.nar_hash for info in found] == [item.info.nar_hash for item in wanted]
+        let_go.set()

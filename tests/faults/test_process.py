@@ -287,19 +287,60 @@ def test_a_locked_index_is_503_for_new_paths_and_nothing_for_the_others(tmp_path
 
 
 def test_out_of_descriptors_is_survived(tmp_path: Path) -> None:
+    """A crowd that comes in one moment: each is answered or told that there is no room."""
     with narseal_process(tmp_path, cache_of(tmp_path, *ITEMS)) as proxy:
+        target = f"/{ITEMS[0].hash}.narinfo"
+        assert fetch(proxy.url + target)[0] == 200
         pid = proxy.workers()[0]
         used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 20, hard))
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 40, hard))
         host, port = proxy.url.removeprefix("http://").split(":")
-        crowd = [socket.create_connection((host, int(port))) for _ in range(60)]
-        time.sleep(1)
+        os.kill(pid, signal.SIGSTOP)
+        crowd = [socket.create_connection((host, int(port)), PATIENCE) for _ in range(200)]
+        for connection in crowd:
+            connection.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        os.kill(pid, signal.SIGCONT)
+        answers = {connection.recv(1 << 16)[:12] for connection in crowd}
+        assert answers == {b"HTTP/1.1 200", b"HTTP/1.1 503"}
         for connection in crowd:
             connection.close()
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
         for item in ITEMS:
-            assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 200
+            until(partial(_try_path, proxy.url, item))
+        assert proxy.workers() == [pid]
+
+
+def test_out_of_descriptors_is_503(tmp_path: Path) -> None:
+    """Whoever comes when there is no room is told so; nobody is cut off, and it goes on."""
+    with narseal_process(tmp_path, cache_of(tmp_path, *ITEMS)) as proxy:
+        target = f"/{ITEMS[0].hash}.narinfo"
+        assert fetch(proxy.url + target)[0] == 200
+        pid = proxy.workers()[0]
+        used = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 40, hard))
+        host, port = proxy.url.removeprefix("http://").split(":")
+        crowd: list[http.client.HTTPConnection] = []
+        answers = []
+        for _ in range(80):  # each of them stays
+            connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
+            connection.request("GET", target)
+            response = connection.getresponse()
+            answers.append((response.status, response.headers["Retry-After"]))
+            response.read()
+            crowd.append(connection)
+        assert set(answers) == {(200, None), (503, "5")}
+        # with no room for connections there is still some for files
+        stays = crowd[0]
+        stays.request("GET", f"/{ITEMS[1].hash}.narinfo")
+        assert stays.getresponse().read()
+        stays.request("GET", f"/{ITEMS[0].info.url}")
+        assert stays.getresponse().read() == ITEMS[0].file
+        for connection in crowd:
+            connection.close()
+        until(lambda: fetch(proxy.url + target)[0] == 200)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
         assert proxy.workers() == [pid]
 
 

@@ -28,7 +28,7 @@ from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.upkeep import revocation
 from narseal.runtime.batching import Batcher
-from narseal.storage import Epoch, Folder, Revocation, epoch_file
+from narseal.storage import Epoch, Folder, Revocation
 from narseal.upstream.http import HttpUpstream
 from tests.faults.test_uploads import Uploader, add
 from tests.tools.cache import Entry, entry, key, store_path
@@ -98,7 +98,7 @@ async def upstream() -> AsyncIterator[FakeCache]:
 @asynccontextmanager
 async def command(config: Config) -> AsyncIterator[Substituter]:
     """What a command opens beside a narseal that serves."""
-    epoch = Epoch(epoch_file(config.storage.index))
+    epoch = Epoch.of(config.storage.index)
     async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
         yield substituter
 
@@ -373,7 +373,7 @@ async def test_changed_rules_at_each_wait_of_a_publication(
         async with narseal(folder, there):
             pass  # makes the index and the folder
         file = folder / "storage" / f"{item.hash}.narinfo"
-        epoch = Epoch(epoch_file(config.storage.index))
+        epoch = Epoch.of(config.storage.index)
         async with Substituter.opened(newer, epoch=epoch, serving=False) as new:
             async with Substituter.opened(config, epoch=epoch, serving=False) as old:
                 await old.everything.narinfo(item.hash)

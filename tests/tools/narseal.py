@@ -23,7 +23,7 @@ from narseal.custody import write_private
 from narseal.nix.cache_info import CacheInfo
 from narseal.nix.narinfo import NarInfo
 from narseal.server.worker import Stop, work
-from narseal.storage import Epoch, LocalStorage, epoch_file, migrate
+from narseal.storage import Epoch, LocalStorage, migrate
 from tests.tools.cache import key
 from tests.tools.waiting import PATIENCE, eventually
 
@@ -124,7 +124,7 @@ async def narseal(folder: Path, *upstreams: dict[str, Any], **more: Any) -> Asyn
     task = asyncio.create_task(
         work(
             config,
-            epoch=Epoch(epoch_file(config.storage.index)),
+            epoch=Epoch.of(config.storage.index),
             sockets=[sock],
             metrics_sockets=[],
             ready=ready.set,

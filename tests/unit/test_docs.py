@@ -143,6 +143,20 @@ def test_examples_for_pipelines_are_yaml_and_their_rules_a_configuration() -> No
     assert len(config.policy) == len(config.upload.oidc) == 1
 
 
+def test_pipelines_install_narseal_and_give_nobody_more_than_he_needs() -> None:
+    """F37: they never installed it, let the whole workflow be it, and named actions by tags."""
+    tree = yaml.safe_load((PROJECT / "examples/github-actions.yml").read_text())
+    assert tree["permissions"] == {}
+    steps = [step for job in tree["jobs"].values() for step in job["steps"]]
+    for step in steps:
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step.get("uses", f"a/b@{'0' * 40}"))
+    runs = [step.get("run", "") for step in steps]
+    script = yaml.safe_load((PROJECT / "examples/gitlab-ci.yml").read_text())["cache"]["script"]
+    for commands in (runs, script):
+        [installs] = [n for n, text in enumerate(commands) if "$NARSEAL" in text]
+        assert installs < min(n for n, text in enumerate(commands) if "narseal attest" in text)
+
+
 def test_dashboard_asks_for_metrics_that_exist() -> None:
     board = json.loads((PROJECT / "examples/grafana-dashboard.json").read_text())
     asked = {

@@ -117,6 +117,10 @@ class StorageConfig(Section):
     #: Keep and serve NARs that come as xz or bzip2 as zstd.
     recompress: bool = False
     recompress_level: Annotated[int, Field(ge=1, le=19)] = 3
+    #: A stored NAR that was not hashed for so long is hashed before it is served.
+    reverify_after: Duration = 30 * 86400.0
+    #: Bytes a second of stored NARs that are hashed in the background; 0: none.
+    scrub_rate: Size = 16 << 20
 
 
 class SigningKeyConfig(Section):
@@ -251,7 +255,7 @@ class LimitsConfig(Section):
     transfers: Annotated[int, Field(ge=1)] = 64
     #: Bytes a second below which a NAR is taken up elsewhere (64 times as many if nobody reads it).
     least_rate: Size = 1 << 10
-    #: Narinfos, logs and other small things that each worker asks for at a time.
+    #: Narinfos that each worker asks one upstream for at a time.
     lookups: Annotated[int, Field(ge=1)] = 256
     #: Largest log, listing or other side file.
     side_file: Size = 64 << 20

@@ -34,6 +34,7 @@ class HotMap:
         self._cell = epoch.cell
         self._seen = epoch.read()
         self._bytes = 0
+        self._suspended = False
         self._answers: OrderedDict[bytes, Hot] = OrderedDict()
 
     def get(self, target: bytes) -> Hot | None:
@@ -51,7 +52,7 @@ class HotMap:
 
     def put(self, target: bytes, answer: Hot, mark: int) -> None:
         """Keep an answer, unless something was withdrawn since `mark`."""
-        if self._epoch.read() != mark:
+        if self._epoch.read() != mark or self._suspended:
             return
         if mark != self._seen:
             self._forget()
@@ -67,6 +68,15 @@ class HotMap:
         old = self._answers.pop(target, None)
         if old is not None:
             self._bytes -= len(old.rest) + _ENTRY_OVERHEAD
+
+    def suspend(self) -> None:
+        """Forget everything and keep nothing: what was revoked cannot be known."""
+        self._suspended = True
+        self._forget()
+
+    def resume(self) -> None:
+        """Keep answers again."""
+        self._suspended = False
 
     def _forget(self) -> None:
         self._answers.clear()

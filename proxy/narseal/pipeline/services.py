@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from narseal.config import Config
 from narseal.custody.operator import OperatorKey
-from narseal.errors import ConfigError
+from narseal.errors import ConfigError, IndexGone
 from narseal.pipeline.caches import HotMap
 from narseal.pipeline.trust.countersign import Countersigner
 from narseal.pipeline.trust.policy import Policy
@@ -43,6 +44,9 @@ class Services:
         """The lock of what only one worker does."""
         return Leadership(index_file(self.config.storage.index).with_suffix(f".{of}.lock"))
 
+
+_log = logging.getLogger(__name__)
+_LOOK = 0.25  # seconds between two looks at the index's file
 
 #: Threads for long work on files that are here.
 _LOCAL = 8
@@ -90,6 +94,7 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
     async with asyncio.TaskGroup() as group:
         # without the index nothing can be served: if this ends, the worker ends
         group.create_task(index.run(), name="index")
+        watching = group.create_task(_watch(services), name="watch the index")
         try:
             yield services
         finally:
@@ -98,8 +103,31 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
                 await upstream.close()
             for key in keys:
                 key.custodian.close()
+            watching.cancel()
             await index.close()
             threads.close()
+
+
+async def _watch(services: Services) -> None:
+    """Until cancelled: without its index a worker serves nothing from memory."""
+    presence, was_there = services.index.presence, True
+    while True:
+        await services.threads.run(presence.look)
+        try:
+            presence.check()
+        except IndexGone as error:
+            services.hot.suspend()
+            metrics.index_present.set(0)
+            if was_there:
+                _log.error("nothing is served: %s", error)
+            was_there = False
+        else:
+            if not was_there:
+                services.hot.resume()
+                metrics.index_present.set(1)
+                _log.warning("the index is in its place again")
+            was_there = True
+        await asyncio.sleep(_LOOK)
 
 
 def load_keys(config: Config) -> list[OperatorKey]:

@@ -14,6 +14,7 @@ from narseal.pipeline.attest.batches import Attester
 from narseal.pipeline.attest.bundles import Signatures
 from narseal.pipeline.nars.fetcher import Fetcher
 from narseal.pipeline.nars.publisher import Publisher, served
+from narseal.pipeline.nars.stored import StoredFiles
 from narseal.pipeline.paths.admission import Admission
 from narseal.pipeline.paths.finder import Finder
 from narseal.pipeline.paths.nars import Nars
@@ -28,6 +29,7 @@ from narseal.pipeline.trust.upstream_bundles import UpstreamBundles
 from narseal.pipeline.upkeep.repair import Repair
 from narseal.pipeline.upkeep.revocation import Revoking
 from narseal.pipeline.upkeep.rotation import Rotation
+from narseal.pipeline.upkeep.scrub import Scrub
 from narseal.pipeline.uploads.attestations import Provenance
 from narseal.pipeline.uploads.paths import Uploads
 from narseal.pipeline.uploads.side_files import SideFileUploads
@@ -135,6 +137,9 @@ class Substituter:
             self.repair.run(),
             Rotation(services, self._renewal).run(),
         ]
+        if services.config.storage.scrub_rate:
+            files = StoredFiles(services, self._publisher)
+            works.append(Scrub(services, self.everything.nars, files).run())
         if services.config.cosign.mode != "off":
             works.append(Attester(services).run())
         return works

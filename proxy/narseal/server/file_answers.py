@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from aiohttp import web
 
-from narseal.errors import NarsealError
+from narseal.errors import NarsealError, StorageBroken
 from narseal.pipeline.services import Services
 from narseal.runtime.files import OpenFile
 from narseal.server.conditional import caching, etag_matches, span_of
-from narseal.server.file_sender import FileSender, Follow
+from narseal.server.file_sender import FileSender, Follow, check_readable, read_piece
+from narseal.telemetry import metrics
 
+_log = logging.getLogger(__name__)
 _PIECE = 64 << 10
 
 
@@ -47,7 +50,8 @@ async def send_file(
 ) -> web.StreamResponse:
     """Answer with a file of `size` bytes, with conditions and ranges.
 
-    With `follow`, it still grows. Broken if the answer was begun and cannot be ended.
+    With `follow`, it still grows. Broken if the answer was begun and cannot be ended; StorageBroken
+    if nothing was sent yet.
     """
     headers = caching(head.control, head.etag) | {"Content-Type": head.content_type}
     if etag_matches(request.headers.get("If-None-Match"), head.etag):
@@ -64,6 +68,7 @@ async def send_file(
         return response
     if follow:
         await follow(start)
+    await check_readable(services.threads, descriptor, start)
     await response.prepare(request)
 
     async def all_there(_: int) -> int:
@@ -95,16 +100,27 @@ async def send_lines(
     try:
         async for file in files:
             for at in range(0, file.size, _PIECE):
-                piece = await services.threads.run(os.pread, file.descriptor, _PIECE, at)
-                if not piece:
-                    raise ConnectionResetError("the file is shorter than it was")
+                piece = await services.threads.run(read_piece, file.descriptor, _PIECE, at)
                 ended = at + len(piece) == file.size and not piece.endswith(b"\n")
                 async with asyncio.timeout(services.config.limits.send_timeout):
                     await response.write(piece + b"\n" if ended else piece)
         await response.write_eof()
-    except (ConnectionError, TimeoutError) as error:
+    except (NarsealError, ConnectionError, TimeoutError) as error:
         raise _broken(request, response, error) from error
     return response
+
+
+@contextmanager
+def noting_faults(thing: str) -> Iterator[None]:
+    """Log and count a fault of storage in an answer that nobody can give again."""
+    try:
+        yield
+    except (StorageBroken, Broken) as error:
+        fault = error.__cause__ if isinstance(error, Broken) else error
+        if isinstance(fault, StorageBroken):
+            metrics.storage_errors.labels(fault.kind).inc()
+            _log.error("%s cannot be sent: %s", thing, fault, extra={"object": thing})
+        raise
 
 
 def _broken(

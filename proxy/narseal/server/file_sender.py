@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from narseal.errors import StorageBroken
 from narseal.runtime.threads import ThreadPools
+from narseal.storage import storage_errors
 
+_OF_SOCKETS = frozenset((errno.ENOTCONN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN))
 _PORTION = 1 << 22
 _CHUNK = 1 << 18
 
@@ -39,7 +43,8 @@ class FileSender:
     async def send(self, descriptor: int, start: int, stop: int, follow: Follow) -> None:
         """Send the bytes from `start` to `stop` as far as `follow` lets.
 
-        Raises ConnectionError when the client is gone or takes nothing, and what `follow` raises.
+        Raises ConnectionError when the client is gone or takes nothing, StorageBroken when the
+        file cannot be read, and what `follow` raises.
         """
         transport = self._request.transport
         if transport is None:
@@ -101,12 +106,40 @@ class FileSender:
         while start < stop:
             limit = min(stop, await follow(start))
             size = min(limit - start, _CHUNK)
-            data = await self._threads.run(os.pread, descriptor, size, start)
-            if not data:
-                raise ConnectionResetError("the file is shorter than it was")
+            data = await self._threads.run(read_piece, descriptor, size, start)
             async with asyncio.timeout(self._timeout):
                 await self._response.write(data)
             start += len(data)
+
+
+def read_piece(descriptor: int, size: int, start: int) -> bytes:
+    """Some bytes from `start` on, at least one; StorageBroken if there are none. Blocks."""
+    with storage_errors():
+        data = os.pread(descriptor, size, start)
+    if not data:
+        raise _shorter()
+    return data
+
+
+async def check_readable(threads: ThreadPools, descriptor: int, start: int) -> None:
+    """StorageBroken if the first byte that is to be sent cannot be read."""
+    try:  # at once if it is in memory, as it mostly is
+        if os.preadv(descriptor, [bytearray(1)], start, os.RWF_NOWAIT):
+            return
+    except OSError:
+        pass  # it would wait for the disk, or the file system knows no such reading
+    await threads.run(read_piece, descriptor, 1, start)
+
+
+def _shorter() -> StorageBroken:
+    return StorageBroken("wrong-content", "a stored file is shorter than it was")
+
+
+def _meaning(error: OSError) -> Exception:
+    """Of what sendfile says: the socket's faults are the client's, the others the disk's."""
+    if isinstance(error, ConnectionError | TimeoutError) or error.errno in _OF_SOCKETS:
+        return ConnectionResetError(f"the client is gone: {error.strerror}")
+    return StorageBroken("unreadable", f"a stored file cannot be read: {error.strerror}")
 
 
 class _Portion:
@@ -133,10 +166,11 @@ class _Portion:
         except BlockingIOError:
             return
         except OSError as error:
-            self.done.set_exception(ConnectionResetError(f"the client is gone: {error.strerror}"))
+            self.done.set_exception(_meaning(error))
             return
         if sent == 0:
-            self.done.set_exception(ConnectionResetError("the file is shorter than it was"))
+            self.done.set_exception(_shorter())
+            return
         self.at += sent
         if self.at >= self._limit:
             self.done.set_result(None)

@@ -13,9 +13,10 @@ from narseal.nix.store_path import StorePath
 from narseal.pipeline.substituter import Substituter
 from narseal.runtime.files import OpenFile
 from narseal.server.conditional import cache, etag_of, etag_of_file, whole
-from narseal.server.file_answers import Head, send_file, send_lines
+from narseal.server.file_answers import Head, noting_faults, send_file, send_lines
 from narseal.server.nar_handlers import NarHandlers, hot_answer, is_upload, view_of
 from narseal.server.tally import Tally
+from narseal.storage import storage_errors
 from narseal.telemetry import metrics
 
 _SHORT = "public, max-age=300"
@@ -105,7 +106,8 @@ class ReadHandlers:
         else:
             digests = await signatures.attestations_of(Hash.parse(request.match_info["digest"]))
         head = Head("application/jsonl", _SHORT, etag_of(b"".join(digests)))
-        return await send_lines(request, self._services, head, signatures.bundles(digests))
+        with noting_faults(request.path):
+            return await send_lines(request, self._services, head, signatures.bundles(digests))
 
     async def keys(self, _: web.Request) -> web.Response:
         """All public keys, as JSON."""
@@ -187,11 +189,17 @@ class ReadHandlers:
         self, request: web.Request, file: OpenFile, content_type: str
     ) -> web.StreamResponse:
         """A file whose name is not its content's."""
-        if file.size <= _SMALL:
-            body = await self._services.threads.run(file.read)
-            return whole(request, body, content_type, _SHORT, etag_of(body))
-        head = Head(content_type, _SHORT, etag_of_file(file.descriptor))
-        return await send_file(request, self._services, head, file.descriptor, file.size)
+        with noting_faults(request.path):
+            if file.size <= _SMALL:
+                body = await self._services.threads.run(_read, file)
+                return whole(request, body, content_type, _SHORT, etag_of(body))
+            head = Head(content_type, _SHORT, etag_of_file(file.descriptor))
+            return await send_file(request, self._services, head, file.descriptor, file.size)
+
+
+def _read(file: OpenFile) -> bytes:
+    with storage_errors():
+        return file.read()
 
 
 def _is_loopback(remote: str | None) -> bool:

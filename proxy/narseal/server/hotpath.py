@@ -8,6 +8,7 @@ the deadline for a request's head, and the bounds on connections, for both.
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections import Counter
 from email.utils import formatdate
 from time import perf_counter, time
@@ -47,6 +48,16 @@ _HARMLESS = frozenset(
     )
 )
 _KNOWN_HEADS = 1024
+#: Descriptors that no connection takes: for files, upstreams, the index; an eighth, at most so many.
+_RESERVE = 256
+_WAITING = 0.25  # of them, for connections that wait to be told that there is no room
+_NO_ROOM_TEXT = "no room for more connections now; ask again\n"
+_NO_ROOM = (
+    "HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\n"
+    f"Content-Length: {len(_NO_ROOM_TEXT)}\r\nCache-Control: no-store\r\n"
+    "X-Narseal-Reason: unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
+    f"Server: narseal\r\n\r\n{_NO_ROOM_TEXT}"
+).encode()
 _SWEEP = 1.0
 
 
@@ -116,7 +127,7 @@ _FRESH = 0.5  # seconds in which the first request of a connection is on its way
 class HotProtocol(RequestHandler):
     """One connection."""
 
-    __slots__ = ("_address", "_eligible", "_partial", "_server", "waits_since")
+    __slots__ = ("_address", "_eligible", "_partial", "_server", "_turned_away", "waits_since")
 
     def __init__(self, server: HotServer, **options: Any) -> None:
         super().__init__(server, **options)
@@ -125,6 +136,7 @@ class HotProtocol(RequestHandler):
         #: aiohttp's parser may hold the beginning of something.
         self._partial = False
         self._eligible = False
+        self._turned_away = False
         #: When the head began that is not complete yet; infinity while none is awaited.
         self.waits_since = _NEVER
 
@@ -140,8 +152,12 @@ class HotProtocol(RequestHandler):
             self._address
             and server.per_address[self._address] > server.limits.connections_per_address
         )
-        if crowded or len(server.connections) > server.limits.connections:
-            self.force_close()
+        scarcity = _scarcity(transport)
+        if crowded or len(server.connections) > server.limits.connections or scarcity:
+            self._eligible = False
+            self._turned_away = True
+            if scarcity > _WAITING:  # no descriptor is left to wait for its request with
+                self._turn_away()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Give the connection's place away."""
@@ -152,6 +168,9 @@ class HotProtocol(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Answer from memory, or hand on to aiohttp."""
+        if self._turned_away:
+            self._turn_away()
+            return
         start = perf_counter()
         if data.startswith(_BEGIN) and (self._eligible or self._is_eligible()):
             stop = data.find(b" ", 4, _MAX_TARGET)
@@ -166,6 +185,12 @@ class HotProtocol(RequestHandler):
                 server.tally.hit(answer, data[4:stop], perf_counter() - start)
                 return
         self._hand_on(data)
+
+    def _turn_away(self) -> None:
+        """Say that there is no room now; a connection that is just closed looks like a fault."""
+        if self.transport is not None:
+            self.transport.write(_NO_ROOM)
+        self.force_close()
 
     def close(self) -> None:
         """See RequestHandler.close."""
@@ -240,6 +265,19 @@ class HotProtocol(RequestHandler):
             known.clear()
         known[head] = None
         return True
+
+
+def _scarcity(transport: asyncio.BaseTransport) -> float:
+    """How much of the reserve of descriptors a connection takes: 0 none, 1 all of it.
+
+    The kernel gives the lowest number that is free, so that a high one says how many are taken.
+    """
+    sock = transport.get_extra_info("socket")
+    if sock is None:
+        return 0.0
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reserve = min(_RESERVE, limit // 8)
+    return float(max(0, sock.fileno() - (limit - reserve)) / reserve)
 
 
 def _is_printable(line: bytes) -> bool:

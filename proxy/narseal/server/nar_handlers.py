@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
 from aiohttp import web
 
-from narseal.errors import UpstreamTimeout
+from narseal.errors import StorageBroken, UpstreamTimeout
 from narseal.pipeline.caches import Hot
+from narseal.pipeline.nars.stored import StoredNar
 from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter, View
 from narseal.server.conditional import file_etag, whole
-from narseal.server.file_answers import Head, send_file
+from narseal.server.file_answers import Broken, Head, send_file
+from narseal.server.file_sender import read_piece
 from narseal.telemetry import metrics
 
 #: What the names of routes below `/upload/` begin with.
@@ -32,24 +33,41 @@ class NarHandlers:
         self._services = substituter.services
 
     async def nar(self, request: web.Request) -> web.StreamResponse:
-        """A NAR: from memory, from storage, or while it comes in."""
+        """A NAR: from memory, from storage, or while it comes in.
+
+        One that storage cannot give is struck off, and fetched in this answer if it is not begun.
+        """
         file = request.match_info["file"]
+        nars = view_of(self._substituter, request).nars
+        try:
+            return await self._answer(request, file)
+        except StorageBroken as error:
+            await nars.distrust(file, error)
+        except Broken as broken:
+            if isinstance(broken.__cause__, StorageBroken):
+                await nars.distrust(file, broken.__cause__)
+            raise
+        return await self._answer(request, file)
+
+    async def _answer(self, request: web.Request, file: str) -> web.StreamResponse:
         mark = self._services.hot.mark()
         found = await view_of(self._substituter, request).nars.get(file)
         try:
             if isinstance(found, Reader):
                 return await self._relay(request, file, found, mark)
             if found.size <= _SMALL and request.method == "GET":
-                return await self._small(request, file, found.descriptor, "storage", mark)
+                return await self._small(request, file, found, "storage", mark)
             return await self._send(request, file, found.descriptor, found.size, None)
         finally:
             found.close()
 
     async def _small(
-        self, request: web.Request, file: str, descriptor: int, source: str, mark: int
+        self, request: web.Request, file: str, found: StoredNar | Reader, source: str, mark: int
     ) -> web.StreamResponse:
         """A complete, verified file that is worth a place in memory."""
-        body = await self._services.threads.run(os.pread, descriptor, _SMALL, 0)
+        body = await self._services.threads.run(read_piece, found.descriptor, _SMALL, 0)
+        if len(body) != found.size:
+            raise StorageBroken("wrong-content", f"nar/{file} is shorter than it was")
         answer = hot_answer("nar", _NAR, _IMMUTABLE, body, file_etag(file))
         self._services.hot.put(f"/nar/{file}".encode(), answer, mark)
         metrics.nar_bytes.labels(source).inc(len(body))
@@ -69,7 +87,7 @@ class NarHandlers:
         assert reader.size is not None  # nothing is released before it is known
         if reader.size <= _SMALL and request.method == "GET":
             await reader.whole()
-            return await self._small(request, file, reader.descriptor, "upstream", mark)
+            return await self._small(request, file, reader, "upstream", mark)
         return await self._send(request, file, reader.descriptor, reader.size, reader)
 
     async def _send(

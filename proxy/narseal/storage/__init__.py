@@ -1,11 +1,12 @@
 """Blobs and the index."""
 
 from narseal.storage.attestations import Attestations, bundle_name
-from narseal.storage.engine import backup, epoch_file, index_file, migrate
+from narseal.storage.engine import backup, check_founded, migrate
 from narseal.storage.epoch import Epoch
 from narseal.storage.folder import Folder
 from narseal.storage.index import Index
 from narseal.storage.local import LocalStorage, storage_errors
+from narseal.storage.presence import Presence, epoch_file, index_file
 from narseal.storage.records import (
     Admitted,
     Attestation,
@@ -27,6 +28,7 @@ __all__ = [
     "LocalStorage",
     "NarRecord",
     "PathRecord",
+    "Presence",
     "RealisationRecord",
     "Revocation",
     "Revocations",
@@ -34,6 +36,7 @@ __all__ = [
     "UnverifiedFiles",
     "backup",
     "bundle_name",
+    "check_founded",
     "epoch_file",
     "file_name",
     "index_file",

@@ -110,7 +110,10 @@ class Admissions:
         files = [nar.file for _, nar in group]
         rows = await connection.execute(NARS_BY_FILE, {"among": files})
         named = {row.file: nar_of(row) for row in rows}
-        fresh = {nar.file: nar for _, nar in group if nar.file not in named}
+        now = time.time()
+        fresh = {
+            nar.file: replace(nar, verified_at=now) for _, nar in group if nar.file not in named
+        }
         if fresh:
             await connection.execute(_NEW_NAR, [nar_values(nar) for nar in fresh.values()])
             await _add_bytes(connection, sum(nar.file_size or 0 for nar in fresh.values()))
@@ -205,9 +208,12 @@ class Admissions:
         self, connection: AsyncConnection, claimed: NarRecord, true: NarRecord
     ) -> None:
         """Record that bytes are in storage; see `Index.publish`."""
-        change = nar_values(true) | {"named": true.file}
+        now = time.time()
+        change = nar_values(true) | {"named": true.file, "verified_at": now}
         if (await connection.execute(_STORED, change)).rowcount:
             await _add_bytes(connection, true.file_size or 0)
+        else:
+            await self.verified(connection, true.file, now)
         if true.file != claimed.file:
             claims = schema.nar.c.file == claimed.file
             await connection.execute(
@@ -220,6 +226,11 @@ class Admissions:
             )
         if self._attest:
             await enqueue(connection, [true.file])
+
+    async def verified(self, connection: AsyncConnection, file: str, at: float) -> None:
+        """Record when a stored file was last found to be right."""
+        named = schema.nar.c.file == file
+        await connection.execute(update(schema.nar).where(named).values(verified_at=at))
 
     async def unpublish(self, connection: AsyncConnection, file: str) -> None:
         """Record that a file is not in storage any more."""

@@ -91,11 +91,13 @@ class Attestations:
     """What waits, and what was signed."""
 
     def __init__(
-        self, engines: Engines, ask: _Ask, store_dir: str, *, attest: bool = False
+        self, engines: Engines, ask: _Ask, survey: _Ask, store_dir: str, *, attest: bool = False
     ) -> None:
+        """`survey` is for questions that may take long."""
         self._attest = attest
         self._engines = engines
         self._ask = ask
+        self._survey = survey
         self._store_dir = store_dir
 
     async def enqueue_all(self) -> None:
@@ -107,7 +109,7 @@ class Attestations:
         query: Any = select(
             func.count().label("waiting"), func.min(schema.waiting.c.since).label("since")
         ).select_from(schema.waiting)
-        row = (await self._ask(query))[0]
+        row = (await self._survey(query))[0]
         return int(row.waiting), row.since
 
     async def oldest(self, limit: int) -> list[Admitted]:

@@ -8,29 +8,22 @@ from contextlib import closing
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import alembic.command
 import alembic.config
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import URL, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from narseal.errors import ConfigError, NarsealError, Unavailable
 from narseal.runtime.batching import Batcher
+from narseal.storage.local import LocalStorage
+from narseal.storage.presence import Presence, index_file
 
 Write = Callable[[AsyncConnection], Awaitable[Any]]
 
 _BUSY_MS = 10_000
-
-
-def index_file(url: str) -> Path:
-    """The file of a `sqlite:///…` URL."""
-    return Path("/" + url.removeprefix("sqlite:").lstrip("/"))
-
-
-def epoch_file(url: str) -> Path:
-    """Where the workers on the index at `url` keep their shared number."""
-    return index_file(url).with_suffix(".epoch")
 
 
 def migrate(url: str) -> None:
@@ -53,6 +46,32 @@ def migrate(url: str) -> None:
         engine.dispose()
     except (OSError, SQLAlchemyError, alembic.util.CommandError) as error:
         raise ConfigError(f"storage.index {file}: {error}") from error
+
+
+def check_founded(url: str, storage: LocalStorage) -> None:
+    """ConfigError if the index is not there, or knows nothing, beside a folder that holds paths.
+
+    An index that begins anew would pin other content, and serve what was revoked.
+    """
+    file = index_file(url)
+    try:
+        is_there = file.exists() and file.stat().st_size > 0
+        if is_there:
+            with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True)) as index:
+                tables = index.execute("SELECT 1 FROM sqlite_master WHERE name = 'path'").fetchone()
+                if tables and index.execute("SELECT 1 FROM path LIMIT 1").fetchone():
+                    return
+        # after a crash a NAR can be there of which the index knows nothing yet, a narinfo cannot
+        held = storage.holds(nars=not is_there)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(f"storage.index {file}: {error}") from error
+    if held:
+        raise ConfigError(
+            f"storage.index {file} is {'empty' if is_there else 'missing'}, and {storage.root} holds"
+            f" {held}: what was pinned and revoked is not known. Put a backup of the index back, or"
+            " revoke again what was revoked and run `narseal index rebuild` (docs/recovery.md);"
+            " to begin with nothing, empty the folder"
+        )
 
 
 def backup(url: str, target: Path) -> None:
@@ -88,8 +107,14 @@ def _prepare(engine: Engine) -> None:
 class Engines:
     """A reading and a writing engine on one index file."""
 
-    def __init__(self, url: str) -> None:
-        address = f"sqlite+aiosqlite:///{index_file(url)}"
+    def __init__(self, url: str, presence: Presence) -> None:
+        self._presence = presence
+        # mode=rw: a connection never makes an empty database
+        address = URL.create(
+            "sqlite+aiosqlite",
+            database=f"file:{quote(str(index_file(url)))}",
+            query={"mode": "rw", "uri": "true"},
+        )
         # single statements: no transaction to begin and to roll back around each
         self.reading: AsyncEngine = create_async_engine(
             address,
@@ -126,6 +151,7 @@ class Engines:
         await self._writes.close()
 
     async def _commit(self, works: list[Write]) -> list[Any]:
+        self._presence.check()
         outcomes: list[Any] = []
         async with self._writing.begin() as connection:
             for work in works:
@@ -133,4 +159,5 @@ class Engines:
                     outcomes.append(await work(connection))
                 except NarsealError as error:
                     outcomes.append(error)
+        self._presence.check()  # else it was committed to a file that nobody will read
         return outcomes

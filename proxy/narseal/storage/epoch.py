@@ -9,20 +9,31 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
+from typing import Self
+
+from narseal.storage.presence import Presence, epoch_file, index_file
 
 
 class Epoch:
-    """The shared number in `file`."""
+    """The shared number in `file`, beside the index that it is of."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, index: Path) -> None:
+        """ConfigError if there is no index: `migrate` makes one."""
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(descriptor, mmap.PAGESIZE)
             self._map = mmap.mmap(descriptor, mmap.PAGESIZE)
         finally:
             os.close(descriptor)
+        #: Whether both files are still those that all workers share.
+        self.presence = Presence(index, file)
         #: The number, in a view that costs no call to look at.
         self.cell = memoryview(self._map).cast("Q")
+
+    @classmethod
+    def of(cls, url: str) -> Self:
+        """That of the index at `url`, which must be there."""
+        return cls(epoch_file(url), index_file(url))
 
     def read(self) -> int:
         """The present value; another one than before means: forget what is in memory."""

@@ -22,7 +22,7 @@ from narseal.storage import schema
 from narseal.storage.admissions import NARS_BY_FILE, PATHS_BY_HASH, Admissions, among
 from narseal.storage.attestations import Attestations
 from narseal.storage.claims import Claims
-from narseal.storage.engine import Engines, epoch_file
+from narseal.storage.engine import Engines
 from narseal.storage.epoch import Epoch
 from narseal.storage.records import (
     PATHS,
@@ -46,12 +46,14 @@ class Index:
     def __init__(
         self, url: str, store_dir: str, *, attest: bool = False, epoch: Epoch | None = None
     ) -> None:
-        self._engines = Engines(url)
+        self._epoch = Epoch.of(url) if epoch is None else epoch
+        #: Of the index's file; asked before every answer out of it.
+        self.presence = self._epoch.presence
+        self._engines = Engines(url, self.presence)
         #: Of all paths in it.
         self.store_dir = store_dir
         self._attest = attest
         self._rows = Admissions(store_dir, attest=attest)
-        self._epoch = Epoch(epoch_file(url)) if epoch is None else epoch
         self._by_hash: Batcher[str, Admitted | None] = Batcher(self._paths)
         self._by_file: Batcher[str, list[Admitted]] = Batcher(self._paths_of)
         self._nars: Batcher[str, NarRecord | None] = Batcher(self._nars_named)
@@ -77,7 +79,9 @@ class Index:
         self.realisations = Claims(
             schema.realisation, schema.realisation.c.key, self._engines, survey, self._epoch
         )
-        self.attestations = Attestations(self._engines, self._queries.ask, store_dir, attest=attest)
+        self.attestations = Attestations(
+            self._engines, self._queries.ask, survey, store_dir, attest=attest
+        )
         self.revocations = Revocations(self._engines, self._queries.ask, self._epoch)
         self._asked = (
             self._by_hash,
@@ -158,6 +162,10 @@ class Index:
         await self._engines.write(lambda c: self._rows.publish(c, claimed, true))
         if true.file != claimed.file:
             self._epoch.advance()
+
+    async def verified(self, file: str, at: float) -> None:
+        """Record when (Unix time) a stored file was last found to be right."""
+        await self._engines.write(lambda c: self._rows.verified(c, file, at))
 
     async def unpublish(self, file: str) -> None:
         """Record that a file is not in storage any more."""
@@ -246,6 +254,7 @@ class Index:
         return [await self._query(query) for query in queries]
 
     async def _query(self, query: Select[Any], names: list[str] | None = None) -> list[Row[Any]]:
+        self.presence.check()
         try:
             async with self._engines.reading.connect() as connection:
                 return list(

@@ -17,9 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from narseal.errors import ConfigError, StorageFull, Unavailable
+from narseal.errors import ConfigError, StorageBroken, StorageFull, Unavailable
 from narseal.nix.cache_info import CacheInfo
 
+#: What a disk says of bytes that it cannot give back (EUCLEAN: of a whole file system).
+_BROKEN = frozenset((errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG, errno.EREMOTEIO))
 _QUARANTINED = 20  # files kept for a look, the newest
 
 
@@ -120,6 +122,12 @@ class LocalStorage:
         except FileNotFoundError:
             return None
 
+    def holds(self, *, nars: bool) -> str | None:
+        """A narinfo, or with `nars` a NAR, that is in the folder."""
+        patterns = ("*.narinfo", "nar/*.nar*") if nars else ("*.narinfo",)
+        found = next((p for pattern in patterns for p in self.root.glob(pattern)), None)
+        return str(found.relative_to(self.root)) if found else None
+
     def narinfos(self) -> list[str]:
         """The names of all narinfo files, in order."""
         return sorted(path.name for path in self.root.glob("*.narinfo"))
@@ -184,6 +192,17 @@ class LocalStorage:
                 " bounds them"
             )
 
+    def open(self, name: str) -> int | None:
+        """A published file, open for reading; None if there is none.
+
+        StorageBroken if it cannot be read.
+        """
+        with storage_errors():
+            try:
+                return os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+
     def quarantine(self, file: Path, label: str) -> None:
         """Keep a wrong file for the operator to look at, the newest few of them."""
         with suppress(OSError):
@@ -202,7 +221,7 @@ def _create(folder: Path) -> tuple[int, Path]:
 
 @contextmanager
 def storage_errors() -> Iterator[None]:
-    """Say what an OSError of the folder means: StorageFull or Unavailable."""
+    """Say what an OSError of the folder means: StorageFull, StorageBroken or Unavailable."""
     try:
         yield
     except OSError as error:
@@ -210,4 +229,6 @@ def storage_errors() -> Iterator[None]:
             raise StorageFull(
                 "storage is full: what is stored is served on, new files are not kept"
             ) from error
+        if error.errno in _BROKEN:
+            raise StorageBroken("unreadable", f"storage fails: {error}") from error
         raise Unavailable(f"storage fails: {error}") from error

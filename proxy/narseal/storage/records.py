@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import Row, select
@@ -34,6 +34,8 @@ class NarRecord:
     url: str
     stored: bool = False
     published_as: str | None = None
+    #: When the stored bytes were last hashed (Unix time); None: not known.
+    verified_at: float | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, info: NarInfo, upstream: str) -> NarRecord:
@@ -217,6 +219,7 @@ def nar_of(row: Row[Any]) -> NarRecord:
         url=row.url,
         stored=row.stored,
         published_as=row.published_as,
+        verified_at=row.verified_at,
     )
 
 
@@ -233,6 +236,7 @@ def nar_values(nar: NarRecord) -> dict[str, Any]:
         "url": nar.url,
         "stored": nar.stored,
         "published_as": nar.published_as,
+        "verified_at": nar.verified_at,
     }
 
 

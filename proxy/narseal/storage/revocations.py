@@ -69,6 +69,7 @@ class Revocations:
 
     async def now(self) -> Revoked:
         """What is revoked. Unavailable if it cannot be found out."""
+        self._epoch.presence.check()
         epoch = self._epoch.read()
         if epoch != self._seen:
             table = schema.revocation.c

@@ -58,6 +58,8 @@ nar = Table(
     #: Where the bytes are published, when the name was not that of their true hash.
     Column("published_as", String(80)),
     Column("stored", Boolean, nullable=False),
+    #: When the stored bytes were last hashed, as Unix time; NULL: not known.
+    Column("verified_at", Float),
     Index("nar_source", "upstream", "url"),
     Index("nar_file_hash", "file_hash"),
 )

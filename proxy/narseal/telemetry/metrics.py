@@ -71,6 +71,8 @@ ROUTES = (
 #: Values of `kind` of the verification and of the signing histograms.
 VERIFICATIONS = ("nix", "content", "bundle", "rekor")
 SIGNATURES = ("nix", "batch", "file")
+#: Values of `kind` of narseal_storage_errors_total.
+STORAGE_ERRORS = ("wrong-content", "unreadable", "lost")
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SLOW = (*_FAST, 5, 10, 30, 60, 120, 300)
@@ -159,6 +161,16 @@ key_not_after = Gauge(
 storage_bytes = Gauge(
     "narseal_storage_bytes", "Bytes of NARs in storage.", multiprocess_mode="mostrecent"
 )
+storage_errors = Counter(
+    "narseal_storage_errors_total", "Faults of storage that were lived through, or not.", ["kind"]
+)
+scrubbed = Counter("narseal_scrubbed_total", "Stored NARs that were hashed again.", ["result"])
+scrub_bytes = Counter("narseal_scrub_bytes_total", "Bytes of NARs that were hashed again.")
+index_present = Gauge(
+    "narseal_index_present",
+    "1, or 0 while the index is not the file that was opened at the start.",
+    multiprocess_mode="mostrecent",
+)
 build_info = Gauge(
     "narseal_build_info", "Always 1; the version is a label.", ["version"], multiprocess_mode="max"
 )
@@ -180,6 +192,11 @@ def prepare(upstreams: Sequence[str]) -> None:
         nar_bytes.labels(source)
     for upstream, result in product(upstreams, ("found", "absent", "trouble")):
         upstream_seconds.labels(upstream, result)
+    for kind in STORAGE_ERRORS:
+        storage_errors.labels(kind)
+    for result in ("good", "bad"):
+        scrubbed.labels(result)
+    index_present.set(1)
     for result in ("signed", "kept-back", "refused"):
         resigned.labels(result)
     build_info.labels(__version__).set(1)

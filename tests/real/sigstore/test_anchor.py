@@ -52,8 +52,12 @@ async def test_a_log_made_anew_with_the_audit_key_is_found(
             tmp_path / "n", {"url": upstream.url}, signing=keys, cosign=cosign
         ) as process:
             async with aiohttp.ClientSession() as session:
+                earlier = tmp_path / "earlier.log"
                 for item in ITEMS:
                     await session.get(f"{process.url}/{item.hash}.narinfo")
+                    if not earlier.exists():
+                        shutil.copy(found.log, earlier)
+                        shutil.copy(f"{found.log}.head", f"{earlier}.head")
                     await session.get(f"{process.url}/{item.info.url}")
                 address = f"{process.url}/attestations/sha256:{ITEMS[0].info.nar_hash.digest.hex()}"
                 body = await must_come(session, address)
@@ -89,6 +93,10 @@ async def test_a_log_made_anew_with_the_audit_key_is_found(
     ]  # fmt: skip
     good = narseal_command(*words)
     assert good.returncode == 0, good.stderr
+    # log and head put back together to an older state: only what was anchored tells
+    rolled_back = [earlier if word == log else word for word in words]
+    assert narseal_command(*rolled_back[:2], earlier, *words[3:5]).returncode == 0
+    assert narseal_command(*rolled_back).returncode == 1
     # somebody who has the audit key makes a log of his own, in which one signature never was
     records = [r for r in audit.records(log) if r["kind"] != "checkpoint"]
     log.unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
@@ -15,6 +14,7 @@ from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.nars.fetcher import REFUSED_SECONDS
+from narseal.pipeline.nars.pace import Slots
 from narseal.pipeline.nars.transfer import Origin
 from narseal.pipeline.paths.lookup import Lookup
 from narseal.pipeline.services import Services
@@ -49,7 +49,7 @@ class Finder:
         self._own_keys = services.countersigner.ring
         self._previews: OrderedDict[str, tuple[float, Admitted]] = OrderedDict()
         self._previewing: Lookup[Admitted] = Lookup(services, self._preview)
-        self._lookups = asyncio.Semaphore(services.config.limits.lookups)
+        self._lookups = Slots(services.config.limits.lookups)
         self._refusals: tuple[int, dict[tuple[str, str, bytes], tuple[str, float]]] | None = None
 
     def candidates(
@@ -125,7 +125,7 @@ class Finder:
 
     async def _ask(self, upstream: Upstream, hash_part: str) -> Candidate:
         """One upstream's narinfo, parsed and weighed."""
-        async with self._lookups:
+        async with self._lookups.of(upstream):
             data = await upstream.get(f"{hash_part}.narinfo", limit=narinfo.MAX_BYTES)
         if data is None:
             raise NotFound(f"{upstream.config.url} has no {hash_part}.narinfo")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from contextlib import suppress
 
-from narseal.errors import Denied, NotFound
+from narseal.errors import Denied, NotFound, StorageBroken
 from narseal.pipeline.nars.fetcher import Fetcher
+from narseal.pipeline.nars.stored import StoredFiles, StoredNar
 from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.paths.finder import Finder
 from narseal.pipeline.services import Services
@@ -14,18 +14,6 @@ from narseal.pipeline.trust.policy import content_digests
 from narseal.storage import NarRecord
 
 _KNOWN = 20_000
-
-
-@dataclass(frozen=True, slots=True)
-class StoredNar:
-    """A complete, verified file, open for reading. To be closed."""
-
-    descriptor: int
-    size: int
-
-    def close(self) -> None:
-        """Let go of the file."""
-        os.close(self.descriptor)
 
 
 class Nars:
@@ -37,6 +25,7 @@ class Nars:
         self._policy = services.policy
         self._finder = finder
         self._fetcher = fetcher
+        self._files = StoredFiles(services, fetcher.publisher)
         #: Stored files, so that one that is asked for again costs no question to the index.
         self._known: dict[str, NarRecord] = {}
 
@@ -46,13 +35,13 @@ class Nars:
         NotFound for a name that no admitted narinfo mentions; Denied if policy keeps back every
         path that it is of.
         """
+        self._index.presence.check()
         await self.check(file)
         while True:
             if self._services.upstreams and (reader := self._fetcher.join(file)) is not None:
                 return reader
-            if (known := self._known.pop(file, None)) and (stored := await self._open(known)):
-                self._known[file] = known
-                return stored
+            if (known := await self._opened_before(file)) is not None:
+                return known
             record = await self._index.nar(file)
             if record is None:
                 raise NotFound(f"no narinfo that was served names nar/{file}")
@@ -78,6 +67,25 @@ class Nars:
         if denied:
             raise denied
 
+    async def distrust(self, file: str, error: StorageBroken) -> None:
+        """Strike off a file that could not be read, unless it is an only copy that can be now."""
+        record = await self._index.nar(file)
+        if record and record.published_as:
+            record = await self._index.nar(record.published_as)
+        if record is None or not record.stored:
+            self._files.note(f"nar/{file}", error)
+            return
+        self._known.pop(record.file, None)
+        if not record.url:  # one fault of reading condemns nothing that nobody else has
+            try:
+                await self._files.verify(record)
+            except StorageBroken as again:
+                error = again
+            else:
+                self._files.note(f"nar/{file}", error)
+                return
+        await self._files.strike(record, error)
+
     async def _fetch(self, record: NarRecord) -> Reader | None:
         paths = await self._index.paths_of(record.published_as or record.file)
         if not paths:
@@ -85,13 +93,15 @@ class Nars:
         info = paths[0][0].info
         return await self._fetcher.start(record, info, lambda: self._finder.origins(record, info))
 
-    async def _open(self, record: NarRecord) -> StoredNar | None:
-        """The file of a record, None unless it is there with its size."""
-        path = self._services.folder.path(f"nar/{record.file}")
-        stored = await self._services.threads.run(_open, str(path))
-        if stored is None or stored.size == record.file_size:
-            return stored
-        stored.close()
+    async def _opened_before(self, file: str) -> StoredNar | None:
+        """A stored file that costs no question to the index, unless it is to be looked at."""
+        known = self._known.pop(file, None)
+        if known is None or self._files.is_old(known):
+            return None
+        with suppress(StorageBroken):  # the index's own record is held to the file next
+            if (stored := await self._files.open(known)) is not None:
+                self._known[file] = known
+                return stored
         return None
 
     async def _stored(self, record: NarRecord) -> StoredNar | None:
@@ -101,20 +111,14 @@ class Nars:
             return await self._stored(target) if target else None
         if not record.stored:
             return None
-        if (stored := await self._open(record)) is not None:
-            if len(self._known) >= _KNOWN:
-                self._known.clear()
-            self._known[record.file] = record
-            return stored
-        await self._index.unpublish(record.file)
-        if not record.url:  # recompressed here: its path has to be admitted anew
-            await self._index.withdraw(record.file)
-        return None
-
-
-def _open(path: str) -> StoredNar | None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    return StoredNar(descriptor, os.fstat(descriptor).st_size)
+        try:
+            stored, broken = await self._files.open(record), None
+        except StorageBroken as error:
+            stored, broken = None, error
+        if stored is None:
+            await self._files.strike(record, broken)
+            return None
+        if len(self._known) >= _KNOWN:
+            self._known.clear()
+        self._known[record.file] = record
+        return stored

@@ -13,6 +13,7 @@ down_revision = "0004"
 def upgrade() -> None:
     # empty: every path is looked at once, and what bears one of our names is held to our keys
     op.add_column("path", sa.Column("ours", sa.Text, nullable=False, server_default=""))
+    op.add_column("nar", sa.Column("verified_at", sa.Float))
     op.add_column("attestation", sa.Column("statement", sa.LargeBinary(32)))
     op.create_index("attestation_statement", "attestation", ["statement", "signer"], unique=False)
     connection = op.get_bind()
