@@ -10,7 +10,7 @@ export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test lint format fuzz bench docs tools vectors clean
+.PHONY: help serve dev test lint format fuzz mutants bench docs tools vectors clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ format: $(READY) ## let ruff write the code's form
 fuzz: $(READY) tools ## fuzz every parser of untrusted input and both sockets for MINUTES=n (10)
 	@$(BIN)/uv sync --quiet --frozen --inexact --group fuzz
 	$(BIN)/python -m tests.fuzz $(or $(MINUTES),10)
+
+mutants: $(READY) tools ## seed each bug of tests/mutants.toml; a test must see it
+	$(BIN)/python -m tests.tools.mutants
 
 bench: $(READY) tools ## ratios against nginx, all from one run on this machine
 	$(BIN)/python -m tests.bench

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,16 +17,10 @@ from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from tests.faults.test_schedules import revoke
 from tests.faults.test_uploads import Uploader, add, uploading
-from tests.tools.cache import Entry, entry, key, store_path
+from tests.tools.cache import Entry, entry, harder, key, store_path, unzstd
 from tests.tools.narseal import OPERATOR, UPSTREAM, Client, narseal
 from tests.tools.upstream import FakeCache
 from tests.tools.waiting import eventually
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
 
 NEXT = key("operator-2")
 DEPENDENCY = entry("dependency", b"d", compression="zstd")
@@ -86,7 +79,7 @@ async def test_a_file_that_changes_between_two_ranges_is_begun_anew(
     """The same NAR, compressed anew while it is fetched: both halves together are neither."""
     noise = b"".join(n.to_bytes(4, "little") for n in range(200_000))
     item = entry("app", noise, compression="zstd")
-    again = zstd.compress(item.nar, level=19)
+    again = harder(item.nar)
     assert len(again) != len(item.file)
     item = item.but(file_hash=None, file_size=None, url="nar/app.nar.zst").signed(UPSTREAM)
     upstream.add(item)
@@ -101,7 +94,7 @@ async def test_a_file_that_changes_between_two_ranges_is_begun_anew(
     async with narseal(tmp_path, {"url": upstream.url}) as client:
         info = await client.narinfo(item.hash)
         status, body, _ = await client.get(info.url)
-        assert (status, zstd.decompress(body)) == (200, item.nar)
+        assert (status, unzstd(body)) == (200, item.nar)
 
 
 async def test_more_bytes_than_were_announced_are_refused(
@@ -157,7 +150,7 @@ async def test_what_rests_on_its_content_is_measured_when_a_key_is_revoked(
     if damage == "other bytes":
         file.write_bytes(entry("x", b"other", compression="zstd").file)
     elif damage == "compressed otherwise":
-        file.write_bytes(zstd.compress(item.nar, level=19) + zstd.compress(b""))
+        file.write_bytes(harder(item.nar) + harder(b""))
     # with the upstream's key revoked, no other key speaks for the path; with ours, the upstream's
     # does, unless narseal knows of no upstream
     there = [{"url": upstream.url}] if key_name == UPSTREAM.name else []
@@ -212,13 +205,10 @@ async def test_two_names_of_one_file_are_measured_alike(
         info = await client.narinfo(first.hash)
         assert (await client.get(info.url))[0] == 200
         await client.until(lambda: f"{first.hash}.narinfo" in client.published())
-        changes: list[dict[str, Any]] = [
-            {"nar_hash": Hash.sha256(b"x")},
-            {"nar_size": ITEM.info.nar_size + 8},
-        ]
-        for number, change in enumerate(changes):
-            second = ITEM.but(store_path=store_path(f"second-{number}"), **change)
-            second = second.signed(UPSTREAM)
+        for number, lie in enumerate(
+            (ITEM.but(nar_hash=Hash.sha256(b"x")), ITEM.but(nar_size=ITEM.info.nar_size + 8))
+        ):
+            second = lie.but(store_path=store_path(f"second-{number}")).signed(UPSTREAM)
             upstream.add(second)
             await _is_never_over_other_bytes(client, second)
 
@@ -269,7 +259,7 @@ async def test_a_file_is_taken_up_only_from_who_has_the_very_file(
     """The first breaks off for good; the second has the same NAR, compressed otherwise."""
     noise = b"".join(n.to_bytes(4, "little") for n in range(600_000))
     item = entry("app", noise, compression="zstd").signed(UPSTREAM)
-    other_file = zstd.compress(item.nar, level=9)
+    other_file = harder(item.nar)
     assert len(other_file) != len(item.file)
     digest = Hash.sha256(other_file)
     other = replace(

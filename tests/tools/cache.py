@@ -59,6 +59,11 @@ def tree(contents: bytes) -> nar.Node:
     )
 
 
+def harder(data: bytes) -> bytes:
+    """The same bytes by zstd at another level than `entry` takes."""
+    return zstd.compress(data, level=19)
+
+
 def unzstd(data: bytes) -> bytes:
     """What zstd made of other bytes, whole."""
     return zstd.decompress(data)

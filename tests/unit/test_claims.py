@@ -44,9 +44,9 @@ async def index(folder: Path) -> AsyncIterator[Index]:
 async def test_signatures_are_united_and_dropped(tmp_path: Path) -> None:
     async with index(tmp_path) as found:
         signed, ours = await found.paths.sign(HASH, [by("b_1")], ours=["b_1"])
-        assert (set(signed), ours) == ({by("a-1"), by("b_1")}, frozenset(("a-1", "b_1")))
+        assert (set(signed), ours) == ({by("a-1"), by("b_1")}, frozenset({"a-1", "b_1"}))
         signed, ours = await found.paths.sign(HASH, [by("a")], drop=[by("b_1")])
-        assert (set(signed), ours) == ({by("a-1"), by("a")}, frozenset(("a-1", "b_1")))
+        assert (set(signed), ours) == ({by("a-1"), by("a")}, frozenset({"a-1", "b_1"}))
         admitted = await found.path(HASH)
         assert admitted and set(admitted[0].signatures) == set(signed)
         with pytest.raises(NotFound):
@@ -58,7 +58,7 @@ async def test_what_is_revoked_is_never_written(tmp_path: Path) -> None:
         await found.paths.sign(HASH, [by("b_1")], ours=["b_1"])
         await found.revocations.add(Revocation("key", "b_1", "", 0.0, "stolen"))
         signed, ours = await found.paths.sign(HASH, [by("b_1", 2), by("bx1")], ours=["b_1"])
-        assert (set(signed), ours) == ({by("a-1"), by("bx1")}, frozenset(("a-1",)))
+        assert (set(signed), ours) == ({by("a-1"), by("bx1")}, frozenset({"a-1"}))
 
 
 async def test_rows_are_found_by_whole_names(tmp_path: Path) -> None:

@@ -211,19 +211,14 @@ def test_statements_of_other_types_are_none() -> None:
     tree = json.loads(statement.render([attested(entry("p"))]))
     for kind in ("https://in-toto.io/Statement/v1", "https://in-toto.io/Statement/v0.1"):
         Statement.parse(json.dumps(tree | {"_type": kind}).encode())
-    others: list[str | None] = [
-        "https://in-toto.io/Statement/v",
-        "https://in-toto.io/Statement/v11",
-    ]
-    for other in [*others, "", None]:
+    for other in ("https://in-toto.io/Statement/v", "https://in-toto.io/Statement/v11", "", None):
         with pytest.raises(MalformedAttestation, match="not an in-toto statement"):
             Statement.parse(json.dumps(tree | {"_type": other}).encode())
     digest = tree["subject"][0]["digest"]["sha256"]
-    for wrong in (digest[:-1], digest + "0", digest.upper() + "", 7):
+    for wrong in (digest[:-1], f"{digest}0", f"{digest[:-1]}A", 7):
         tree["subject"][0]["digest"]["sha256"] = wrong
-        if wrong != digest:
-            with pytest.raises(MalformedAttestation, match="64 hex digits"):
-                Statement.parse(json.dumps(tree).encode())
+        with pytest.raises(MalformedAttestation, match="64 hex digits"):
+            Statement.parse(json.dumps(tree).encode())
 
 
 def test_a_digest_is_covered_whole() -> None:

@@ -185,7 +185,10 @@ def text_of(item: Entry, old: str, new: str) -> bytes:
         ("URL: nar/", "URL: "), ("NarSize: ", "NarSize: 0x"), ("NarSize: ", "NarSize: -"),
         ("NarSize", "Narsize"), ("NarHash: sha256:", "NarHash: sha1:"),
         ("FileHash: sha256:", "FileHash: sha512:"), ("NarSize: ", "NarSize: 1_"),
-        ("Compression: none", "Compression: None"), ("NarHash: ", "NarHash:  "),
+        ("Compression: none", "Compression: None"), ("NarHash: ", "NarHash:  "), ("NarSize: ", "NarSize:1"),
+        ("Compression: ", "Compression:x"),
+        (f"NarHash: {ITEM.info.nar_hash}", "NarHash: sha1:" + "0" * 32),
+        (f"FileHash: {ITEM.info.file_hash}", "FileHash: sha1:" + "0" * 32),
     ],
 )  # fmt: skip
 def test_a_line_beside_the_right_one(old: str, new: str) -> None:

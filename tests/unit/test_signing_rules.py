@@ -32,14 +32,13 @@ STRANGER = key("stranger-1")
 def rules(folder: Path, **more: Any) -> Iterator[SigningRules]:
     write_private(folder / "operator.secret", OPERATOR.render())
     write_private(folder / "audit.secret", key("audit-1").render())
-    tree = {
+    tree: dict[str, Any] = {
         "trusted_keys": [str(UPSTREAM.public)],
         "key": [{"url": f"file:{folder}/operator.secret"}],
         "audit": {"log": f"{folder}/audit.log", "key": f"file:{folder}/audit.secret"},
         "storage": f"file://{folder}",
     }
-    config = SignerConfig.model_validate(tree | more)
-    found = SigningRules(config)
+    found = SigningRules(SignerConfig(**tree | more))
     try:
         yield found
     finally:
