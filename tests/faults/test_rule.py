@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 
 from narseal.custody import tokens
+from narseal.nix import nar
 from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import NarInfo
+from narseal.nix.realisation import parse_at
 from narseal.nix.store_path import StorePath
 from tests.faults.test_uploads import Uploader, uploading
 from tests.tools.cache import addressed, entry, key, store_path
 from tests.tools.narseal import OPERATOR, UPSTREAM, narseal
 from tests.tools.upstream import FakeCache, fake_cache
+from tests.tools.upstream import status as redirect
 
 NEXT = key("operator-2")
 
@@ -257,3 +260,58 @@ async def test_the_status_of_a_path_asks_the_upstreams_once(
             assert (await client.get(f"status/{absent}"))[0] == 404
         assert upstream.asked[f"{item.hash}.narinfo"] == 1
         assert upstream.asked[f"{absent.hash_part}.narinfo"] == 1
+
+
+async def test_a_content_address_knows_itself_by_its_whole_name(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """References of its own hash part and another name recomputed to the path, and were signed."""
+    node = nar.Regular(b"contents")
+    plain = b"".join(nar.render(node))
+    ca = ContentAddress(Method.NAR, Hash.sha256(plain))
+    path = ca.store_path(
+        "tool", (store_path("x"),), self_hash=store_path("x").hash_part, store_dir="/nix/store"
+    )
+    assert path
+    item = entry("tool", node=node, ca=ca, path=path, compression="zstd")
+    text = item.info.render().decode()
+    for names in (f"{item.hash}-evil", f"{item.hash}-evil {item.hash}-tool"):
+        upstream.add(item)
+        lie = text.replace("References: ", f"References: {names}")
+        upstream.files[f"{item.hash}.narinfo"] = lie.encode()
+        async with narseal(tmp_path / names[-8:].strip(), {"url": upstream.url}) as client:
+            assert await client.refusal(f"{item.hash}.narinfo") == "malformed"
+
+
+async def test_a_realisation_of_a_path_that_is_kept_back_is_not_signed(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """The path was 403 and never admitted, and its realisation was signed."""
+    item = entry("my-app-1", b"1", compression="zstd").signed(UPSTREAM)
+    name = f"build-trace-v2/{store_path('my-app-1.drv')}/out.doi"
+    parsed = parse_at(name, trace(item.info.store_path))
+    upstream.add(item)
+    upstream.files[name] = parsed.with_signatures((UPSTREAM.sign(parsed.fingerprint()),)).render()
+    builder = str(key("builder-1").public)
+    rule = {"match": ["my-app-*"], "require": "signature", "keys": [builder]}
+    async with narseal(tmp_path, {"url": upstream.url}, policy=[rule]) as client:
+        assert (await client.get(f"{item.hash}.narinfo"))[0] == 403
+        status, body, _ = await client.get(name)
+        assert (status, OPERATOR.name.encode() in body) == (403, False)
+
+
+@pytest.mark.parametrize(
+    "location", ["http://[::1", "http://a:99999999/", "http://..a../", f"http://{'a' * 300}/"]
+)
+async def test_a_redirect_that_is_no_address_is_trouble_of_one_upstream(
+    tmp_path: Path, upstream: FakeCache, mirror: FakeCache, location: str
+) -> None:
+    """It was a 500, and the next upstream was not asked."""
+    item = entry("app", b"1", compression="zstd").signed(UPSTREAM)
+    mirror.add(item)
+    for name in item.files():
+        upstream.fault(name, redirect(302, Location=location), times=10)
+    upstreams = ({"url": upstream.url, "priority": 1}, {"url": mirror.url, "priority": 2})
+    async with narseal(tmp_path, *upstreams) as client:
+        info = await client.narinfo(item.hash)
+        assert (await client.get(info.url))[1] == item.file

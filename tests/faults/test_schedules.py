@@ -31,7 +31,7 @@ from narseal.runtime.batching import Batcher
 from narseal.storage import Epoch, Folder, Revocation
 from narseal.upstream.http import HttpUpstream
 from tests.faults.test_uploads import Uploader, add
-from tests.tools.cache import Entry, entry, key, store_path
+from tests.tools.cache import Entry, addressed, entry, key, store_path
 from tests.tools.narseal import OPERATOR, UPSTREAM, Client, narseal, settings
 from tests.tools.upstream import FakeCache, fake_cache
 
@@ -172,6 +172,27 @@ async def test_revocation_at_each_wait_of_an_admission(
                 assert UPSTREAM.name not in names(body)
             if gate.done:
                 await check(client, item, UPSTREAM.name, speaks=speaks)
+
+    await everywhere(gate, tmp_path, act)
+
+
+async def test_revocation_leaves_a_content_address_that_was_not_measured(
+    tmp_path: Path, upstream: FakeCache, gate: Gate
+) -> None:
+    """Weighed anew, the path rests on its content address: then its bytes come first."""
+    item = addressed("tool", b"contents")
+    item = item.but(nar_size=item.info.nar_size + 8).signed(UPSTREAM)
+    upstream.add(item)
+    there = {"url": upstream.url}
+
+    async def act(folder: Path, gate: Gate) -> None:
+        async with narseal(folder, there) as client:
+            gate.action = revoke(folder, UPSTREAM.name, there)
+            status, _, _ = await client.get(f"{item.hash}.narinfo")
+            gate.action = None
+            if gate.done:
+                assert status != 200, "a size that nobody vouches for was signed"
+                await check(client, item, UPSTREAM.name, speaks=False)
 
     await everywhere(gate, tmp_path, act)
 
