@@ -1,0 +1,96 @@
+"""An index of an earlier release, brought to the newest schema."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from importlib import resources
+from pathlib import Path
+
+import alembic.command
+import alembic.config
+import sqlalchemy as sa
+
+from narseal.nix.hashes import Hash
+from narseal.storage import Index, migrate
+from tests.tools.cache import key, store_path
+
+SIGNED, MEASURED, LIED, UPLOADED = (
+    store_path(name) for name in ("signed", "measured", "lied", "uploaded")
+)
+
+
+def index_of_0_1_0(file: Path) -> None:
+    """Paths on each kind of evidence, and realisations that a renewal wrote over."""
+    engine = sa.create_engine(f"sqlite:///{file}")
+    with engine.begin() as connection:
+        config = alembic.config.Config()
+        scripts = resources.files("narseal.storage") / "migrations"
+        config.set_main_option("script_location", str(scripts))
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "0004")
+        for path, evidence, size, stored in (
+            (SIGNED, "signature upstream-1", 8, False),
+            (MEASURED, "content-address", 8, True),
+            (LIED, "content-address", 999_999, True),
+            (UPLOADED, "upload ci", 8, True),
+        ):
+            file_name = f"{Hash.sha256(path.name.encode()).nix32}.nar"
+            nar = {"file": file_name, "hash": bytes(32), "stored": stored}
+            connection.execute(
+                sa.text(
+                    "INSERT INTO nar VALUES"
+                    " (:file, :hash, 8, 'none', :hash, 8, '', '', NULL, :stored)"
+                ),
+                nar,
+            )
+            signature = str(key("operator-1").sign(b"x"))
+            row = {"part": path.hash_part, "name": path.name, "size": size, "now": time.time()}
+            connection.execute(
+                sa.text(
+                    "INSERT INTO path VALUES (:part, :name, :hash, :size, '', NULL, NULL,"
+                    " :signature, '[]', :file, :evidence, :now, 0)"
+                ),
+                nar | row | {"signature": signature, "evidence": evidence},
+            )
+        for path in (SIGNED, UPLOADED):
+            body = {
+                "outPath": str(path),
+                "signatures": [{"keyName": "a-1", "sig": "A" * 86 + "=="}],
+            }
+            connection.execute(
+                sa.text("INSERT INTO realisation VALUES (:key, :body, 'stored')"),
+                {"key": _address(path.name), "body": json.dumps(body).encode()},
+            )
+    engine.dispose()
+
+
+def _address(name: str) -> str:
+    return f"build-trace-v2/{store_path(f'{name}.drv')}/out.doi"
+
+
+async def test_what_0_1_0_did_not_measure_is_not_served_and_nothing_is_lost(
+    tmp_path: Path,
+) -> None:
+    index_of_0_1_0(tmp_path / "index.sqlite")
+    url = f"sqlite:///{tmp_path}/index.sqlite"
+    migrate(url)
+    index = Index(url, "/nix/store")
+    running = asyncio.create_task(index.run())
+    found = {}
+    for path in (SIGNED, MEASURED, LIED, UPLOADED):
+        admitted = await index.path(path.hash_part)
+        assert admitted
+        found[path] = admitted[0]
+    assert {path for path, record in found.items() if record.withdrawn} == {LIED}
+    # whose signatures are whose is looked at once
+    assert all(record.ours == frozenset() and record.signatures for record in found.values())
+    assert len(await index.paths.lacking(["operator-1"], after="", limit=9)) == 3
+    # a realisation whose evidence was written over: of an upload it was the upload
+    for path, is_withdrawn in ((SIGNED, True), (UPLOADED, False)):
+        record = await index.realisation(_address(path.name))
+        assert record and record.withdrawn == is_withdrawn
+        assert [s.key_name for s in record.signatures] == ["a-1"]
+    await index.close()
+    await running
