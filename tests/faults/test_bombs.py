@@ -32,6 +32,7 @@ from tests.faults.test_uploads import add
 from tests.tools.cache import Entry, entry
 from tests.tools.narseal import UPSTREAM, Process, narseal_process
 from tests.tools.upstream import FakeCache
+from tests.tools.waiting import until
 from tests.tools.watching import Watched, watching
 
 if sys.version_info >= (3, 14):
@@ -108,7 +109,10 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, upstream: FakeCache) -> AsyncIterator[World]:
+async def world(
+    tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[World]:
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # tracing would be measured, too
     token = add(tmp_path)
     upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens"), "quarantine_size": "8M"}
     upstream.add(ITEM)
@@ -185,7 +189,8 @@ async def forty_large_logs(world: World) -> None:
     for start in range(0, 40, 10):
         answers = await asyncio.gather(*(world.get(log(start + n)) for n in range(10)))
         assert set(answers) == {(200, 20 * MIB)}
-    assert world.on_disk() < 110 * MIB
+    # what was on its way goes with its last reader
+    await asyncio.to_thread(until, lambda: world.on_disk() < 110 * MIB)
 
 
 @bomb
