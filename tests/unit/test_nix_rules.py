@@ -18,7 +18,7 @@ from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MAX_SIGNATURES, MAX_SIZE, NarInfo
 from narseal.nix.realisation import BuildTraceEntry, Realisation, parse_at
 from narseal.nix.references import HashModulo
-from narseal.nix.store_path import StorePath
+from narseal.nix.store_path import StorePath, check_store_dir
 from tests.tools.cache import Entry, entry, key, store_path
 
 STORE = "/nix/store"
@@ -189,6 +189,7 @@ def text_of(item: Entry, old: str, new: str) -> bytes:
         ("Compression: ", "Compression:x"),
         (f"NarHash: {ITEM.info.nar_hash}", "NarHash: sha1:" + "0" * 32),
         (f"FileHash: {ITEM.info.file_hash}", "FileHash: sha1:" + "0" * 32),
+        (f"FileHash: {ITEM.info.file_hash}", "FileHash: md5:" + "0" * 32),
     ],
 )  # fmt: skip
 def test_a_line_beside_the_right_one(old: str, new: str) -> None:
@@ -351,3 +352,10 @@ def test_a_self_reference_is_blanked_wherever_it_stands() -> None:
 def test_a_reference_that_stands_there_twice_counts_once() -> None:
     twice = text_of(ITEM, "References: ", f"References: {LAST} {FIRST} {LAST}")
     assert NarInfo.parse(twice).references == (FIRST, LAST)
+
+
+def test_a_store_folder_is_absolute_and_has_no_end() -> None:
+    assert check_store_dir("/nix/store") == "/nix/store"
+    for wrong in ("", "nix/store", "/nix/store/", "/nix//store", "/nix/../store", "/nix store"):
+        with pytest.raises(Malformed):
+            check_store_dir(wrong)

@@ -259,6 +259,8 @@ def test_the_cosign_key_signs_own_statements_and_digests_if_it_may(tmp_path: Pat
                 else:
                     with pytest.raises(Refused, match="not signed here"):
                         found.consider(tree, PEER)
+            with pytest.raises(NarsealError, match="no others"):
+                found.consider((anchoring() if statements else digest) | {"more": "x"}, PEER)
             if not statements:
                 continue
             with pytest.raises(NarsealError, match="never had"):
