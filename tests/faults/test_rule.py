@@ -315,3 +315,23 @@ async def test_a_redirect_that_is_no_address_is_trouble_of_one_upstream(
     async with narseal(tmp_path, *upstreams) as client:
         info = await client.narinfo(item.hash)
         assert (await client.get(info.url))[1] == item.file
+
+
+async def test_forged_signatures_in_known_names_are_not_united(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Merged into a path, they would be tried before good ones, until none is tried any more."""
+    item = entry("app", b"1", compression="zstd")
+    trusted = key("uploader-1")
+    names = (OPERATOR.name, UPSTREAM.name, trusted.name)
+    forged = tuple(Signature(name, bytes([n]) * 64) for name in names for n in range(3))
+    stranger = key("stranger-1").sign(item.info.fingerprint())
+    async with uploading(
+        tmp_path, {"url": upstream.url}, trusted_keys=[str(trusted.public)]
+    ) as uploader:
+        assert (await uploader.path(item))[0] == 201
+        again = item.info.with_signatures((*forged, stranger))
+        assert (await uploader.put(f"{item.hash}.narinfo", again.render()))[0] == 200
+        found = (await uploader.client.narinfo(item.hash)).signatures
+        assert stranger in found
+        assert not set(forged) & set(found)
