@@ -27,12 +27,6 @@ NEXT = key("operator-2")
 
 
 @pytest.fixture
-async def upstream() -> AsyncIterator[FakeCache]:
-    async with fake_cache() as cache:
-        yield cache
-
-
-@pytest.fixture
 async def mirror() -> AsyncIterator[FakeCache]:
     async with fake_cache() as cache:
         yield cache

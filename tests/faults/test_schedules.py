@@ -33,7 +33,7 @@ from narseal.upstream.http import HttpUpstream
 from tests.faults.test_uploads import Uploader, add
 from tests.tools.cache import Entry, addressed, entry, key, store_path
 from tests.tools.narseal import OPERATOR, UPSTREAM, Client, narseal, settings
-from tests.tools.upstream import FakeCache, fake_cache
+from tests.tools.upstream import FakeCache
 
 OTHER = key("upstream-2")
 SECOND = key("operator-2")
@@ -87,12 +87,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     for name in ("read", "write", "remove", "publish", "incoming", "open_upload", "link"):
         watch(Folder, name)
     yield gate
-
-
-@pytest.fixture
-async def upstream() -> AsyncIterator[FakeCache]:
-    async with fake_cache() as cache:
-        yield cache
 
 
 @asynccontextmanager

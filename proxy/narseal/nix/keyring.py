@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from narseal.nix.keys import PublicKey, Signature
@@ -53,22 +53,11 @@ class KeyRing:
 
         None are tried beyond MAX_FAILURES that bear a name of the ring and are not good.
         """
-        good: list[Signature] = []
-        failures = 0
-        for signature in signatures:
-            for key in self._keys.get(signature.key_name, ()):
-                if failures == MAX_FAILURES:
-                    return tuple(good)
-                if key.verifies(message, signature):
-                    good.append(signature)
-                    break
-                failures += 1
-        return tuple(good)
+        return tuple(self._good(message, signatures))
 
     def signer(self, message: bytes, signatures: Iterable[Signature]) -> str | None:
         """The name of the first key of this ring that signed the message, None if none did."""
-        good = self.verified(message, signatures)
-        return good[0].key_name if good else None
+        return next((s.key_name for s in self._good(message, signatures)), None)
 
     def kept(
         self, message: bytes, signatures: Iterable[Signature], *, most: int
@@ -82,3 +71,14 @@ class KeyRing:
         good = self.verified(message, found)
         strangers = [signature for signature in found if signature.key_name not in self]
         return tuple(sorted([*good, *strangers[: max(0, most - len(good))]]))
+
+    def _good(self, message: bytes, signatures: Iterable[Signature]) -> Iterator[Signature]:
+        failures = 0
+        for signature in signatures:
+            for key in self._keys.get(signature.key_name, ()):
+                if failures == MAX_FAILURES:
+                    return
+                if key.verifies(message, signature):
+                    yield signature
+                    break
+                failures += 1

@@ -21,10 +21,10 @@ class Publisher:
         self._folder = services.folder
         self._index = services.index
         self._epoch = services.epoch
-        self._countersigner = services.countersigner
+        self._ring = services.countersigner.ring
+        self._threads = services.threads
         #: Whether other rules than ours are in force by now.
         self.retired = False
-        self._threads = services.threads
 
     async def nar(self, incoming: Incoming, claimed: NarRecord, true: NarRecord) -> None:
         """Publish verified bytes: fsync, rename, fsync of the folder, index row, narinfos.
@@ -49,18 +49,17 @@ class Publisher:
             seen = mark
             found = await self._index.path(hash_part)
             revoked = (await self._index.revocations.now()).keys
-            if found and await self._is_visible(*found):
+            if found and await self._is_visible(*found, revoked):
                 info = served(*found)
                 kept = tuple(s for s in info.signatures if s.key_name not in revoked)
                 await self._folder.write(name, info.with_signatures(kept).render())
             else:
                 await self._folder.remove(name)
 
-    async def _is_visible(self, path: PathRecord, nar: NarRecord) -> bool:
+    async def _is_visible(self, path: PathRecord, nar: NarRecord, revoked: frozenset[str]) -> bool:
         if path.withdrawn or not nar.stored:
             return False
-        revoked = (await self._index.revocations.now()).keys
-        ring = self._countersigner.ring.without(revoked)
+        ring = self._ring.without(revoked)
         if not path.ours - revoked and not ring.signer(path.message, path.signatures):
             return False  # it waits for a signature of ours
         return await self._policy.passes(path.info, content_digests(path.info, nar))

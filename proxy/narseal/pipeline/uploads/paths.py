@@ -69,7 +69,6 @@ class Uploads:
         self._policy = services.policy
         self._folder = services.folder
         self._index = services.index
-        self._countersigner = services.countersigner
         self._threads = services.threads
         self._epoch = services.epoch
         self._admission = admission
@@ -105,8 +104,8 @@ class Uploads:
     async def put_narinfo(self, hash_part: str, data: bytes, token: Token) -> bool:
         """Admit a store path whose NAR was uploaded, or add signatures to one that is there.
 
-        Returns whether it is new. BadUpload, UploadConflict or Forbidden if not; what is wrong with
-        the NAR is BadUpload too, and the NAR is not kept.
+        Returns whether it is new. BadUpload, UploadConflict or Forbidden if not; a NAR that is not
+        what the narinfo says is BadUpload too, and goes on waiting for one that agrees with it.
         """
         try:
             info = self._parsed(hash_part, data)
