@@ -8,6 +8,7 @@ when that is its share of the slack, so that all of them together stay within th
 from __future__ import annotations
 
 import os
+import threading
 import time
 from contextlib import suppress
 
@@ -28,6 +29,7 @@ class UnverifiedFiles:
         self._share = most // (_SLACK * workers)
         self._weight = most - most // _SLACK
         self._added = most  # until it was weighed for the first time
+        self._lock = threading.Lock()
 
     def open(self, name: str) -> OpenFile | None:
         """The file, None if it is not kept."""
@@ -48,11 +50,15 @@ class UnverifiedFiles:
         size = _on_disk(file.size)
         if size > self._share:
             return
-        self._added += size
-        if self._added > self._share:
-            self._weigh()
-            self._added = size
         self._storage.publish(file.descriptor, file.path, f".narseal/unverified/{_flat(name)}")
+        # Only what has its name is weighed, so the last of several threads sees what all of them added.
+        with self._lock:
+            self._added += size
+            due = self._added > self._share
+            if due:
+                self._added = 0
+        if due:
+            self._weigh()
 
     def _weigh(self) -> None:
         """Drop what was not asked for for longest."""
