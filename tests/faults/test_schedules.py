@@ -8,6 +8,7 @@ admit is answered, signed or left in the folder.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -368,6 +369,37 @@ async def test_an_admission_at_each_wait_of_a_revocation(
             await revoke(folder, UPSTREAM.name, there)()
             gate.action = None
             await check(client, item, UPSTREAM.name, speaks=False)
+
+    await everywhere(gate, tmp_path, act)
+
+
+async def test_a_publication_at_each_wait_of_a_revocation(
+    tmp_path: Path, upstream: FakeCache, gate: Gate
+) -> None:
+    """Another key speaks for the path, so it stays; its file never shows the revoked key's signature."""
+    item = entry("app", b"1", compression="zstd").signed(UPSTREAM, OTHER)
+    upstream.add(item)
+    there = {"url": upstream.url, "public_keys": [str(UPSTREAM.public), str(OTHER.public)]}
+
+    async def act(folder: Path, gate: Gate) -> None:
+        async with narseal(folder, there) as client:
+            info = await client.narinfo(item.hash)
+            status = json.loads((await client.get(f"status/{item.info.store_path}"))[1])
+            rests_on = status["evidence"].removeprefix("signature ")
+            [revoked] = {UPSTREAM.name, OTHER.name} - {rests_on}
+            file = client.storage / f"{item.hash}.narinfo"
+
+            async def publish() -> None:
+                is_revoked = json.loads((await client.get("keys"))[1])["revoked"] != []
+                assert (await client.get(info.url))[0] == 200
+                await client.until(file.exists)
+                if is_revoked:
+                    assert revoked not in names(file.read_bytes())
+
+            gate.action = publish
+            await revoke(folder, revoked, there)()
+            gate.action = None
+            await check(client, item, revoked, speaks=True)
 
     await everywhere(gate, tmp_path, act)
 
