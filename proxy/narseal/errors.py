@@ -155,6 +155,13 @@ class UploadTooLarge(BadUpload):
     status = 413
 
 
+class UploadTooSlow(BadUpload):
+    """A body that stalls, or only drips."""
+
+    status = 408
+    reason = "upload-too-slow"
+
+
 class UploadConflict(BadUpload):
     """Something else is there under the same name, and nothing is overwritten."""
 

@@ -225,6 +225,8 @@ class UploadConfig(Section):
     #: Uploaded NARs that wait for their narinfos: bytes of all, and how long.
     quarantine_size: Size = 64 << 30
     quarantine_age: Duration = 86400.0
+    #: A body that brings no byte for so long, or less than limits.least_rate over it, is cut off.
+    stall_timeout: Duration = 60.0
     #: What becomes of a path whose NAR does not contain what it refers to.
     references: Literal["warn", "refuse"] = "warn"
     #: Reading needs a token too.
@@ -253,7 +255,8 @@ class LimitsConfig(Section):
     content_hold: Annotated[Duration, Field(le=280)] = 240.0
     #: NARs that each worker fetches from one upstream at a time.
     transfers: Annotated[int, Field(ge=1)] = 64
-    #: Bytes a second below which a NAR is taken up elsewhere (64 times as many if nobody reads it).
+    #: Bytes a second below which a NAR is taken up elsewhere (64 times as many if nobody reads it),
+    #: and an upload is cut off.
     least_rate: Size = 1 << 10
     #: Narinfos that each worker asks one upstream for at a time.
     lookups: Annotated[int, Field(ge=1)] = 256

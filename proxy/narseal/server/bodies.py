@@ -1,4 +1,4 @@
-"""Bodies of uploads: held to their bound on the wire and decoded, and decoded off the loop."""
+"""Bodies of uploads: held to their bound on the wire and decoded, to a least rate, and decoded off the loop."""
 
 from __future__ import annotations
 
@@ -8,23 +8,52 @@ from contextlib import asynccontextmanager, nullcontext
 
 from aiohttp import web
 
-from narseal.errors import BadUpload, Refused, UploadTooLarge
+from narseal.errors import BadUpload, Refused, UploadTooLarge, UploadTooSlow
 from narseal.nix.encoded import EncodedBody
+from narseal.pipeline.nars.pace import Pace
 from narseal.pipeline.services import Services
 from narseal.runtime.files import OpenFile
 from narseal.runtime.portions import in_portions
 from narseal.storage import storage_errors
+from narseal.telemetry import metrics
 
 _LARGE = 1 << 20  # bytes; of more than so many, there is one body in memory at a time
 
 
 class Bodies:
-    """Takes the bodies of one worker's uploads. BadUpload or UploadTooLarge if one is wrong."""
+    """Takes the bodies of one worker's uploads.
+
+    BadUpload or UploadTooLarge if one is wrong, UploadTooSlow if it does not come.
+    """
 
     def __init__(self, services: Services) -> None:
         self._folder = services.folder
         self._threads = services.threads
+        self._stall_timeout = services.config.upload.stall_timeout
+        self._least_rate = services.config.limits.least_rate
         self._large = asyncio.Semaphore(1)
+
+    async def chunks(self, request: web.Request) -> AsyncIterator[bytes]:
+        """A body as it comes, so that who sends nothing holds no room for longer than he may."""
+        window = self._stall_timeout
+        pace = Pace(least=self._least_rate, window=window, error=UploadTooSlow)
+        try:
+            while True:
+                pace.wait()
+                async with asyncio.timeout(window):
+                    chunk = await request.content.readany()
+                if not chunk:
+                    return
+                pace.took(len(chunk))
+                yield chunk
+        except UploadTooSlow:
+            metrics.slow_uploads.inc()
+            raise
+        except TimeoutError as error:
+            metrics.slow_uploads.inc()
+            raise UploadTooSlow(
+                f"the body brought nothing in {window:.0f} s (upload.stall_timeout)"
+            ) from error
 
     async def small(self, request: web.Request, limit: int) -> bytes:
         """A body of at most 1 MiB, decoded."""
@@ -62,7 +91,7 @@ class Bodies:
         encoding = request.headers.get("Content-Encoding", "identity")
         try:
             body = EncodedBody(encoding, limit=limit, write=write)
-            await in_portions(request.content.iter_any(), body.feed, self._threads.run)
+            await in_portions(self.chunks(request), body.feed, self._threads.run)
             await self._threads.run(body.finish)
         except Refused as error:
             kind = UploadTooLarge if error.reason == "too-large" else BadUpload

@@ -65,7 +65,7 @@ class UploadHandlers:
         await self._gate.identify(request)
         if request.headers.get("Content-Encoding", "identity") != "identity":
             raise BadUpload("a NAR has no Content-Encoding: its compression is in its narinfo")
-        chunks = request.content.iter_any()
+        chunks = self._bodies.chunks(request)
         uploads = self._substituter.uploads
         await uploads.put_nar(request.match_info["file"], request.content_length, chunks)
         return web.Response(status=201)

@@ -115,6 +115,7 @@ corrected = Counter(
     "narseal_corrected_total", "Upstream narinfos whose unsigned fields were wrong and corrected."
 )
 auth_failures = Counter("narseal_auth_failures_total", "Requests with a token that is not good.")
+slow_uploads = Counter("narseal_slow_uploads_total", "Uploads that stalled, or only dripped.")
 attest_queue = Gauge(
     "narseal_attest_queue",
     "Store paths that wait for their Sigstore signature.",

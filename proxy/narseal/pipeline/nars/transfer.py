@@ -262,7 +262,8 @@ class Transfer:
         """In a thread: read and write, while another inspects the portion before."""
         with origin.upstream.open(origin.url, self._written) as body, self._inspecting() as inspect:
             self._agree(body.size)
-            pace = Pace(least=self._least_rate, window=origin.upstream.config.stall_timeout)
+            window = origin.upstream.config.stall_timeout
+            pace = Pace(least=self._least_rate, window=window, error=UpstreamTooSlow)
             while data := body.read(_CHUNK):
                 if self._given_up:
                     raise UpstreamTrouble("the transfer was given up")
