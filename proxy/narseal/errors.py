@@ -48,6 +48,12 @@ class ConfigError(NarsealError):
     reason = "config"
 
 
+class NoIndex(NarsealError):
+    """A command is about what is in the index, and there is none."""
+
+    reason = "no-index"
+
+
 class Malformed(NarsealError, ValueError):
     """Input that does not follow its format; nothing of it was used."""
 

@@ -535,6 +535,8 @@ async def test_policy_test_says_which_rule_and_why(tmp_path: Path, upstream: Fak
     file = tmp_path / "narseal.toml"
     tree = settings(tmp_path, {"url": upstream.url})
     file.write_text(render_toml(tree))
+    async with narseal(tmp_path, {"url": upstream.url}):
+        pass  # makes the index
     other_rule = {"match": "o*", "require": "signature", "keys": ["upstream-1"]}
     rules = json.dumps([RULE, other_rule])
 

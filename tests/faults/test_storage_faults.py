@@ -19,7 +19,15 @@ import pytest
 from tests.faults.test_process import BIG, cache_of, fetch, strace
 from tests.faults.test_uploads import uploading
 from tests.tools.cache import Entry, entry
-from tests.tools.narseal import UPSTREAM, Process, metric, narseal, narseal_process
+from tests.tools.narseal import (
+    UPSTREAM,
+    Process,
+    metric,
+    narseal,
+    narseal_process,
+    render_toml,
+    settings,
+)
 from tests.tools.waiting import until
 
 ITEMS = [entry(f"item{n}", os.urandom(90_000)).signed(UPSTREAM) for n in range(4)]
@@ -104,7 +112,7 @@ def test_an_index_that_comes_back_is_used_again(tmp_path: Path) -> None:
         until(lambda: fetch(target)[0] == 200)
 
 
-@pytest.mark.parametrize("how", ["missing", "empty", "revoked-first"])
+@pytest.mark.parametrize("how", ["missing", "empty"])
 def test_no_start_on_a_new_index_beside_a_full_folder(how: str, tmp_path: Path) -> None:
     index = tmp_path / "index.sqlite"
     upstream = cache_of(tmp_path, *ITEMS)
@@ -114,17 +122,38 @@ def test_no_start_on_a_new_index_beside_a_full_folder(how: str, tmp_path: Path) 
     delete_all(index)
     if how == "empty":
         index.touch()
-    if how == "revoked-first":
-        assert run("revoke", "up-9", "--reason", "x", "--config", config).returncode == 0
     size = index.stat().st_size if index.exists() else None
     refused = run("serve", "--config", config)
     assert refused.returncode == 2
     assert "narseal index rebuild" in refused.stderr and "docs/recovery.md" in refused.stderr
     assert (index.stat().st_size if index.exists() else None) == size
     assert run("index", "rebuild", "--config", config).stdout.startswith(f"put back {len(ITEMS)} ")
+    assert run("revoke", "up-9", "--reason", "x", "--config", config).returncode == 0
     with narseal_process(tmp_path, upstream) as proxy:
         for item in ITEMS:
             assert fetch(f"{proxy.url}/{item.info.url}") == (200, item.file)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("index", "check"), ("index", "check", "--content"), ("index", "backup"),
+     ("policy", "test", str(ITEMS[0].info.store_path)), ("revoke", "up-9", "--reason", "x")],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_what_is_about_an_index_makes_none(
+    how: str, command: tuple[str, ...], tmp_path: Path
+) -> None:
+    """An empty one was made: what was revoked in it was not in the one that was put back later."""
+    file = tmp_path / "narseal.toml"
+    file.write_text(render_toml(settings(tmp_path, cache_of(tmp_path, *ITEMS))))
+    if how == "empty":
+        (tmp_path / "index.sqlite").touch()
+    before = {path: path.stat().st_size for path in tmp_path.rglob("*")}
+    words = (*command, str(tmp_path / "copy")) if command == ("index", "backup") else command
+    done = run(*words, "--config", str(file))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "there is no index" in done.stderr and "narseal index rebuild" in done.stderr
+    assert {path: path.stat().st_size for path in tmp_path.rglob("*")} == before
 
 
 def test_a_folder_with_a_nar_that_a_crash_left_is_started_on(tmp_path: Path) -> None:

@@ -69,9 +69,8 @@ def backup(file: Path, config_file: Path) -> None:
 
 @asynccontextmanager
 async def _opened(config: Config) -> AsyncIterator[Index]:
-    from narseal.storage import Index, migrate
+    from narseal.storage import Index
 
-    migrate(config.storage.index)
     opened = Index(config.storage.index, config.store_dir)
     async with asyncio.TaskGroup() as group:
         group.create_task(opened.run())
@@ -83,8 +82,9 @@ async def _opened(config: Config) -> AsyncIterator[Index]:
 
 async def _check(config: Config, *, content: bool) -> list[str]:
     from narseal.pipeline.upkeep.check import problems
-    from narseal.storage import LocalStorage
+    from narseal.storage import LocalStorage, migrate_present
 
+    migrate_present(config.storage.index)
     keys = _public_keys(config)
     async with _opened(config) as opened:
         storage = LocalStorage(config.storage.url)
@@ -96,13 +96,14 @@ async def _rebuild(config: Config) -> tuple[int, list[tuple[str, str]]]:
     from narseal.nix.keyring import KeyRing
     from narseal.pipeline.upkeep.rebuild import Rebuilding
     from narseal.runtime.threads import ThreadPools
-    from narseal.storage import LocalStorage
+    from narseal.storage import LocalStorage, migrate
 
     storage = LocalStorage(config.storage.url)
     storage.prepare(CacheInfo(config.store_dir, want_mass_query=True, priority=config.priority))
     threads = ThreadPools(transfers=2)
     done, failed = 0, []
     keys = _public_keys(config)
+    migrate(config.storage.index)
     async with _opened(config) as opened:
         pinned = KeyRing.of(
             *(upstream.public_keys for upstream in config.upstream), config.upload.trusted_keys

@@ -1,7 +1,7 @@
 """Blobs and the index."""
 
 from narseal.storage.attestations import Attestations, bundle_name
-from narseal.storage.engine import backup, check_founded, migrate
+from narseal.storage.engine import backup, check_founded, migrate, migrate_present
 from narseal.storage.epoch import Epoch
 from narseal.storage.folder import Folder
 from narseal.storage.index import Index
@@ -41,5 +41,6 @@ __all__ = [
     "file_name",
     "index_file",
     "migrate",
+    "migrate_present",
     "storage_errors",
 ]

@@ -16,7 +16,7 @@ from sqlalchemy import URL, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from narseal.errors import ConfigError, NarsealError, Unavailable
+from narseal.errors import ConfigError, NarsealError, NoIndex, Unavailable
 from narseal.runtime.batching import Batcher
 from narseal.storage.local import LocalStorage
 from narseal.storage.presence import Presence, index_file
@@ -48,6 +48,27 @@ def migrate(url: str) -> None:
         raise ConfigError(f"storage.index {file}: {error}") from error
 
 
+def migrate_present(url: str) -> None:
+    """The same for what only looks at an index, or changes one: NoIndex if there is none."""
+    _check_present(url)
+    migrate(url)
+
+
+def _check_present(url: str) -> None:
+    file = index_file(url)
+    try:
+        if file.stat().st_size:
+            return
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"storage.index {file}: {error.strerror}") from error
+    raise NoIndex(
+        f"storage.index {file}: there is no index. `narseal serve` makes one beside an empty folder,"
+        " `narseal index rebuild` one of what the folder has (docs/recovery.md)"
+    )
+
+
 def check_founded(url: str, storage: LocalStorage) -> None:
     """ConfigError if the index is not there, or knows nothing, beside a folder that holds paths.
 
@@ -69,13 +90,17 @@ def check_founded(url: str, storage: LocalStorage) -> None:
         raise ConfigError(
             f"storage.index {file} is {'empty' if is_there else 'missing'}, and {storage.root} holds"
             f" {held}: what was pinned and revoked is not known. Put a backup of the index back, or"
-            " revoke again what was revoked and run `narseal index rebuild` (docs/recovery.md);"
+            " run `narseal index rebuild` and revoke again what was revoked (docs/recovery.md);"
             " to begin with nothing, empty the folder"
         )
 
 
 def backup(url: str, target: Path) -> None:
-    """Copy the index into a new file, whole, also while narseal serves; ConfigError if it cannot be."""
+    """Copy the index into a new file, whole, also while narseal serves.
+
+    NoIndex if there is none; ConfigError if it cannot be copied.
+    """
+    _check_present(url)
     try:
         with closing(sqlite3.connect(index_file(url))) as source:
             if target.exists():
