@@ -10,6 +10,7 @@ from pathlib import Path
 
 import alembic.command
 import alembic.config
+import pytest
 import sqlalchemy as sa
 
 from narseal.nix.hashes import Hash
@@ -19,6 +20,10 @@ from tests.tools.cache import key, store_path
 SIGNED, MEASURED, LIED, UPLOADED = (
     store_path(name) for name in ("signed", "measured", "lied", "uploaded")
 )
+#: Bodies of realisations that nobody can read.
+DAMAGED = [b"", b"\xff", b"[]", b"{}", b'{"outPath":"x"}', b'{"signatures":[]}',
+           b'{"outPath":1,"signatures":[]}', b'{"outPath":"x","signatures":{"a":1}}',
+           b'{"outPath":"x","signatures":[{"keyName":"a-1"}]}']  # fmt: skip
 
 
 def index_of_0_1_0(file: Path) -> None:
@@ -63,6 +68,11 @@ def index_of_0_1_0(file: Path) -> None:
                 sa.text("INSERT INTO realisation VALUES (:key, :body, 'stored')"),
                 {"key": _address(path.name), "body": json.dumps(body).encode()},
             )
+        for number, damaged in enumerate(DAMAGED):
+            connection.execute(
+                sa.text("INSERT INTO realisation VALUES (:key, :body, 'stored')"),
+                {"key": _address(f"damaged-{number}"), "body": damaged},
+            )
     engine.dispose()
 
 
@@ -71,11 +81,13 @@ def _address(name: str) -> str:
 
 
 async def test_what_0_1_0_did_not_measure_is_not_served_and_nothing_is_lost(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     index_of_0_1_0(tmp_path / "index.sqlite")
     url = f"sqlite:///{tmp_path}/index.sqlite"
     migrate(url)
+    skipped = [text for text in caplog.messages if "cannot be read" in text]
+    assert len(skipped) == len(DAMAGED) and all("damaged-" in text for text in skipped)
     index = Index(url, "/nix/store")
     running = asyncio.create_task(index.run())
     found = {}
@@ -92,5 +104,7 @@ async def test_what_0_1_0_did_not_measure_is_not_served_and_nothing_is_lost(
         record = await index.realisation(_address(path.name))
         assert record and record.withdrawn == is_withdrawn
         assert [s.key_name for s in record.signatures] == ["a-1"]
+    for number in range(len(DAMAGED)):
+        assert await index.realisation(_address(f"damaged-{number}")) is None
     await index.close()
     await running

@@ -131,15 +131,11 @@ class Admissions:
         pins: dict[str, Admitted],
         revoked: frozenset[str],
     ) -> Admitted | Exception:
-        """What is pinned, if it agrees; a withdrawn path is put in force again as `wanted`.
-
-        A pin that rests on a revoked key alone holds nobody to it.
-        """
+        """What is pinned, if it agrees; a withdrawn path is put in force again as `wanted`."""
         info = wanted[0].info
         hash_part = info.store_path.hash_part
         pinned = pins[hash_part]
-        is_void = pinned[0].withdrawn and key_of(pinned[0].evidence) in revoked
-        if pinned[0].message != wanted[0].message and not is_void:
+        if pinned[0].message != wanted[0].message and not _is_void(pinned[0], revoked):
             return Refused(
                 "conflict",
                 f"{info.store_path} is pinned to NarHash {pinned[0].info.nar_hash} and an upstream"
@@ -165,7 +161,7 @@ class Admissions:
         named = schema.realisation.c.key == record.key
         query = select(schema.realisation).where(named)
         pinned = realisation_of((await connection.execute(query)).one())
-        if pinned.message != record.message and not pinned.withdrawn:
+        if pinned.message != record.message and not _is_void(pinned, revoked):
             raise Refused(
                 "conflict", f"{record.key} is pinned to {pinned.entry.out_path}; the pin holds"
             )
@@ -257,6 +253,11 @@ class Admissions:
         await connection.execute(update(schema.path).where(named).values(withdrawn=True))
         await leave(connection, file)
         return hash_parts
+
+
+def _is_void(pinned: PathRecord | RealisationRecord, revoked: frozenset[str]) -> bool:
+    """Whether a pin rests on a revoked key alone: then it holds nobody to it."""
+    return pinned.withdrawn and key_of(pinned.evidence) in revoked
 
 
 def _check_not_revoked(record: PathRecord | RealisationRecord, revoked: frozenset[str]) -> None:

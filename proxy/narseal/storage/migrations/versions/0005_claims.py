@@ -1,13 +1,18 @@
 """One life for paths and realisations; attestations known by what is signed, and by whom."""
 
 import json
+import logging
 import time
 
 import sqlalchemy as sa
 from alembic import op
 
+from narseal.nix.keys import Signature
+
 revision = "0005"
 down_revision = "0004"
+
+_log = logging.getLogger(__name__)
 
 
 def upgrade() -> None:
@@ -43,21 +48,31 @@ def upgrade() -> None:
         sa.Column("admitted_at", sa.Float, nullable=False),
         sa.Column("withdrawn", sa.Boolean, nullable=False),
     )
-    rows = [_row(row.key, row.body, row.evidence, uploaded) for row in old]
+    found = (_row(row.key, row.body, row.evidence, uploaded) for row in old)
+    rows = [row for row in found if row is not None]
     if rows:
         op.bulk_insert(table, rows)
 
 
-def _row(key: str, body: bytes, evidence: str, uploaded: set[str]) -> dict[str, object]:
-    tree = json.loads(body)
-    signatures = [
-        f"{item['keyName']}:{item['sig']}" if isinstance(item, dict) else str(item)
-        for item in tree["signatures"]
-    ]
+def _row(key: str, body: bytes, evidence: str, uploaded: set[str]) -> dict[str, object] | None:
+    try:
+        tree = json.loads(body)
+        out_path = tree["outPath"]
+        signatures = [
+            f"{item['keyName']}:{item['sig']}" if isinstance(item, dict) else item
+            for item in tree["signatures"]
+        ]
+        if not all(isinstance(text, str) for text in (out_path, *signatures)):
+            raise TypeError("outPath or a signature is no text")
+        for text in signatures:
+            Signature.parse(text)
+    except (ValueError, KeyError, TypeError) as error:
+        _log.warning("left out: the realisation %s cannot be read: %r", key, error)
+        return None
     bare = json.dumps(tree | {"signatures": []}, sort_keys=True, separators=(",", ":")).encode()
     # evidence that a renewal wrote over is not known any more: such a one is asked for anew, unless
     # its path was uploaded, as it was then itself
-    if evidence == "stored" and str(tree["outPath"])[:32] in uploaded:
+    if evidence == "stored" and out_path[:32] in uploaded:
         evidence = "upload before"
     return {
         "key": key,
