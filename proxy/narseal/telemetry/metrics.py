@@ -115,6 +115,9 @@ corrected = Counter(
     "narseal_corrected_total", "Upstream narinfos whose unsigned fields were wrong and corrected."
 )
 auth_failures = Counter("narseal_auth_failures_total", "Requests with a token that is not good.")
+prefetch_stopped = Counter(
+    "narseal_prefetch_stopped_total", "Paths whose references were too many to fetch in advance."
+)
 slow_uploads = Counter("narseal_slow_uploads_total", "Uploads that stalled, or only dripped.")
 attest_queue = Gauge(
     "narseal_attest_queue",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 from narseal.cosign.verify import Verified
 from narseal.errors import ContentMismatch, Malformed, NarsealError, Refused, Unavailable
@@ -17,11 +19,25 @@ from narseal.pipeline.services import Services
 from narseal.pipeline.trust.sigstore import signer_of
 from narseal.pipeline.trust.upstream_bundles import UpstreamBundles
 from narseal.storage import Admitted, NarRecord, PathRecord
+from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 from narseal.upstream.race import Answers
 
 _log = logging.getLogger(__name__)
 _TRIES = 4
+#: Paths that one question may have fetched in advance, however deep they refer to each other.
+_MOST_PREFETCHED = 500
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What is left of them."""
+
+    left: int
+
+
+#: Of the question on whose behalf a task fetches in advance.
+_budget: ContextVar[_Budget | None] = ContextVar("prefetch", default=None)
 
 
 class Admission:
@@ -151,9 +167,19 @@ class Admission:
         return nar, bundles[0] if bundles else None
 
     async def _prefetch(self, info: NarInfo) -> None:
-        """Where content comes first, the references will be asked for next."""
+        """Where content comes first, the references will be asked for next, and theirs after them.
+
+        Up to a bound: else an upstream that makes up paths would be followed for ever.
+        """
+        budget = _budget.get() or _Budget(_MOST_PREFETCHED)
+        _budget.set(budget)  # of this task, and of those that it starts
         for reference in info.references:
             if reference != info.store_path:
+                if not budget.left:
+                    metrics.prefetch_stopped.inc()
+                    _log.info("%s: no more of its references in advance", info.store_path)
+                    return
+                budget.left -= 1
                 try:
                     await self.path(reference.hash_part)
                 except NarsealError as error:
