@@ -18,7 +18,7 @@ from narseal.nix.narinfo import NarInfo
 from narseal.nix.realisation import parse_at
 from narseal.nix.store_path import StorePath
 from tests.faults.test_uploads import Uploader, uploading
-from tests.tools.cache import addressed, entry, key, store_path
+from tests.tools.cache import addressed, entry, key, pointer, store_path, with_debug_info
 from tests.tools.narseal import OPERATOR, UPSTREAM, narseal
 from tests.tools.upstream import FakeCache, fake_cache
 from tests.tools.upstream import status as redirect
@@ -206,10 +206,10 @@ async def test_a_token_names_no_derivation_outside_its_scope(tmp_path: Path) -> 
 
 async def test_side_files_stay_within_the_scope(tmp_path: Path) -> None:
     """F6: any token took the listing, log and debug info of any path, for ever."""
-    owned = entry("openssl-3.0", b"owned", compression="zstd")
+    build_ids = ("b" * 40, "c" * 40)
+    owned = entry("openssl-3.0", node=with_debug_info(*build_ids), compression="zstd")
     listing = b'{"version":1,"root":{"type":"regular","size":1}}'
     squat = b'{"version":1,"root":{"type":"regular","size":2}}'
-    pointer = f'{{"archive":"../{owned.info.url}","member":"m"}}'.encode()
     foreign = b'{"archive":"https://evil.example/x.nar","member":"m"}'
     debug = "debuginfo/" + "b" * 40 + ".debug"
     log = f"log/{store_path('openssl-3.0.drv')}"
@@ -218,17 +218,18 @@ async def test_side_files_stay_within_the_scope(tmp_path: Path) -> None:
         stranger = await scoped(tmp_path, owner, "*-app-*")
         assert (await stranger.put(log, b"squat"))[0] == 403
         assert (await stranger.put(f"{owned.hash}.ls", squat))[0] == 201  # it waits, and is lost
-        assert (await stranger.put(debug, pointer.replace(b'"m"', b'"evil"')))[0] == 201
+        assert (await stranger.put(debug, pointer(owned, "c" * 40)))[0] == 422
+        assert (await stranger.put(debug, pointer(owned, "b" * 40)))[0] == 201
         assert (await stranger.put(debug, foreign))[0] == 422
         assert (await owner.put(f"{owned.hash}.ls", listing))[0] == 201
-        assert (await owner.put(debug, pointer))[0] == 201
+        assert (await owner.put(debug, pointer(owned, "b" * 40)))[0] == 201
         assert (await owner.put(log, b"built"))[0] == 201
         assert (await owner.path(owned))[0] == 201
         assert (await client.get(f"{owned.hash}.ls"))[1] == listing
-        assert (await client.get(debug))[1] == pointer
+        assert (await client.get(debug))[1] == pointer(owned, "b" * 40)
         assert (await client.get(log))[1] == b"built"
         assert (await stranger.put(f"{owned.hash}.ls", squat))[0] == 403
-        assert (await stranger.put(debug, pointer))[0] == 403
+        assert (await stranger.put(debug, pointer(owned, "b" * 40)))[0] == 403
 
 
 async def test_a_path_is_asked_for_by_its_whole_name(tmp_path: Path) -> None:

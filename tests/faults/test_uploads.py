@@ -18,7 +18,7 @@ from narseal.custody import tokens
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import SecretKey
 from narseal.nix.narinfo import NarInfo
-from tests.tools.cache import Entry, entry, key, store_path
+from tests.tools.cache import Entry, entry, key, pointer, store_path, with_debug_info
 from tests.tools.narseal import (
     OPERATOR,
     UPSTREAM,
@@ -396,24 +396,24 @@ async def test_nothing_is_put_anywhere_else(path: str, tmp_path: Path) -> None:
 
 async def test_side_files_are_kept_and_not_overwritten(tmp_path: Path) -> None:
     listing = b'{"version":1,"root":{"type":"regular","size":1}}'
+    item = entry("my-app-debug", node=with_debug_info("a" * 40), compression="zstd")
     build_id = "debuginfo/" + "a" * 40 + ".debug"
-    pointer = f'{{"archive":"../{ITEM.info.url}","member":"m"}}'.encode()
     async with uploading(tmp_path) as uploader:
         client = uploader.client
         for name, good, bad in (
-            (f"{ITEM.hash}.ls", listing, b"[]"),
-            (build_id, pointer, b"{}"),
+            (f"{item.hash}.ls", listing, b"[]"),
+            (build_id, pointer(item, "a" * 40), b"{}"),
         ):
             assert (await uploader.put(name, bad))[0] == 422
             assert (await client.get(name))[0] == 404
             assert (await uploader.put(name, good))[0] == 201
             assert (await uploader.put(name, good))[0] == 201
             assert (await client.get(name))[0] == 404, "nobody vouches for it yet"
-        await uploader.path(ITEM)
-        assert (await client.get(f"{ITEM.hash}.ls"))[1] == listing
-        assert (await client.get(build_id))[1] == pointer
-        assert (await uploader.put(f"{ITEM.hash}.ls", listing))[0] == 201
-        assert (await uploader.put(f"{ITEM.hash}.ls", listing + b"\n"))[0] == 409
+        await uploader.path(item)
+        assert (await client.get(f"{item.hash}.ls"))[1] == listing
+        assert (await client.get(build_id))[1] == pointer(item, "a" * 40)
+        assert (await uploader.put(f"{item.hash}.ls", listing))[0] == 201
+        assert (await uploader.put(f"{item.hash}.ls", listing + b"\n"))[0] == 409
         log = f"log/{'0' * 32}-x.drv"
         assert (await uploader.put(log, b"built\n"))[0] == 201
         assert (await uploader.put(log, b"other\n"))[0] == 409

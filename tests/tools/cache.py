@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import json
 import lzma
 import sys
 from collections.abc import Callable
@@ -57,6 +58,25 @@ def tree(contents: bytes) -> nar.Node:
             b"link": nar.Symlink(b"data"),
         }
     )
+
+
+def with_debug_info(*build_ids: str) -> nar.Node:
+    """What separate debug info looks like: a file for each build id, and a link to one of none."""
+    folders: dict[bytes, dict[bytes, nar.Node]] = {}
+    for build_id in build_ids:
+        name = f"{build_id[2:]}.debug".encode()
+        folders.setdefault(build_id[:2].encode(), {})[name] = nar.Regular(build_id.encode())
+    folders.setdefault(b"00", {})[b"0" * 38 + b".debug"] = nar.Symlink(b"elsewhere")
+    tree: nar.Node = nar.Directory({name: nar.Directory(files) for name, files in folders.items()})
+    for name in (b".build-id", b"debug", b"lib"):
+        tree = nar.Directory({name: tree})
+    return tree
+
+
+def pointer(item: Entry, build_id: str) -> bytes:
+    """A debug-info pointer as Nix's `index-debug-info` writes it."""
+    member = f"lib/debug/.build-id/{build_id[:2]}/{build_id[2:]}.debug"
+    return json.dumps({"archive": f"../{item.info.url}", "member": member}).encode()
 
 
 def harder(data: bytes) -> bytes:

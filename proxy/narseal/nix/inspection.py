@@ -136,6 +136,27 @@ def _whole_digest(info: NarInfo) -> _Digest | HashModulo | None:
     return None if info.ca.hash == info.nar_hash else hashlib.new(info.ca.hash.algorithm)
 
 
+def regular_files(
+    wanted: frozenset[bytes], file: BinaryIO, *, compression: str, nar_size: int
+) -> frozenset[bytes]:
+    """Which of some paths below its root are regular files of a NAR of `nar_size` bytes. Blocks.
+
+    It is read no further than they are found. Raises as `Inspection` does.
+    """
+    found: set[bytes] = set()
+    decoder = decompressor(compression)
+
+    def note(path: bytes) -> None:
+        if path in wanted:
+            found.add(path)
+
+    reader = NarReader(max_size=nar_size, on_file=note)
+    while found != wanted and (data := file.read(_CHUNK)):
+        for piece in decoder.feed(data):
+            reader.feed(piece)
+    return frozenset(found)
+
+
 def inspect_file(info: NarInfo, file: BinaryIO, *, scan: bool = False) -> Measured:
     """Hold a whole file to a narinfo, from where it stands on. Blocks."""
     inspection = Inspection(info, scan=scan)

@@ -35,15 +35,21 @@ class NarReader:
     """A push parser: `feed` bytes in any portions, then `finish`.
 
     `max_size` bounds the bytes taken. `on_contents` gets the contents of the regular files,
-    in pieces. Memory is constant but for the depth. Raises MalformedNar with the offset, and
-    ContentMismatch beyond `max_size`.
+    in pieces; `on_file` the path of each below the root, before its contents. Memory is constant
+    but for the depth. Raises MalformedNar with the offset, and ContentMismatch beyond `max_size`.
     """
 
     def __init__(
-        self, *, max_size: int, on_contents: Callable[[bytes | memoryview], object] | None = None
+        self,
+        *,
+        max_size: int,
+        on_contents: Callable[[bytes | memoryview], object] | None = None,
+        on_file: Callable[[bytes], object] | None = None,
     ) -> None:
         self._max_size = max_size
         self._on_contents = on_contents
+        self._on_file = on_file
+        self._names: list[bytes] = []  # the last name taken in each open directory
         self._hash = hashlib.sha256()
         self._size = 0
         self._taken = 0
@@ -106,7 +112,7 @@ class NarReader:
 
     def _archive(self) -> Generator[int, bytes | memoryview, None]:
         yield from self._expect(MAGIC)
-        stack: list[bytes] = []  # the last name taken in each open directory
+        stack = self._names
         opened = yield from self._node()
         plain_file = self._plain_file
         if opened:
@@ -143,6 +149,8 @@ class NarReader:
                 raise self._malformed("a symlink's target is empty or holds NUL")
             yield from self._expect(b")")
         elif kind == b"regular":
+            if self._on_file:
+                self._on_file(b"/".join(self._names))
             yield from self._regular()
         else:
             raise self._malformed(f"unknown type {kind!r}")

@@ -6,22 +6,27 @@ vouches for them they wait, unseen.
 
 from __future__ import annotations
 
+import asyncio
 import filecmp
+import logging
 import re
 from contextlib import suppress
 from pathlib import Path
 
 from narseal.custody.tokens import Token
-from narseal.errors import BadUpload, Forbidden, Malformed, UploadConflict
+from narseal.errors import BadUpload, Forbidden, Malformed, Refused, UploadConflict
 from narseal.nix.base32 import CHARS
+from narseal.pipeline.nars.inspect import stored_files
 from narseal.pipeline.paths.side_files import check_listing, pointer
 from narseal.pipeline.services import Services
 from narseal.runtime.files import OpenFile
-from narseal.storage import Admitted
+from narseal.storage import Admitted, NarRecord
 from narseal.storage.waiting import WaitingFiles
 
 _ARCHIVE = re.compile(rf"(\.\./)?nar/({CHARS}{{52}}\.nar(\.[a-z0-9]{{2,4}})?)", re.ASCII)
-_MEMBER = re.compile(r"[!-~]{1,1024}", re.ASCII)
+_DEBUGINFO = "debuginfo/"
+_LOOKS = 2  # NARs that are looked into at a time
+_log = logging.getLogger(__name__)
 
 
 class SideFileUploads:
@@ -33,6 +38,7 @@ class SideFileUploads:
         self._threads = services.threads
         self._upload = services.config.upload
         self._waiting = WaitingFiles(services.folder.local)
+        self._looking = asyncio.Semaphore(_LOOKS)
 
     async def put(self, name: str, file: OpenFile, token: Token) -> None:
         """Take a file; BadUpload if it is none, Forbidden if the token does not cover its path.
@@ -44,11 +50,15 @@ class SideFileUploads:
             _check_scope(token, [derivation], name)
             await self._publish(name, file)
             return
-        about, paths = await self._about(name, file)
-        if not paths:
+        about, found = await self._about(name, file)
+        if not found:
             await self._threads.run(self._wait, token.id, about, name, file)
             return
-        _check_scope(token, paths, name)
+        _check_scope(token, [path.info.store_path.name for path, _ in found], name)
+        if name.startswith(_DEBUGINFO) and not await self._in_nar([name], found[0][1]):
+            raise BadUpload(
+                f"{name}: nar/{about} has no regular file {_member(name)}, or is not in storage"
+            )
         await self._publish(name, file)
 
     async def claim(self, file: str, admitted: Admitted, token: Token) -> None:
@@ -57,25 +67,48 @@ class SideFileUploads:
         if not token.may(path.info.store_path.name):
             return  # its narinfo was let in by a trusted key, which says nothing of these
         for about in (path.info.store_path.hash_part, file):
-            for name, lies in await self._threads.run(self._waiting.take, token.id, about):
+            waiting = await self._threads.run(self._waiting.take, token.id, about)
+            pointers = [name for name, _ in waiting if name.startswith(_DEBUGINFO)]
+            found = await self._in_nar(pointers, nar)
+            for name, lies in waiting:
+                if name.startswith(_DEBUGINFO) and name not in found:
+                    _log.warning("dropped: %s: nar/%s has no such build id", name, nar.file)
+                    with suppress(FileNotFoundError):
+                        await self._threads.run(lies.unlink)
+                    continue
                 if about == file != nar.file:  # an upstream's lie has its name
                     await self._threads.run(_rename_archive, lies, file, nar.file)
                 with suppress(FileNotFoundError):  # another narinfo of the same token was faster
                     await self._threads.run(self._waiting.publish, lies, name)
 
-    async def _about(self, name: str, file: OpenFile) -> tuple[str, list[str]]:
-        """The hash part or NAR file that a file is about, and the names of the paths here."""
+    async def _in_nar(self, names: list[str], nar: NarRecord) -> frozenset[str]:
+        """Of some debug-info pointers, those whose build id is in the NAR, which is in storage."""
+        if not names or not nar.stored:
+            return frozenset()
+        members = {_member(name).encode(): name for name in names}
+        path = self._folder.path(f"nar/{nar.file}")
         try:
-            if name.startswith("debuginfo/"):
+            async with self._looking:
+                found = await self._threads.run_transfer(
+                    stored_files, nar, path, frozenset(members)
+                )
+        except (Refused, Malformed) as error:
+            _log.warning("nar/%s cannot be looked into: %s", nar.file, error)
+            return frozenset()
+        return frozenset(members[member] for member in found)
+
+    async def _about(self, name: str, file: OpenFile) -> tuple[str, list[Admitted]]:
+        """The hash part or NAR file that a file is about, and the paths here."""
+        try:
+            if name.startswith(_DEBUGINFO):
                 about = _archive(await self._threads.run(pointer, file, name), name)
-                found = await self._index.paths_of(about)
-                return about, [path.info.store_path.name for path, _ in found]
+                return about, await self._index.paths_of(about)
             await self._threads.run(check_listing, file, name)
         except Malformed as error:
             raise BadUpload(str(error)) from error
         about = name.removesuffix(".ls")
         admitted = await self._index.path(about)
-        return about, [admitted[0].info.store_path.name] if admitted else []
+        return about, [admitted] if admitted else []
 
     def _wait(self, owner: str, about: str, name: str, file: OpenFile) -> None:
         """In a thread: let a file wait, as far as there is room for it beside the NARs that wait."""
@@ -104,9 +137,17 @@ def _archive(found: tuple[str, str], name: str) -> str:
     """The NAR file that a debug-info pointer names, here and nowhere else."""
     archive, member = found
     match = _ARCHIVE.fullmatch(archive)
-    if not match or not _MEMBER.fullmatch(member) or ".." in member.split("/"):
+    if not match:
         raise BadUpload(f"{name}: {archive[:200]!r} is not ../nar/<file> of this cache")
+    if member != _member(name):
+        raise BadUpload(f"{name}: {member[:200]!r} is not {_member(name)}")
     return match[2]
+
+
+def _member(name: str) -> str:
+    """The file of a NAR that a debug-info pointer of this name is about, as Nix finds it there."""
+    build_id = name.removeprefix(_DEBUGINFO).removesuffix(".debug")
+    return f"lib/debug/.build-id/{build_id[:2]}/{build_id[2:]}.debug"
 
 
 def _rename_archive(path: Path, claimed: str, file: str) -> None:
