@@ -46,14 +46,16 @@ def _show(tree: dict[str, Any]) -> None:
 def _show_path(tree: dict[str, Any]) -> None:
     policy = tree["policy"]
     word = "served" if policy["allowed"] else "kept back"
-    rows = [
-        ("NAR", f"{tree['narHash']}, {tree['narSize']} bytes"),
-        ("evidence", tree["evidence"] + ("" if tree["admitted"] else " (not admitted yet)")),
-        ("signed by", ", ".join(tree["signatures"]) or "nobody"),
-        ("in storage", "yes" if tree["stored"] else "no"),
-        ("policy", f"{word}: {policy['rule']}: {policy['why']}"),
-    ]
-    for item in tree["attestations"]:
+    rows = [("policy", f"{word}: {policy['rule']}: {policy['why']}")]
+    if policy["allowed"]:  # else no more is said
+        rows = [
+            ("NAR", f"{tree['narHash']}, {tree['narSize']} bytes"),
+            ("evidence", tree["evidence"] + ("" if tree["admitted"] else " (not admitted yet)")),
+            ("signed by", ", ".join(tree["signatures"]) or "nobody"),
+            ("in storage", "yes" if tree["stored"] else "no"),
+            *rows,
+        ]
+    for item in tree.get("attestations", []):
         said = f"{item['predicateType']} by {item['signer']}, since {item['since']}"
         rows.append(("attested", said))
     click.echo(tree["storePath"])

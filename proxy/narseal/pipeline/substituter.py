@@ -51,10 +51,16 @@ class View:
         return served(*await self.admission.path(hash_part)).render()
 
     async def side_file(self, name: str) -> SideFile:
-        """A listing, a log or a debug-info pointer; a listing goes where its path goes."""
+        """A listing, a log or a debug-info pointer.
+
+        A listing goes where its path goes, and a pointer where the NAR goes that it is of.
+        """
         if self.side_files.follows_path(name):
             await self.admission.path(name.removesuffix(".ls"))
-        return await self.side_files.get(name)
+        found = await self.side_files.get(name)
+        if (file := await self.side_files.nar_of(found, name)) is not None:
+            await self.nars.check(file)
+        return found
 
 
 class Substituter:

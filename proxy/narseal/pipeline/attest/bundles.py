@@ -21,11 +21,12 @@ from narseal.storage import bundle_name
 
 
 class Signatures:
-    """What is known of files and digests. NotFound, or NotYet while a path waits."""
+    """What is known of files and digests. NotFound, or NotYet while a path waits; Denied by policy."""
 
     def __init__(self, services: Services) -> None:
         self._sigstore = services.sigstore
         self._countersigner = services.countersigner
+        self._policy = services.policy
         self._index = services.index
         self._attestations = services.index.attestations
         self._folder = services.folder
@@ -55,6 +56,7 @@ class Signatures:
 
     async def attestations_of(self, digest: Hash) -> list[bytes]:
         """The names, for `bundles`, of all whose statements cover a file's or a NAR's SHA-256."""
+        await self._check(digest.digest)
         absence = await self._absence(f"{digest.nix32}.nar", f"sha256:{digest.digest.hex()}")
         if not (names := await self._covering(digest.digest)):
             raise absence
@@ -65,6 +67,7 @@ class Signatures:
         found = await self._index.path(store_path.hash_part)
         names = []
         if found is not None and found[0].info.store_path == store_path:
+            await self._policy.check_any([found])
             names = await self._covering(*content_digests(found[0].info, found[1]))
         if not names:
             raise NotFound(f"there is no attestation of {store_path}")
@@ -121,6 +124,13 @@ class Signatures:
         if batch is not None:
             raise NotFound(f"nar/{file} has no signature of its own, but one of its batch")
         raise absence
+
+    async def _check(self, digest: bytes) -> None:
+        """Denied if policy keeps back every path that a digest is of."""
+        if self._policy.active:
+            hash_parts = await self._attestations.paths_of(frozenset((digest,)))
+            found = [await self._index.path(hash_part) for hash_part in hash_parts]
+            await self._policy.check_any([admitted for admitted in found if admitted])
 
     async def _covering(self, *digests: bytes) -> list[bytes]:
         names = [found.digest for found in await self._attestations.covering(*digests)]

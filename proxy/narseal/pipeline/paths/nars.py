@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from narseal.errors import Denied, NotFound, StorageBroken
+from narseal.errors import NotFound, StorageBroken
 from narseal.pipeline.nars.fetcher import Fetcher
 from narseal.pipeline.nars.stored import StoredFiles, StoredNar
 from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.paths.finder import Finder
 from narseal.pipeline.services import Services
-from narseal.pipeline.trust.policy import content_digests
 from narseal.storage import NarRecord
 
 _KNOWN = 20_000
@@ -56,16 +55,7 @@ class Nars:
         """Denied if policy keeps back every path that a NAR file is of."""
         if not self._policy.active or (record := await self._index.nar(file)) is None:
             return
-        denied: Denied | None = None
-        for path, nar in await self._index.paths_of(record.published_as or file):
-            try:
-                await self._policy.check(path.info, content_digests(path.info, nar))
-            except Denied as error:
-                denied = error
-            else:
-                return
-        if denied:
-            raise denied
+        await self._policy.check_any(await self._index.paths_of(record.published_as or file))
 
     async def distrust(self, file: str, error: StorageBroken) -> None:
         """Strike off a file that could not be read, unless it is an only copy that can be now."""

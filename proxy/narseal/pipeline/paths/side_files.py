@@ -69,6 +69,13 @@ class SideFiles:
         """Whether policy decides about a file as about its path."""
         return self._policy.active and name.endswith(".ls")
 
+    async def nar_of(self, side_file: SideFile, name: str) -> str | None:
+        """The NAR file that a side file points to, if policy decides about it as about that."""
+        if not self._policy.active or not name.startswith("debuginfo/"):
+            return None
+        archive, _ = await self._threads.run(pointer, side_file.file, name)
+        return archive.rpartition("/")[2]
+
     def limit(self, name: str) -> int:
         """How many bytes a file of this name may have."""
         if name.startswith("debuginfo/"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from narseal.config import SIGNATURE, Config, PolicyConfig, RequirementConfig, Who
@@ -28,6 +28,7 @@ from narseal.nix.store_path import StorePath
 from narseal.pipeline.trust.sigstore import ExpectedSigners, check_not_revoked, verified
 from narseal.runtime.threads import ThreadPools
 from narseal.storage import (
+    Admitted,
     Attestation,
     Attestations,
     Folder,
@@ -95,6 +96,19 @@ class Policy:
         if not self.active:
             return
         self._enforce(info.store_path, await self.verdict(info, digests))
+
+    async def check_any(self, found: Sequence[Admitted]) -> None:
+        """Denied if the rules keep back every one of some paths, and there is one."""
+        denied: Denied | None = None
+        for path, nar in found:
+            try:
+                await self.check(path.info, content_digests(path.info, nar))
+            except Denied as error:
+                denied = error
+            else:
+                return
+        if denied:
+            raise denied
 
     async def passes(self, info: NarInfo, digests: frozenset[bytes]) -> bool:
         """Whether the rules let the path through."""

@@ -73,13 +73,18 @@ class Provenance:
         return await self._put(frozenset((digest,)), f"sha256:{digest.hex()}", data)
 
     async def status(self, store_path: StorePath) -> dict[str, Any]:
-        """What is known of a path, and what policy says of it; as JSON. See `Finder.preview`."""
+        """What is known of a path, and what policy says of it; as JSON. See `Finder.preview`.
+
+        Of a path that is kept back no more than its 403 says.
+        """
         (path, nar), admitted = await self._finder.preview(store_path)
         info = path.info
         digests = content_digests(info, nar)
         verdict = await self._policy.verdict(info, digests)
-        return {
-            "storePath": f"{info.store_dir}/{info.store_path}",
+        said = {"storePath": f"{info.store_dir}/{info.store_path}", "policy": asdict(verdict)}
+        if not verdict.allowed:
+            return said
+        return said | {
             "narHash": f"sha256:{info.nar_hash.nix32}",
             "narSize": info.nar_size,
             "admitted": admitted,
@@ -88,7 +93,6 @@ class Provenance:
             "url": f"nar/{nar.file}",
             "stored": nar.stored,
             "digests": sorted(f"sha256:{digest.hex()}" for digest in digests),
-            "policy": asdict(verdict),
             "attestations": [
                 _shown(found) for found in await self._attestations.covering(*digests)
             ],
