@@ -7,8 +7,19 @@ from collections.abc import AsyncIterator, Callable
 
 _PORTION = 256 << 10
 
+#: aiohttp's read_bufsize: bytes that it parses ahead of who reads them, and a sixteenth as many chunks, so
+#: that chunks of one byte do not keep the loop (its default, 256 KiB, is 0.1 s of them at a time).
+READ_AHEAD = 64 << 10
+
 #: Starts work on some bytes in a thread.
 Run = Callable[[Callable[[bytes], object], bytes], "asyncio.Future[object]"]
+
+
+async def in_turns(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """All of `chunks`, with a turn for everybody else after each: what is there already waits for nothing."""
+    async for chunk in chunks:
+        yield chunk
+        await asyncio.sleep(0)
 
 
 async def in_portions(
@@ -20,7 +31,7 @@ async def in_portions(
     """
     portion = bytearray()
     total = 0
-    async for chunk in chunks:
+    async for chunk in in_turns(chunks):
         total += len(chunk)
         portion += chunk
         if len(portion) >= _PORTION:

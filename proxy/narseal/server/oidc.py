@@ -16,6 +16,7 @@ from narseal.config import OidcConfig
 from narseal.custody.tokens import Token
 from narseal.errors import Malformed, UpstreamTrouble
 from narseal.nix.bounded_json import load_json
+from narseal.runtime.portions import READ_AHEAD, in_turns
 from narseal.runtime.tasks import BackgroundTasks
 from narseal.runtime.threads import ThreadPools
 
@@ -138,7 +139,7 @@ class _Keys:
             if response.status != 200:
                 raise ValueError(f"{url}: {response.status}")
             data = bytearray()
-            async for chunk in response.content.iter_any():
+            async for chunk in in_turns(response.content.iter_any()):
                 data += chunk
                 if len(data) > _MAX_BYTES:
                     raise ValueError(f"{url}: more than {_MAX_BYTES} bytes")
@@ -156,6 +157,7 @@ def _session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
+        read_bufsize=READ_AHEAD,
         headers={"Accept-Encoding": "identity", "User-Agent": f"narseal/{__version__}"},
         timeout=aiohttp.ClientTimeout(total=_TIMEOUT),
     )

@@ -18,6 +18,7 @@ from narseal.custody.tokens import Tokens
 from narseal.errors import ConfigError
 from narseal.pipeline.caches import HotMap
 from narseal.pipeline.substituter import Substituter
+from narseal.runtime.portions import READ_AHEAD
 from narseal.server.app import application, metrics_application
 from narseal.server.auth import Gate
 from narseal.server.handlers import ReadHandlers
@@ -119,6 +120,7 @@ class HotRunner(web.AppRunner):
             "access_log": None,
             "keepalive_timeout": limits.keepalive_timeout,
             "lingering_time": _LINGER,
+            "read_bufsize": READ_AHEAD,
             "max_line_size": _MAX_LINE,
             "max_field_size": _MAX_LINE,
             "max_headers": _MAX_HEADERS,

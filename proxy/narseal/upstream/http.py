@@ -21,7 +21,7 @@ from narseal import __version__
 from narseal.config import UpstreamConfig
 from narseal.errors import Refused, UpstreamTimeout, UpstreamTrouble
 from narseal.nix.encoded import EncodedBody
-from narseal.runtime.portions import in_portions
+from narseal.runtime.portions import READ_AHEAD, in_portions, in_turns
 from narseal.upstream.addresses import public_socket
 from narseal.upstream.breaker import Breaker
 from narseal.upstream.bulk import Bulk
@@ -75,7 +75,7 @@ class HttpUpstream:
                     body = EncodedBody(encoding, limit=limit, write=write)
                     chunks = response.content.iter_any()
                     if body.is_plain and on_loop:
-                        async for chunk in chunks:
+                        async for chunk in in_turns(chunks):
                             body.feed(chunk)
                     else:
                         await in_portions(chunks, body.feed, self._in_thread)
@@ -137,6 +137,7 @@ def _session(config: UpstreamConfig, connector: aiohttp.TCPConnector) -> aiohttp
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
+        read_bufsize=READ_AHEAD,
         headers={"Accept-Encoding": "identity", "User-Agent": f"narseal/{__version__}"},
         timeout=aiohttp.ClientTimeout(
             total=None, sock_connect=config.connect_timeout, sock_read=config.timeout
