@@ -346,7 +346,7 @@ async def test_small_chunks_keep_the_loop_for_less_than_a_tenth_of_a_second(
 ) -> None:
     """It was 0.12 s. A prober that is held up itself sees more of the loop's time: so, in one try of some."""
     [pid] = world.process.workers()
-    stalls = []
+    stalls: list[float] = []
     while not stalls or min(stalls) > SHORT:
         assert len(stalls) < 10, stalls
         with watching(pid, world.process.url) as seen:

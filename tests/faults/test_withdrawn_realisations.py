@@ -7,7 +7,7 @@ from pathlib import Path
 
 from narseal.nix.realisation import parse_at
 from narseal.nix.store_path import StorePath
-from tests.faults.test_rotation import NEW, both
+from tests.faults.test_rotation import NEW, only_new
 from tests.faults.test_rule import scoped, trace
 from tests.faults.test_schedules import revoke
 from tests.faults.test_uploads import uploading
@@ -35,10 +35,11 @@ async def test_the_pin_of_a_withdrawn_realisation_holds(
     async with narseal(tmp_path, {"url": upstream.url}) as client:
         assert (await client.get(ADDRESS))[0] == 200
     there = {"url": upstream.url, "public_keys": [str(LATER.public)]}
-    signing = both(tmp_path)
+    async with narseal(tmp_path, there) as client:
+        await revoke(tmp_path, OPERATOR.name, there)()
     upstream.files[ADDRESS] = signed(two, LATER)
+    signing = only_new(tmp_path)
     async with narseal(tmp_path, there, signing=signing, limits={"negative_ttl": 0}) as client:
-        await revoke(tmp_path, OPERATOR.name, there, signing=signing)()
         assert await client.refusal(ADDRESS) == "conflict"
         upstream.files[ADDRESS] = signed(one, LATER)  # who says the same is believed
         body = json.loads((await client.get(ADDRESS))[1])
