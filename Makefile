@@ -10,7 +10,7 @@ export UV_COMPILE_BYTECODE := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test coverage lint format fuzz mutants bench docs tools vectors clean
+.PHONY: help serve dev test lint format fuzz mutants bench docs tools vectors clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,13 +20,10 @@ serve: $(READY) ## run narseal on a sample cache, or in front of UPSTREAM=https:
 
 dev: $(READY) ## set up the development environment in .venv
 
-test: $(READY) tools lint ## everything: lint, types, layers, unit, property, faults, real clients
-	$(BIN)/pytest --durations=10
-
-coverage: $(READY) tools ## the same tests, with the coverage of lines and branches (half as slow again)
+test: $(READY) tools lint ## everything: lint, types, layers, all tests in JOBS=2 processes, and what they cover
 	@data=$$(mktemp -d) && chmod 1777 $$data && export COVERAGE_FILE=$$data/data; \
-	$(BIN)/coverage run -m pytest --durations=10; code=$$?; \
-	$(BIN)/coverage combine --quiet; echo "coverage below 80 %, and in all:"; \
+	$(BIN)/coverage run -m pytest -n $(or $(JOBS),2) --dist loadfile --durations=10; code=$$?; \
+	$(BIN)/coverage combine --quiet; echo "coverage of lines and branches, in all and below 80 %:"; \
 	$(BIN)/coverage report | awk '/^(Name|TOTAL)/ || / [0-9]?[0-9]%$$/ && $$NF + 0 < 80'; \
 	rm -rf $$data; exit $$code
 

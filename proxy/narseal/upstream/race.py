@@ -20,7 +20,7 @@ from narseal.errors import (
 )
 from narseal.telemetry import metrics
 from narseal.telemetry.rejections import reject
-from narseal.upstream import Upstream
+from narseal.upstream.source import Upstream
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
