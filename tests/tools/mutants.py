@@ -83,15 +83,18 @@ def judged(mutant: Mutant, tree: Path) -> str:
     text = place.read_text()
     place.write_text(mutant.seeded(text))
     try:
-        return "SURVIVES" if passes(mutant.tests, tree) else "killed"
+        return "killed" if complaint(mutant.tests, tree) else "SURVIVES"
     except subprocess.TimeoutExpired:
         return "hangs"
     finally:
         place.write_text(text)
 
 
-def passes(tests: tuple[str, ...], tree: Path) -> bool:
-    """Whether tests pass in a tree. ValueError if there is no such test; TimeoutExpired."""
+def complaint(tests: tuple[str, ...], tree: Path) -> str:
+    """The end of what tests say in a tree, if they fail. ValueError if there is no such test.
+
+    TimeoutExpired if they take too long.
+    """
     # the copy comes before the installed package, and no bytecode of the unchanged file is taken
     environment = {"PYTHONPATH": f"{tree}/proxy", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", *tests]
@@ -111,7 +114,7 @@ def passes(tests: tuple[str, ...], tree: Path) -> bool:
             raise
     if running.returncode in (4, 5):
         raise ValueError(f"{' '.join(tests)}: {said[-2000:]}")
-    return running.returncode == 0
+    return said[-4000:] if running.returncode else ""
 
 
 def main(words: list[str]) -> int:
@@ -129,8 +132,8 @@ def main(words: list[str]) -> int:
         try:
             tree = trees.get()
             for named in sorted({test for m in wanted for test in m.tests}):
-                if not passes((named,), tree):
-                    print(f"{named} fails without any bug")
+                if said := complaint((named,), tree):
+                    print(f"{said}\n{named} fails without any bug")
                     return 2
             trees.put(tree)
 
