@@ -98,6 +98,37 @@ async def test_other_claims_compare_exactly(tmp_path: Path, issuer: Issuer) -> N
             assert (await bearing(good(issuer, **wrong)).put("nix-cache-info", b""))[0] == 401
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"sub": "half a pair \ud800"}, {"exp": 10**400}, {"exp": float("inf")}, {"exp": "never"},
+     {"iat": [1]}, {"nbf": {}}, {"sub": ["a"]}, {"sub": None}, {"aud": [1]}, {"aud": {"narseal": 1}}],
+)  # fmt: skip
+async def test_odd_claims_of_a_good_issuer_are_401(
+    odd: dict[str, Any], tmp_path: Path, issuer: Issuer
+) -> None:
+    """A time beyond counting and a subject that is no text were a 500."""
+    rule = {"identity": None, "claims": {"repository": "example/app"}}
+    async with uploading(tmp_path, issuer, **rule) as bearing:
+        token = good(issuer, **({"repository": "example/app"} | odd))
+        assert (await bearing(token).put("nix-cache-info", b""))[0] == 401
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [{}, {"keys": 7}, {"keys": []}, {"keys": [7]}, {"keys": [{"kty": "RSA", "alg": ["RS256"]}]},
+     {"keys": [{"kty": "RSA", "n": 7, "e": "AQAB", "kid": "1"}]}, {"keys": [{"kty": "EC"}] * 101},
+     {"keys": [{"kty": "OKP", "crv": [], "kid": "1"}]}],
+)  # fmt: skip
+async def test_an_issuer_with_odd_keys_is_trouble_and_no_fault(
+    tree: dict[str, Any], tmp_path: Path, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(issuer, "_keys", lambda: tree)
+    async with uploading(tmp_path, issuer) as bearing:
+        for _ in range(2):
+            status, text = await bearing(good(issuer)).put("nix-cache-info", b"")
+            assert (status, "cannot be had" in text) == (502, True), text
+
+
 async def test_rotated_keys_are_found_and_old_ones_end(
     tmp_path: Path, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,6 +192,8 @@ WRONG: dict[str, tuple[Entry, bytes, str]] = {
     "another hash part": (ITEM.but(store_path=OTHER.info.store_path), ITEM.file, "is of"),
     "URL elsewhere": (ITEM.but(url="nar/x"), ITEM.file, "is not nar/<hash>"),
     "URL escapes": (ITEM.but(url=f"../{ITEM.info.url}"), ITEM.file, "is not nar/<hash>"),
+    "URL in another folder": (
+        ITEM.but(url=f"log/{ITEM.info.url.removeprefix('nar/')}"), ITEM.file, "is not nar/<hash>"),
     "suffix of another compression": (ITEM.but(compression="xz"), ITEM.file, "suffix"),
     "reference that nobody has": (
         ITEM.but(references=(store_path("nowhere"),)), ITEM.file, "upload it first"),

@@ -27,20 +27,24 @@ _OTHERS = {
 def main(minutes: float) -> int:
     """Run everything; how many findings there are."""
     share = max(1.0, minutes * 60 / (len(TARGETS) + len(_OTHERS)))
+    started = time.monotonic()
     findings = sum(_parser(name, share) for name in TARGETS)
     for name, run in _OTHERS.items():
+        begun = time.monotonic()
         tried, found = run(share)
-        print(f"{name}: {tried} inputs, {len(found)} findings", flush=True)
+        _say(name, tried, begun, len(found))
         for data in found:
             _keep(name, data)
         findings += len(found)
-    print(f"{findings} findings")
+    took = (time.monotonic() - started) / 60
+    print(f"{findings} findings in {took:.1f} minutes, {len(TARGETS) + len(_OTHERS)} targets")
     return findings
 
 
 def _parser(name: str, seconds: float) -> int:
     """Fuzz one parser, going on after each finding."""
-    deadline = time.monotonic() + seconds
+    begun = time.monotonic()
+    deadline = begun + seconds
     found: set[str] = set()
     runs = 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -61,8 +65,13 @@ def _parser(name: str, seconds: float) -> int:
                 if last not in found:
                     print(f"{name}:\n{tail}", flush=True)
                 found.add(last)
-    print(f"{name}: {runs} inputs, {len(found)} findings", flush=True)
+    _say(name, runs, begun, len(found))
     return len(found)
+
+
+def _say(name: str, tried: int, begun: float, findings: int) -> None:
+    seconds = time.monotonic() - begun
+    print(f"{name}: {tried} inputs in {seconds:.0f} s, {findings} findings", flush=True)
 
 
 def _keep(name: str, data: bytes) -> None:

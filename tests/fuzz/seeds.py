@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 from narseal.cosign import statement
@@ -13,6 +14,7 @@ from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from narseal.nix.realisation import BuildTraceEntry, Realisation
 from tests.tools.cache import COMPRESS, entry, key, store_path, tree
+from tests.tools.trust import ROOT, client_config
 
 _KEY = key("upstream-1")
 _CA = ContentAddress(Method.NAR, Hash.sha256(b"x"))
@@ -75,6 +77,27 @@ CONFIGS = (
         b'[limits]\nheader_timeout = "5s"\nnar_size = "1G"\n[[policy]]\nmatch = "*"\naction = "deny"\n'
     ),
     b'listen = "unix:/s"\nallow_users = ["0"]\n[[key]]\nurl = "file:/x"\n[audit]\nlog = "/l"\n',
+)
+TRUST = (ROOT.read_bytes(), client_config())
+OIDC_CLAIMS = (
+    b'{"iss":"https://i","aud":["narseal"],"sub":"s","iat":1,"nbf":1,"exp":4e9,"jti":"1"}',
+    b'{"iss":"https://i","aud":"narseal","sub":"s","iat":1,"exp":1e999,"ref":{"a":[1,2.5,null]}}',
+)
+_JWT_HEAD = base64.urlsafe_b64encode(b'{"alg":"EdDSA","kid":"1","crit":["b64"]}').rstrip(b"=")
+OIDC_TOKENS = tuple(
+    b".".join((_JWT_HEAD, base64.urlsafe_b64encode(claims).rstrip(b"="), b"c2ln"))
+    for claims in OIDC_CLAIMS
+)
+OIDC_KEYS = (
+    (
+        b'{"keys":[{"kty":"RSA","alg":"RS256","kid":"1","n":"sXch","e":"AQAB"},{"kty":"OKP",'
+        b'"crv":"Ed25519","kid":"2","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}'
+    ),
+    (
+        b'{"keys":[{"kty":"EC","crv":"P-256","kid":"1","use":"sig",'
+        b'"x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4",'
+        b'"y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM"},{"kty":"oct","k":"AAAA"}]}'
+    ),
 )
 RANGES = (b"bytes=0-1", b"bytes=-5", b'W/"x", *')
 COMPRESSED = {name: compress(b"some text " * 20) for name, compress in COMPRESS.items()

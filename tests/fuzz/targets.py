@@ -10,14 +10,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ed25519
+
 from narseal.client import cluster_image_policy
-from narseal.config import Config
+from narseal.config import Config, OidcConfig
 from narseal.config.signer import SignerConfig
-from narseal.cosign import statement
+from narseal.cosign import statement, trust
 from narseal.cosign.bundle import Bundle
 from narseal.cosign.keys import CosignKey, CosignPublicKey
+from narseal.cosign.services import Log
+from narseal.cosign.verify import ByIdentity, Verifier
 from narseal.custody import requests, tokens, wire
 from narseal.errors import Malformed, NarsealError
+from narseal.nix.bounded_json import load_json
 from narseal.nix.cache_info import CacheInfo
 from narseal.nix.compression import decompressor
 from narseal.nix.content_address import ContentAddress
@@ -27,6 +33,7 @@ from narseal.nix.nar import NarReader
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.realisation import parse_at
 from narseal.nix.store_path import StorePath
+from narseal.server import oidc
 from narseal.server.conditional import Unsatisfiable, etag_matches, parse_range
 from tests.fuzz import seeds
 
@@ -135,6 +142,52 @@ def _range(data: bytes) -> None:
     etag_matches(header, '"x"')
 
 
+def _trust(data: bytes) -> None:
+    """What is loaded can be verified against, and signed with where it names services."""
+
+    def read(file: Path) -> None:
+        found = trust.load(file)
+        Verifier(ByIdentity("a", "b"), found)
+        if found.services is not None:
+            Log(found, timeout=1)
+            found.services.get_fulcio()
+
+    _file(read)(data)
+
+
+_OIDC_KEY = ed25519.Ed25519PrivateKey.generate()
+_OIDC_JWK = jwt.PyJWK(
+    json.loads(jwt.algorithms.OKPAlgorithm.to_jwk(_OIDC_KEY.public_key())) | {"kid": "1"}
+)
+_OIDC_RULE = OidcConfig(
+    issuer="https://i", audience="narseal", claims={"sub": "s"}, identity=None, allow=("*",)
+)
+
+
+def _oidc_token(data: bytes) -> None:
+    """What anybody may send: whatever it names, nobody signed it."""
+    text = data.decode("utf-8", "surrogateescape")
+    oidc.claimed(text)
+    assert oidc.held(text, _OIDC_RULE, _OIDC_JWK) is None
+
+
+def _oidc_claims(data: bytes) -> None:
+    """What a good issuer may sign, whatever its pipeline's users had it say."""
+    text = jwt.PyJWS().encode(data, _OIDC_KEY, "EdDSA", headers={"kid": "1"})
+    oidc.claimed(text)
+    token = oidc.held(text, _OIDC_RULE, _OIDC_JWK)
+    if token is not None:
+        claims = json.loads(data)
+        assert (claims["iss"], claims["sub"], token.allow) == ("https://i", "s", ("*",))
+        assert token.expires == float(claims["exp"])
+
+
+def _oidc_keys(data: bytes) -> None:
+    tree = load_json(data, what="keys")
+    if isinstance(tree, dict):
+        oidc.keys_of(tree)
+
+
 def _config(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     with suppress(NarsealError):
@@ -167,6 +220,10 @@ TARGETS: dict[str, Target] = {
     ),
     "tokens": Target(_file(tokens.listed), seeds.TOKENS),
     "config": Target(_own_errors(_config), seeds.CONFIGS),
+    "trusted-root": Target(_trust, seeds.TRUST),
+    "oidc-token": Target(_oidc_token, seeds.OIDC_TOKENS),
+    "oidc-claims": Target(_oidc_claims, seeds.OIDC_CLAIMS),
+    "oidc-keys": Target(_own_errors(_oidc_keys), seeds.OIDC_KEYS),
     "range": Target(_range, seeds.RANGES),
     **{
         name: Target(_decoder(name), (compressed,)) for name, compressed in seeds.COMPRESSED.items()

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 LIST = ROOT / "tests" / "mutants.toml"
 PACKAGE = ROOT / "proxy" / "narseal"
 _COPIED = ("proxy", "tests", "docs", "examples", "pyproject.toml")
-_LONGEST = 900  # seconds; a mutant that hangs its tests is seen, too
+_LONGEST = 900  # seconds; what hangs is told apart: it may be the machine that was too slow
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,18 @@ class Mutant:
     equivalent: str = ""
 
     def seeded(self, text: str) -> str:
-        """The file's text with the bug; ValueError unless its place is there exactly once."""
+        """The file's text with the bug.
+
+        ValueError unless its place is there exactly once, or if it is no Python then: any test sees that.
+        """
         if text.count(self.old) != 1:
             raise ValueError(f"{self.name}: {self.file} has its place {text.count(self.old)} times")
-        return text.replace(self.old, self.new)
+        changed = text.replace(self.old, self.new)
+        try:
+            ast.parse(changed)
+        except SyntaxError as error:
+            raise ValueError(f"{self.name}: no Python: {error}") from error
+        return changed
 
 
 def read(file: Path = LIST) -> list[Mutant]:
@@ -67,41 +77,51 @@ def copied() -> Iterator[Path]:
         yield folder
 
 
-def survives(mutant: Mutant, tree: Path) -> bool:
-    """Whether the tests pass over the bug."""
+def judged(mutant: Mutant, tree: Path) -> str:
+    """What the tests make of the bug: killed, hangs or SURVIVES."""
     place = tree / "proxy" / "narseal" / mutant.file
     text = place.read_text()
     place.write_text(mutant.seeded(text))
     try:
-        return passes(mutant.tests, tree)
+        return "killed" if complaint(mutant.tests, tree) else "SURVIVES"
+    except subprocess.TimeoutExpired:
+        return "hangs"
     finally:
         place.write_text(text)
 
 
-def passes(tests: tuple[str, ...], tree: Path) -> bool:
-    """Whether tests pass in a tree. ValueError if there is no such test."""
+def complaint(tests: tuple[str, ...], tree: Path) -> str:
+    """The end of what tests say in a tree, if they fail. ValueError if there is no such test.
+
+    TimeoutExpired if they take too long.
+    """
     # the copy comes before the installed package, and no bytecode of the unchanged file is taken
     environment = {"PYTHONPATH": f"{tree}/proxy", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", *tests]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=tree,
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=_LONGEST,
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    if done.returncode in (4, 5):
-        raise ValueError(f"{' '.join(tests)}: {done.stdout[-2000:]}")
-    return done.returncode == 0
+    with subprocess.Popen(
+        command,
+        cwd=tree,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        try:
+            said, _ = running.communicate(timeout=_LONGEST)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)  # the servers that it started, too
+            raise
+    if running.returncode in (4, 5):
+        raise ValueError(f"{' '.join(tests)}: {said[-2000:]}")
+    return said[-4000:] if running.returncode else ""
 
 
 def main(words: list[str]) -> int:
-    """Run the list, print a table; 1 if one survives."""
+    """Run the list, print a table; 1 if one is not killed."""
     mutants = [m for m in read() if not words or any(word in m.name for word in words)]
+    for mutant in mutants:
+        mutant.seeded((PACKAGE / mutant.file).read_text())  # a reason holds for today's code alone
     wanted = [m for m in mutants if not m.equivalent]
     count = min(len(wanted), os.cpu_count() or 1)
     with ThreadPoolExecutor(count) as pool:
@@ -110,32 +130,32 @@ def main(words: list[str]) -> int:
         for context in contexts:
             trees.put(context.__enter__())
         try:
-            named = tuple(sorted({test for m in wanted for test in m.tests}))
             tree = trees.get()
-            if not passes(named, tree):
-                print("the tests fail without any bug")
-                return 2
+            for named in sorted({test for m in wanted for test in m.tests}):
+                if said := complaint((named,), tree):
+                    print(f"{said}\n{named} fails without any bug")
+                    return 2
             trees.put(tree)
 
-            def run(mutant: Mutant) -> bool:
+            def run(mutant: Mutant) -> str:
                 tree = trees.get()
                 try:
-                    return survives(mutant, tree)
+                    return judged(mutant, tree)
                 finally:
                     trees.put(tree)
 
-            survivors = 0
-            for mutant, lives in zip(wanted, pool.map(run, wanted), strict=True):
-                survivors += lives
-                print(f"{'SURVIVES' if lives else 'killed':9} {mutant.name}", flush=True)
+            killed = 0
+            for mutant, judgement in zip(wanted, pool.map(run, wanted), strict=True):
+                killed += judgement == "killed"
+                print(f"{judgement:9} {mutant.name}", flush=True)
         finally:
             for context in contexts:
                 context.__exit__(None, None, None)
     for mutant in mutants:
         if mutant.equivalent:
             print(f"{'no change':9} {mutant.name}: {mutant.equivalent}")
-    print(f"{len(wanted) - survivors} of {len(wanted)} killed")
-    return 1 if survivors else 0
+    print(f"{killed} of {len(wanted)} killed")
+    return 0 if killed == len(wanted) else 1
 
 
 if __name__ == "__main__":

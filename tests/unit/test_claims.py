@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from narseal.errors import BadUpload, NotFound
 from narseal.nix.keys import Signature
-from narseal.nix.narinfo import MAX_SIGNATURES
-from narseal.storage import Index, NarRecord, PathRecord, Revocation, migrate
+from narseal.nix.narinfo import MAX_SIGNATURES, MOST_BUT_OURS
+from narseal.storage import Epoch, Index, NarRecord, PathRecord, Revocation
 from tests.tools.cache import entry, key
+from tests.tools.index import index as empty_index
 
 ITEM = entry("app", b"1")
 HASH = ITEM.hash
@@ -25,20 +26,13 @@ def by(name: str, number: int = 0) -> Signature:
 
 
 @asynccontextmanager
-async def index(folder: Path) -> AsyncIterator[Index]:
+async def index(folder: Path, *, attest: bool = False) -> AsyncIterator[Index]:
     """An index with one path, signed by `a-1`."""
-    url = f"sqlite:///{folder}/index.sqlite"
-    migrate(url)
-    found = Index(url, "/nix/store")
-    running = asyncio.create_task(found.run())
-    try:
+    async with empty_index(folder, attest=attest) as found:
         info = ITEM.info.with_signatures((by("a-1"),))
         nar = NarRecord.of(info, "https://u")
         await found.admit(PathRecord(info, nar.file, "signature a-1", ours=frozenset({"a-1"})), nar)
         yield found
-    finally:
-        await found.close()
-        await running
 
 
 async def test_signatures_are_united_and_dropped(tmp_path: Path) -> None:
@@ -94,3 +88,63 @@ async def test_as_many_signatures_as_a_narinfo_may_have(tmp_path: Path) -> None:
         assert len(signed) == MAX_SIGNATURES and by("z-1") in signed and "z-1" in ours
         with pytest.raises(BadUpload, match="too many signatures"):
             await found.paths.sign(HASH, [by("n")], is_upload=True)
+
+
+async def test_how_many_signatures_uploads_may_leave(tmp_path: Path) -> None:
+    async with index(tmp_path) as found:
+        others = [by("m", n) for n in range(MOST_BUT_OURS)]
+        signed, _ = await found.paths.sign(HASH, others, is_upload=True)
+        assert set(signed) == {by("a-1"), *others}
+        for more in ([by("n")], [by("m", MOST_BUT_OURS)]):
+            with pytest.raises(BadUpload, match="too many signatures"):
+                await found.paths.sign(HASH, more, is_upload=True)
+        admitted = await found.path(HASH)
+        assert admitted and set(admitted[0].signatures) == {by("a-1"), *others}
+        # ours are not an uploader's, however many there are
+        signed, _ = await found.paths.sign(HASH, [by("z-1")], ours=["z-1"], is_upload=True)
+        assert by("z-1") in signed
+
+
+async def test_every_worker_hears_of_a_withdrawal(tmp_path: Path) -> None:
+    async with index(tmp_path) as found:
+        epoch = Epoch.of(f"sqlite:///{tmp_path}/index.sqlite")
+        before = epoch.read()
+        await found.paths.withdraw(HASH)
+        assert epoch.read() != before
+
+
+async def test_rows_come_in_pages_and_each_once(tmp_path: Path) -> None:
+    async with index(tmp_path) as found:
+        items = [entry(f"item-{n}", b"%d" % n) for n in range(5)]
+        for item in items:
+            nar = NarRecord.of(item.info, "https://u")
+            info = item.info.with_signatures((by("b_1"),))
+            await found.admit(PathRecord(info, nar.file, "signature b_1"), nar)
+        wanted = sorted(item.hash for item in items)
+
+        async def signed(after: str) -> list[str]:
+            return await found.paths.signed_by("b_1", after=after, limit=2)
+
+        async def lacking(after: str) -> list[str]:
+            return await found.paths.lacking(["a-1"], after=after, limit=2)
+
+        for ask in (signed, lacking):
+            seen: list[str] = []
+            while page := await ask(seen[-1] if seen else ""):
+                assert len(page) <= 2
+                seen += page
+            assert seen == wanted
+
+
+async def test_what_is_signed_anew_waits_for_its_sigstore_signature(tmp_path: Path) -> None:
+    async with index(tmp_path, attest=True) as found:
+        admitted = await found.path(HASH)
+        assert admitted
+        stored = replace(admitted[1], stored=True, file_size=1)
+        await found.publish(admitted[1], stored)
+        assert (await found.attestations.queue())[0] == 1
+        await found.withdraw(stored.file)
+        assert (await found.attestations.queue())[0] == 0
+        await found.admit(PathRecord(ITEM.info, stored.file, "content"), stored)
+        await found.paths.sign(HASH, [by("b_1")])
+        assert (await found.attestations.queue())[0] == 1

@@ -334,6 +334,8 @@ def test_an_identity_is_the_whole_name_and_its_issuer_the_only_one() -> None:
         return policy.found
 
     assert take(good, "ci@a.example", "https://i") == "ci@a.example"
+    with pytest.raises(Refused):  # exactly, unless somebody says otherwise
+        _Policy(ByIdentity("ci@.*", "https://i")).verify(good)
     assert take(good, ".*@a[.]example", "https://i", is_regex=True) == "ci@a.example"
     both = certificate("ci@a.example", (old, b"https://i"), (new, der("https://i")))
     assert take(both, "ci@a.example", "https://i")

@@ -144,6 +144,8 @@ def test_an_address_denies_another_path_and_another_nar_hash() -> None:
         with pytest.raises(Refused, match="CA"):
             check_content_address(wrong)
     assert not names_nar_hash(replace(good, references=(good.store_path,)))
+    for other in ("0" * 32, "z" * 32):  # a reference to another path is none to itself
+        assert names_nar_hash(replace(good, references=(StorePath(other, "other"),)))
     assert not names_nar_hash(addressed(Method.FLAT, Hash.sha256(b"contents"), PLAIN).info)
 
 
@@ -327,6 +329,9 @@ def test_realisations_are_of_the_output_that_was_asked_for() -> None:
         with pytest.raises(NarsealError):
             parse_at(name, bad)
     ident, other = (f"sha256:{c * 64}!out" for c in "ab")
+    # what is signed knows no order of what it depends on
+    orders = ({ident: A, other: B}, {other: B, ident: A})
+    assert len({Realisation(ident, A, order).fingerprint() for order in orders}) == 1
     old = f'{{"id":"{ident}","outPath":"{A}"}}'.encode()
     assert isinstance(parse_at(f"realisations/{ident}.doi", old), Realisation)
     with pytest.raises(NarsealError, match="another output"):

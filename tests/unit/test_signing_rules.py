@@ -208,6 +208,30 @@ def test_a_realisation_by_name_needs_both_names_in_the_scope(tmp_path: Path) -> 
         assert isinstance(realise(found, OLD, OUT), Approved)
 
 
+def test_own_statements_are_signed_up_to_their_bound(tmp_path: Path) -> None:
+    """Three quarters of it in base-64 are as long as the bound itself."""
+    import base64
+
+    from narseal.cosign import statement
+    from narseal.cosign.keys import CosignKey
+    from narseal.cosign.statement import MAX_BYTES, AttestedPath
+
+    references = tuple(store_path(f"{'r' * 200}{n}") for n in range(18_500))
+    items = [entry(f"app-{n}", references=references) for n in range(3)]
+    data = statement.render(
+        [AttestedPath(i.info, i.info.url.removeprefix("nar/"), i.info.nar_hash) for i in items]
+    )
+    assert MAX_BYTES * 3 // 4 < len(data) < MAX_BYTES
+    write_private(tmp_path / "cosign.key", CosignKey.generate().render(b""))
+    keys = [{"url": f"file:{tmp_path}/cosign.key", "name": "release"}]
+    with rules(tmp_path, cosign_key=keys) as found:
+        tree = {"id": 1, "kind": "statement", "key": "release"}
+        good = tree | {"statement": base64.b64encode(data).decode()}
+        assert isinstance(found.consider(good, PEER), Approved)
+        with pytest.raises(NarsealError, match="more than"):
+            found.consider(tree | {"statement": "A" * (MAX_BYTES * 4 // 3 + 5)}, PEER)
+
+
 def test_a_request_has_its_fields_and_no_others(tmp_path: Path) -> None:
     tree = {"id": 1, "key": OPERATOR.name}
     tree |= PathRequest(entry("app").signed(UPSTREAM).info, None).render()

@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from sigstore.errors import Error as SigstoreError
+from sigstore._internal.trust import KeyringPurpose
 from sigstore.models import ClientTrustConfig, SigningConfig, TrustedRoot
 
+from narseal.cosign.library import LibraryVerifier
 from narseal.errors import ConfigError, UpstreamTrouble
 
 _MAX_BYTES = 4 << 20
@@ -38,16 +39,27 @@ def load(file: Path) -> Trust:
         tree = json.loads(data)
         kind = str(tree["mediaType"])
         if "trustedroot" in kind:
-            return Trust(TrustedRoot.from_file(str(file)), None, data)
+            return Trust(_whole(TrustedRoot.from_file(str(file))), None, data)
         if "clienttrustconfig" in kind:
             config = ClientTrustConfig.from_json(data.decode())
             root = json.dumps(tree["trustedRoot"]).encode()
-            return Trust(config.trusted_root, config.signing_config, root)
+            return Trust(_whole(config.trusted_root), config.signing_config, root)
         raise ValueError(f"its mediaType is {kind[:80]}")
-    except (ValueError, KeyError, TypeError, RecursionError, SigstoreError) as error:
+    except Exception as error:
+        # of certificates and keys that are none, libraries say so with errors of every kind
         raise ConfigError(
             f"{file}: neither a client trust config nor a trusted root of Sigstore: {error}"
         ) from error
+
+
+def _whole(root: TrustedRoot) -> TrustedRoot:
+    """The root, after each certificate and key was read, which sigstore-python else does in use."""
+    LibraryVerifier(root)
+    root.get_timestamp_authorities()
+    root.rekor_keyring(KeyringPurpose.VERIFY)
+    if root._inner.ctlogs:  # noqa: SLF001
+        root.ct_keyring(KeyringPurpose.VERIFY)
+    return root
 
 
 def public_instance(*, offline: bool = False) -> Trust:

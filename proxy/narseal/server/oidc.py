@@ -44,25 +44,33 @@ class Oidc:
 
         UpstreamTrouble if its issuer's keys cannot be had: then it is not known.
         """
-        try:
-            header = jwt.get_unverified_header(text)
-            issuer = jwt.decode(text, options={"verify_signature": False}).get("iss")
-        except (jwt.PyJWTError, ValueError, RecursionError):
-            return None
+        issuer, kid = claimed(text)
         rules = [config for config in self._configs if config.issuer == issuer]
-        if not rules or header.get("alg") not in _ALGORITHMS:
+        if not rules:
             return None
-        key = await self._keys[rules[0].issuer].get(str(header.get("kid", "")))
+        key = await self._keys[rules[0].issuer].get(kid)
         return await self._threads.run(_first_held, text, rules, key) if key else None
+
+
+def claimed(text: str) -> tuple[str, str]:
+    """The issuer and the key that a token names, unverified; empty if nothing like it is taken."""
+    try:
+        header = jwt.get_unverified_header(text)
+        issuer = jwt.decode(text, options={"verify_signature": False}).get("iss")
+    except (jwt.PyJWTError, ValueError, RecursionError):
+        return "", ""
+    if not isinstance(issuer, str) or header.get("alg") not in _ALGORITHMS:
+        return "", ""
+    return issuer, str(header.get("kid", ""))
 
 
 def _first_held(text: str, rules: Sequence[OidcConfig], key: jwt.PyJWK) -> Token | None:
     """In a thread: the token as the first rule sees it that takes it."""
-    return next((token for rule in rules if (token := _held(text, rule, key))), None)
+    return next((token for rule in rules if (token := held(text, rule, key))), None)
 
 
-def _held(text: str, rule: OidcConfig, key: jwt.PyJWK) -> Token | None:
-    """The token as one rule sees it."""
+def held(text: str, rule: OidcConfig, key: jwt.PyJWK) -> Token | None:
+    """The token as one rule sees it; None if it does not hold, or its claims are none."""
     try:
         claims = jwt.decode(
             text,
@@ -73,14 +81,15 @@ def _held(text: str, rule: OidcConfig, key: jwt.PyJWK) -> Token | None:
             leeway=_LEEWAY,
             options={"require": ["exp", "iat", "iss", "aud", "sub"]},
         )
-    except (jwt.PyJWTError, ValueError, TypeError):
+        wanted = rule.claims | ({"sub": rule.identity} if rule.identity else {})
+        if any(claims.get(name) != value for name, value in wanted.items()):
+            return None
+        who = f"{rule.issuer} {claims['sub']}".encode()  # half a surrogate pair is no text
+        expires = float(claims["exp"])  # neither is a number of a thousand digits a time
+    except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
         return None
-    wanted = rule.claims | ({"sub": rule.identity} if rule.identity else {})
-    if any(claims.get(name) != value for name, value in wanted.items()):
-        return None
-    who = f"{rule.issuer} {claims['sub']}".encode()
     name = f"oidc-{hashlib.sha256(who).hexdigest()[:16]}"
-    return Token(name, str(claims["sub"])[:100], rule.allow, float(claims["exp"]), "")
+    return Token(name, str(claims["sub"])[:100], rule.allow, expires, "")
 
 
 class _Keys:
@@ -122,7 +131,7 @@ class _Keys:
                 if discovery.get("issuer") != self._issuer:
                     raise ValueError(f"its discovery names {str(discovery.get('issuer'))[:200]!a}")
                 tree = await self._object(session, str(discovery["jwks_uri"]))
-            self._by_id = await self._threads.run(_keys_of, tree)
+            self._by_id = await self._threads.run(keys_of, tree)
             self._failure = None
             self._fetched = time.monotonic()
         except (*_FAILURES, jwt.PyJWTError, Malformed, ValueError, KeyError, TypeError) as error:
@@ -163,8 +172,14 @@ def _session() -> aiohttp.ClientSession:
     )
 
 
-def _keys_of(tree: dict[str, Any]) -> dict[str, jwt.PyJWK]:
-    """In a thread: a JWKS (RFC 7517) as keys by their ids."""
+def keys_of(tree: dict[str, Any]) -> dict[str, jwt.PyJWK]:
+    """In a thread: a JWKS (RFC 7517) as keys by their ids; Malformed if it has no key to use."""
     if isinstance(tree.get("keys"), list) and len(tree["keys"]) > _MAX_KEYS:
-        raise ValueError(f"more than {_MAX_KEYS} keys")
-    return {str(key.key_id): key for key in jwt.PyJWKSet.from_dict(tree).keys if key.key_id}
+        raise Malformed(f"more than {_MAX_KEYS} keys")
+    try:
+        found = jwt.PyJWKSet.from_dict(tree).keys
+    except Exception as error:
+        # libraries that promise no error of their own for hostile numbers and types; whichever
+        # it is, there are no keys
+        raise Malformed(f"its keys cannot be read: {error!r}"[:300]) from error
+    return {str(key.key_id): key for key in found if key.key_id}
