@@ -29,7 +29,7 @@ from narseal.nix.compression import decompressor
 from narseal.nix.content_address import ContentAddress
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import PublicKey, SecretKey, Signature
-from narseal.nix.nar import NarReader
+from narseal.nix.nar_reader import NarReader
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.realisation import parse_at
 from narseal.nix.store_path import StorePath

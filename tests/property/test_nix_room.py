@@ -16,11 +16,13 @@ from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.fingerprint import fingerprint
 from narseal.nix.hashes import SIZES, Hash
 from narseal.nix.keys import Signature
+from narseal.nix.nar_reader import NarReader, NarSummary
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.references import HashModulo, ReferenceScanner
 from narseal.nix.store_path import StorePath
 from narseal.server.conditional import Span, Unsatisfiable, parse_range
 from tests.tools.cache import COMPRESS
+from tests.tools.nar_reader import ReferenceNarReader
 
 hash_parts = st.text(base32.ALPHABET, min_size=32, max_size=32)
 names = st.from_regex(r"[a-zA-Z0-9+_?=][0-9a-zA-Z+\-._?=]{0,60}", fullmatch=True)
@@ -173,7 +175,7 @@ def test_each_edit_of_what_is_signed_changes_the_fingerprint(
 def test_nar_is_read_in_any_portions(node: nar.Node, sizes: list[int]) -> None:
     data = b"".join(nar.render(node))
     contents: list[bytes] = []
-    reader = nar.NarReader(max_size=len(data), on_contents=lambda p: contents.append(bytes(p)))
+    reader = NarReader(max_size=len(data), on_contents=lambda p: contents.append(bytes(p)))
     for portion in portions(data, sizes):
         reader.feed(portion)
     summary = reader.finish()
@@ -193,31 +195,112 @@ def test_a_cut_or_lengthened_nar_is_refused(node: nar.Node, data: st.DataObject)
     whole = b"".join(nar.render(node))
     cut = data.draw(st.integers(0, len(whole) - 1))
     for wrong in (whole[:cut], whole + b"\0", whole + whole):
-        reader = nar.NarReader(max_size=2 * len(whole))
+        reader = NarReader(max_size=2 * len(whole))
         with pytest.raises(NarsealError):
             reader.feed(wrong)
             reader.finish()
 
 
+def read(
+    make: type[NarReader | ReferenceNarReader], data: list[bytes], *, files: bool
+) -> tuple[NarSummary, bytes, list[bytes]] | None:
+    """What a reader makes of some portions: summary, contents, files; None if it refuses them."""
+    contents: list[bytes] = []
+    found: list[bytes] = []
+    reader = make(
+        max_size=1 << 20,
+        on_contents=lambda p: contents.append(bytes(p)),
+        on_file=found.append if files else None,
+    )
+    try:
+        for portion in data:
+            reader.feed(portion)
+        return reader.finish(), b"".join(contents), found
+    except NarsealError:
+        return None
+
+
+@given(nodes, st.lists(st.integers(0, 300), max_size=20), st.booleans())
+def test_nar_is_read_as_token_by_token(node: nar.Node, sizes: list[int], files: bool) -> None:
+    data = b"".join(nar.render(node))
+    expected = read(ReferenceNarReader, [data], files=files)
+    assert expected is not None
+    assert read(NarReader, portions(data, sizes), files=files) == expected
+    assert read(NarReader, [data], files=files) == expected
+
+
+KINDS: list[nar.Node] = [
+    nar.Regular(b"x"),
+    nar.Regular(b"", executable=True),
+    nar.Symlink(b"a"),
+    nar.Directory({}),
+]
+
+
+@given(st.lists(st.tuples(st.sampled_from([b"a", b"b", b"c"]), st.sampled_from(KINDS)), max_size=4))
+def test_names_of_every_kind_are_sorted_and_there_once(
+    entries: list[tuple[bytes, nar.Node]],
+) -> None:
+    data = nar.strings(nar.MAGIC, b"(", b"type", b"directory")
+    for name, node in entries:
+        body = b"".join(nar.render(node)).removeprefix(nar.string(nar.MAGIC))
+        data += nar.strings(b"entry", b"(", b"name", name, b"node") + body + nar.string(b")")
+    data += nar.string(b")")
+    names = [name for name, _ in entries]
+    is_good = names == sorted(set(names))
+    for files in (True, False):
+        assert (read(NarReader, [data], files=files) is not None) == is_good
+
+
+@settings(max_examples=600)
+@given(nodes, st.lists(st.integers(0, 300), max_size=8), st.data())
+def test_a_damaged_nar_is_judged_as_token_by_token(
+    node: nar.Node, sizes: list[int], data: st.DataObject
+) -> None:
+    text = bytearray(b"".join(nar.render(node)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(text) - 1))
+        kind = data.draw(st.sampled_from(["bit", "byte", "word", "cut", "twice"]))
+        if kind == "bit":
+            text[at] ^= 1 << data.draw(st.integers(0, 7))
+        elif kind == "byte":
+            text[at : at + 1] = data.draw(st.binary(max_size=2))
+        elif kind == "word":  # where lengths and tokens stand
+            at &= ~7
+            text[at : at + 8] = data.draw(st.integers(0, 300)).to_bytes(8, "little")
+        else:
+            length = 8 * data.draw(st.integers(1, 8))
+            at &= ~7
+            text[at : at + length] = b"" if kind == "cut" else text[at : at + length] * 2
+    whole = bytes(text)
+    expected = read(ReferenceNarReader, [whole], files=True)
+    for files in (True, False):
+        for given_ in ([whole], portions(whole, sizes)):
+            found = read(NarReader, given_, files=files)
+            assert (found and found[:2]) == (expected and expected[:2])
+
+
+NO_NAMES = {
+    "dot dot": b"..", "dot": b".", "slash": b"a/b", "NUL": b"a\0", "empty": b"", "long": b"x" * 256,
+    "case hack": b"a~nix~case~hack~1",
+}  # fmt: skip
 HOSTILE: dict[str, nar.Node] = {
-    "dot dot": nar.Directory({b"..": nar.Regular(b"")}),
-    "dot": nar.Directory({b".": nar.Regular(b"")}),
-    "slash": nar.Directory({b"a/b": nar.Regular(b"")}),
-    "NUL": nar.Directory({b"a\0": nar.Regular(b"")}),
-    "empty name": nar.Directory({b"": nar.Regular(b"")}),
-    "long name": nar.Directory({b"x" * 256: nar.Regular(b"")}),
-    "case hack": nar.Directory({b"a~nix~case~hack~1": nar.Regular(b"")}),
     "empty target": nar.Symlink(b""),
     "NUL in a target": nar.Symlink(b"a\0b"),
     "long target": nar.Symlink(b"x" * 4096),
 }
+for case, name in NO_NAMES.items():
+    HOSTILE[f"{case} name of a plain file"] = nar.Directory({name: KINDS[0], b"~": KINDS[2]})
+    for node in KINDS[1:]:
+        HOSTILE[f"{case} name of a {type(node).__name__}"] = nar.Directory({name: node})
 
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_nars_are_refused(case: str) -> None:
-    reader = nar.NarReader(max_size=1 << 20)
+    reader = NarReader(max_size=1 << 20)
     with pytest.raises(Malformed):
         reader.feed(b"".join(nar.render(HOSTILE[case])))
+        reader.finish()
 
 
 def test_a_nar_deeper_than_nix_reads_is_refused() -> None:
@@ -225,13 +308,14 @@ def test_a_nar_deeper_than_nix_reads_is_refused() -> None:
         node: nar.Node = nar.Directory({})
         for _ in range(depth - 1):
             node = nar.Directory({b"d": node})
-        reader = nar.NarReader(max_size=1 << 20)
+        reader = NarReader(max_size=1 << 20)
         if good:
             reader.feed(b"".join(nar.render(node)))
             reader.finish()
         else:
             with pytest.raises(Malformed):
                 reader.feed(b"".join(nar.render(node)))
+                reader.finish()
 
 
 def test_unsorted_names_and_padding_are_refused() -> None:
@@ -240,8 +324,10 @@ def test_unsorted_names_and_padding_are_refused() -> None:
     padded = data.replace(b"x\0\0\0\0\0\0\0", b"x\0\0\0\0\0\0\1", 1)
     twice = data.replace(b"b\0\0\0\0\0\0\0", b"a\0\0\0\0\0\0\0", 1)
     for wrong in (swapped, padded, twice):
+        reader = NarReader(max_size=1 << 20)
         with pytest.raises(Malformed):
-            nar.NarReader(max_size=1 << 20).feed(wrong)
+            reader.feed(wrong)
+            reader.finish()
 
 
 @settings(deadline=None)

@@ -9,7 +9,7 @@ import pytest
 
 from narseal.errors import NarsealError
 from narseal.nix import nar
-from narseal.nix.nar import NarReader
+from narseal.nix.nar_reader import NarReader
 from narseal.nix.narinfo import NarInfo
 from tests.tools.differential import ITEM, read_by_nix
 from tests.tools.nix import Nix, nix

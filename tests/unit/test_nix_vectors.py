@@ -20,6 +20,7 @@ from narseal.nix.cache_info import CacheInfo
 from narseal.nix.hashes import Hash
 from narseal.nix.inspection import Inspection
 from narseal.nix.keys import PublicKey, SecretKey, Signature
+from narseal.nix.nar_reader import NarReader
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.realisation import BuildTraceEntry, Realisation
 from narseal.nix.references import ReferenceScanner
@@ -157,7 +158,7 @@ def test_nar_of_a_tree_is_what_nix_dumps() -> None:
     )
     dump = base64.b64decode(VECTORS["dump"])
     assert b"".join(nar.render(tree)) == dump
-    reader = nar.NarReader(max_size=len(dump))
+    reader = NarReader(max_size=len(dump))
     reader.feed(dump)
     assert reader.finish().nar_hash.nix32 == VECTORS["dump_hash"]
 

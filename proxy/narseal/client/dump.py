@@ -10,7 +10,7 @@ from pathlib import Path
 from narseal.errors import ConfigError
 from narseal.nix import nar
 from narseal.nix.hashes import Hash
-from narseal.nix.nar import NarReader
+from narseal.nix.nar_reader import NarReader
 
 _CHUNK = 1 << 20
 

@@ -11,7 +11,7 @@ from narseal.errors import ContentMismatch
 from narseal.nix.compression import MAGIC, decompressor
 from narseal.nix.content_address import Method
 from narseal.nix.hashes import Hash
-from narseal.nix.nar import NarReader
+from narseal.nix.nar_reader import NarReader
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.references import HashModulo, ReferenceScanner
 
