@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -16,7 +17,9 @@ from pathlib import Path
 from nacl.exceptions import InvalidkeyError
 from nacl.pwhash import argon2id
 
-from narseal.errors import ConfigError
+from narseal.errors import ConfigError, Unavailable
+
+_log = logging.getLogger(__name__)
 
 _TOKEN = re.compile(r"narseal_([0-9a-f]{12})_([A-Za-z0-9_-]{43})", re.ASCII)
 _MAX_BYTES = 4 << 20
@@ -54,27 +57,45 @@ class Tokens:
         self._file = file
         self._seen: tuple[int, int] | None = None
         self._by_id: dict[str, Token] = {}
+        #: Why the file cannot be used; then no token is good.
+        self._error: ConfigError | None = None
         #: In the place of an unknown id's hash, so that both take the same time.
         self._nobody = argon2id.str(secrets.token_bytes(32), _OPS, _MEMORY).decode()
         self.refresh()
+        if self._error:
+            raise self._error
 
     def refresh(self) -> bool:
-        """Read the file if it is another than before; whether it was. Blocks."""
+        """Read the file if it is another than before; whether it was. Blocks.
+
+        From a file that cannot be used no token is good until it can be.
+        """
         try:
             status = self._file.stat()
             mark = (status.st_mtime_ns, status.st_ino)
         except FileNotFoundError:
-            changed = bool(self._by_id)
-            self._seen, self._by_id = None, {}
+            changed = bool(self._by_id or self._error)
+            self._seen, self._by_id, self._error = None, {}, None
             return changed
         if mark == self._seen:
             return False
-        self._by_id = {token.id: token for token in _read(self._file)}
-        self._seen = mark
+        try:
+            found, error = _read(self._file), None
+        except ConfigError as caught:
+            found, error = [], caught
+            if str(caught) != str(self._error):
+                _log.error("no upload is taken: %s", caught)
+        self._by_id, self._error = {token.id: token for token in found}, error
+        self._seen = None if error else mark  # a chmod that mends it changes no time of writing
         return True
 
     def check(self, text: str, *, now: float) -> Token | None:
-        """The token, if it is in the file and has not expired. Blocks for milliseconds."""
+        """The token, if it is in the file and has not expired. Blocks for milliseconds.
+
+        Unavailable if the file cannot be used: then nobody knows which tokens were revoked.
+        """
+        if self._error:
+            raise Unavailable("the file of upload tokens cannot be used; narseal's log says why")
         match = _TOKEN.fullmatch(text)
         found = self._by_id.get(match[1]) if match else None
         try:
@@ -142,11 +163,11 @@ def _read(file: Path) -> list[Token]:
 
 def _parse(line: str) -> Token:
     tree = json.loads(line)
-    expires = tree["expires"]
-    return Token(
-        str(tree["id"]),
-        str(tree["name"]),
-        tuple(map(str, tree["allow"])),
-        None if expires is None else float(expires),
-        str(tree["hash"]),
-    )
+    texts = [tree[name] for name in ("id", "name", "hash")]
+    allow, expires = tree["allow"], tree["expires"]
+    if not isinstance(allow, list) or not all(isinstance(item, str) for item in [*texts, *allow]):
+        raise TypeError("id, name and hash are texts, and allow is a list of texts")
+    if isinstance(expires, bool) or not isinstance(expires, int | float | None):
+        raise TypeError("expires is a number of seconds since 1970, or null")
+    id_, name, hash_ = texts
+    return Token(id_, name, tuple(allow), None if expires is None else float(expires), hash_)
