@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,10 @@ NAMES = ("a-1", "a-10", "a", "b_1", "bx1")
 
 def by(name: str, number: int = 0) -> Signature:
     return Signature(name, key(name).sign(b"%d" % number).data)
+
+
+def nobody(signatures: Iterable[Signature]) -> tuple[Signature, ...]:
+    return ()
 
 
 @asynccontextmanager
@@ -87,22 +91,38 @@ async def test_as_many_signatures_as_a_narinfo_may_have(tmp_path: Path) -> None:
         signed, ours = await found.paths.sign(HASH, [by("z-1")], ours=["z-1"])
         assert len(signed) == MAX_SIGNATURES and by("z-1") in signed and "z-1" in ours
         with pytest.raises(BadUpload, match="too many signatures"):
-            await found.paths.sign(HASH, [by("n")], is_upload=True)
+            await found.paths.sign(HASH, [by("n")], verified=nobody)
 
 
 async def test_how_many_signatures_uploads_may_leave(tmp_path: Path) -> None:
     async with index(tmp_path) as found:
         others = [by("m", n) for n in range(MOST_BUT_OURS)]
-        signed, _ = await found.paths.sign(HASH, others, is_upload=True)
+        signed, _ = await found.paths.sign(HASH, others, verified=nobody)
         assert set(signed) == {by("a-1"), *others}
         for more in ([by("n")], [by("m", MOST_BUT_OURS)]):
             with pytest.raises(BadUpload, match="too many signatures"):
-                await found.paths.sign(HASH, more, is_upload=True)
+                await found.paths.sign(HASH, more, verified=nobody)
         admitted = await found.path(HASH)
         assert admitted and set(admitted[0].signatures) == {by("a-1"), *others}
         # ours are not an uploader's, however many there are
-        signed, _ = await found.paths.sign(HASH, [by("z-1")], ours=["z-1"], is_upload=True)
+        signed, _ = await found.paths.sign(HASH, [by("z-1")], ours=["z-1"])
         assert by("z-1") in signed
+
+
+async def test_an_upload_takes_room_from_strangers_for_who_is_known_and_no_name_of_ours(
+    tmp_path: Path,
+) -> None:
+    def known(signatures: Iterable[Signature]) -> list[Signature]:
+        return [signature for signature in signatures if signature.key_name == "z"]
+
+    async with index(tmp_path) as found:
+        strangers = [by("m", n) for n in range(MOST_BUT_OURS)]
+        await found.paths.sign(HASH, strangers, verified=known)
+        signed, _ = await found.paths.sign(HASH, [by("z"), by("b_1")], verified=known)
+        assert len(signed) == MOST_BUT_OURS + 1
+        assert {by("a-1"), by("z")} < set(signed) and by("b_1") not in signed
+        signed, ours = await found.paths.sign(HASH, [by("a-1", 2)], verified=known)
+        assert by("a-1", 2) not in signed and ours == {"a-1"}
 
 
 async def test_every_worker_hears_of_a_withdrawal(tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ class Substituter:
         admission = self.everything.admission
         self.signatures = Signatures(services)
         self.side_file_uploads = SideFileUploads(services)
-        self.uploads = Uploads(services, admission, self._renewal, self._publisher)
+        self.uploads = Uploads(
+            services, self.everything.finder, admission, self._renewal, self._publisher
+        )
         self.provenance = Provenance(services, admission, self.everything.finder)
         self.repair = Repair(services, self._publisher)
         self.revoking = Revoking(services, self._renewal, self.repair)

@@ -23,6 +23,9 @@ from narseal.storage.records import names_of, signatures_of
 #: Signatures, and the names of the operator's keys whose are among them.
 Signed = tuple[tuple[Signature, ...], frozenset[str]]
 
+#: Those of some signatures that are by a key that is known.
+Verified = Callable[[Iterable[Signature]], Iterable[Signature]]
+
 #: Done within the transaction that signed a row.
 OnSigned = Callable[[AsyncConnection, str], Awaitable[None]]
 
@@ -55,13 +58,15 @@ class Claims:
         *,
         ours: Iterable[str] = (),
         drop: Iterable[Signature] = (),
-        is_upload: bool = False,
+        verified: Verified | None = None,
     ) -> Signed:
         """Add signatures to a row's, take others and all by revoked keys away; what it has then.
 
         Whoever else adds some at the same time loses none. `ours` are the names of the operator's
-        keys whose signatures were made or verified: they have room before others'. NotFound if the row
-        is gone; BadUpload if an upload brings more of others' than are kept.
+        keys whose signatures were made or verified: they have room before others'. Of an upload,
+        `verified` says which are by a key that is known here: they have room before strangers', and
+        nothing in a name of the operator's is taken. NotFound if the row is gone; BadUpload if an
+        upload brings more strangers' than are kept.
         """
         table = self._table.c
         named = self._key == key
@@ -72,14 +77,22 @@ class Claims:
             if row is None:
                 raise NotFound(f"{key} is not in the index any more")
             revoked = await revoked_keys(connection)
-            united = {*signatures_of(row.signatures), *signatures} - set(drop)
+            there = set(signatures_of(row.signatures))
             names = (names_of(row.ours) | frozenset(ours)) - revoked
-            kept = sorted(s for s in united if s.key_name not in revoked)
+            new = set(signatures) - there
+            if verified:
+                new = {signature for signature in new if signature.key_name not in names}
+            kept = sorted(s for s in (there | new) - set(drop) if s.key_name not in revoked)
             own = [s for s in kept if s.key_name in names]
             others = [s for s in kept if s.key_name not in names]
-            if is_upload and len(others) > MOST_BUT_OURS:
-                raise BadUpload(f"{key} has too many signatures: {len(others)} of others'")
-            found = tuple(sorted([*own, *others[: max(0, MAX_SIGNATURES - len(own))]]))
+            room = max(0, MAX_SIGNATURES - len(own))
+            if verified:
+                good = set(verified(others))
+                others.sort(key=lambda s: (s not in good, s not in there, s))
+                room = min(room, max(MOST_BUT_OURS, len(there.intersection(others))))
+                if not good & new and not new.isdisjoint(others[room:]):
+                    raise BadUpload(f"{key} has too many signatures: {len(others)} of others'")
+            found = tuple(sorted([*own, *others[:room]]))
             values = {"signatures": "\n".join(map(str, found)), "ours": "\n".join(sorted(names))}
             await connection.execute(update(self._table).where(named).values(values))
             if self._on_signed:

@@ -59,6 +59,20 @@ class Finder:
         thing = f"{hash_part}.narinfo"
         return in_order(self._upstreams, lambda u: self._ask(u, hash_part), answers, thing=thing)
 
+    async def namesake(self, store_path: StorePath) -> StorePath | None:
+        """Another path of the same hash part that an upstream has, with good evidence.
+
+        Trouble if none has, and one of them could not be asked.
+        """
+        answers = Answers()
+        async with self.candidates(store_path.hash_part, answers) as found:
+            async for _, candidate in found:
+                if candidate.info.store_path != store_path:
+                    return candidate.info.store_path
+        if isinstance(verdict := answers.verdict(str(store_path)), Trouble):
+            raise verdict
+        return None
+
     async def preview(self, store_path: StorePath) -> tuple[Admitted, bool]:
         """A path as it is admitted, or as it would be, whatever policy says; and which of both.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from narseal.custody.requests import RealisationRequest
 from narseal.custody.tokens import Token
@@ -139,7 +140,12 @@ class Realisations:
             kind = UploadConflict if error.reason == "conflict" else BadUpload
             raise kind(str(error)) from error
         if more := set(kept.signatures) - set(admitted.signatures):
-            await self._index.realisations.sign(name, more)
+            ring = KeyRing.of(self._trusted.keys, self._own.keys)
+            verified = partial(ring.verified, entry.fingerprint())
+            try:
+                await self._index.realisations.sign(name, more, verified=verified)
+            except NotFound as error:  # it was taken away meanwhile
+                raise UploadConflict(f"{name}: {error}") from error
             self._epoch.advance()
         self._epoch.arrive()
 

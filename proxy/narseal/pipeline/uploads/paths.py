@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from narseal.custody.tokens import Token
@@ -33,6 +34,7 @@ from narseal.nix.narinfo import MOST_BUT_OURS, NarInfo
 from narseal.pipeline.nars.inspect import inspect_stored
 from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.paths.admission import Admission
+from narseal.pipeline.paths.finder import Finder
 from narseal.pipeline.paths.renewal import Renewal, path_request
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
@@ -65,7 +67,12 @@ class Uploads:
     """What uploaders may bring, by kind."""
 
     def __init__(
-        self, services: Services, admission: Admission, renewal: Renewal, publisher: Publisher
+        self,
+        services: Services,
+        finder: Finder,
+        admission: Admission,
+        renewal: Renewal,
+        publisher: Publisher,
     ) -> None:
         self._config = services.config
         self._upload = services.config.upload
@@ -74,6 +81,7 @@ class Uploads:
         self._index = services.index
         self._threads = services.threads
         self._epoch = services.epoch
+        self._finder = finder
         self._admission = admission
         self._renewal = renewal
         self._publisher = publisher
@@ -120,6 +128,8 @@ class Uploads:
                 await self._merge(found[0], found[1], info, token)
                 return False
             check_content_address(info)
+            if not trusted:
+                await self._check_hash_part(info, token)
             await self._check_references(info)
             arrived = await self._arrived(info)
             await self._admit(info, arrived, identify)
@@ -169,7 +179,8 @@ class Uploads:
             more = {signature for signature in more if signature.key_name in self._known}
         if not more:
             return
-        await self._index.paths.sign(info.store_path.hash_part, more, is_upload=True)
+        verified = partial(self._known.verified, info.fingerprint())
+        await self._index.paths.sign(info.store_path.hash_part, more, verified=verified)
         self._epoch.advance()
         if nar.stored:
             await self._publisher.narinfo(info.store_path.hash_part)
@@ -177,19 +188,39 @@ class Uploads:
     def _kept(self, info: NarInfo) -> tuple[Signature, ...]:
         return self._known.kept(info.fingerprint(), info.signatures, most=MOST_BUT_OURS)
 
+    async def _check_hash_part(self, info: NarInfo, token: Token) -> None:
+        """UploadConflict if an upstream has another path of the same hash part.
+
+        A path is asked for by its hash part alone, and a token's scope is of names: it would cover
+        any path of an upstream, with a name of its own behind the other's hash part. A content
+        address ties the two together. Trouble if an upstream cannot say.
+        """
+        if token.covers_all or info.ca is not None:
+            return
+        if other := await self._finder.namesake(info.store_path):
+            raise UploadConflict(
+                f"{info.store_path} has the hash part of {other}, which an upstream has and which"
+                f" the token {token.name} does not cover under this name"
+            )
+
     async def _check_references(self, info: NarInfo) -> None:
         """A path comes after what it refers to, here or at an upstream."""
         for reference in info.references:
             if reference == info.store_path:
                 continue
+            missing = BadUpload(
+                f"{info.store_path} refers to {reference}, which is not here: upload it first"
+            )
             try:
-                await self._admission.path(reference.hash_part)
-            except Denied:
-                continue  # it is here, and kept back
+                found = await self._admission.path(reference.hash_part)
+            except Denied:  # it is here, and kept back
+                if (kept_back := await self._index.path(reference.hash_part)) is None:
+                    continue  # by its name: an upstream has it
+                found = kept_back
             except (NotFound, Refused) as error:
-                raise BadUpload(
-                    f"{info.store_path} refers to {reference}, which is not here: upload it first"
-                ) from error
+                raise missing from error
+            if found[0].info.store_path != reference:
+                raise missing
 
     async def _arrived(self, info: NarInfo) -> _Arrived:
         """The NAR that a narinfo claims, uploaded or in storage already, held to the narinfo."""
