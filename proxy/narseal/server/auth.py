@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import logging
 import os
 import time
 from collections import OrderedDict
@@ -17,6 +18,8 @@ from narseal.errors import Unauthorised
 from narseal.runtime.threads import ThreadPools
 from narseal.server.oidc import Oidc
 from narseal.telemetry import metrics
+
+_log = logging.getLogger(__name__)
 
 _KEPT_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
@@ -44,17 +47,14 @@ class Gate:
         """
         text = _token(request.headers.get("Authorization", ""))
         now = time.monotonic()
-        tokens = self._tokens
-        if now - self._looked > _LOOK_SECONDS:
+        if self._tokens is not None and now - self._looked > _LOOK_SECONDS:
             self._looked = now
-            if tokens is not None:
-                changed = await self._threads.run(tokens.refresh)
-                if changed:
-                    self._good.clear()
+            await self._look(self._tokens)
         key = hashlib.blake2b(text.encode(), key=self._salt).digest()
         known = self._good.get(key)
         if known and now < known[1] and (known[0].expires or time.time() + 1) > time.time():
             return known[0]
+        good = self._good
         token = await self._check(text) if text else None
         if token is None:
             await self._refuse(request.remote or "", given=bool(text))
@@ -63,10 +63,21 @@ class Gate:
                 " it as Authorization: Bearer"
             )
         self._failures.pop(request.remote or "", None)
-        self._good[key] = (token, now + _KEPT_SECONDS)
-        while len(self._good) > _ADDRESSES:
-            self._good.popitem(last=False)
+        # if the file changed meanwhile this is another's memory: what was checked is forgotten
+        good[key] = (token, now + _KEPT_SECONDS)
+        while len(good) > _ADDRESSES:
+            good.popitem(last=False)
         return token
+
+    async def _look(self, tokens: Tokens) -> None:
+        """Read the file anew if it changed; what was good by the old one is forgotten."""
+        changed = await self._threads.run(tokens.refresh)
+        if changed:
+            self._good = OrderedDict()
+            if tokens.fault:
+                _log.error("no upload token is good: %s", tokens.fault)
+        if tokens.fault:
+            metrics.tokens_file_errors.inc()
 
     async def _check(self, text: str) -> Token | None:
         if self._oidc and text.count(".") == 2:
