@@ -44,9 +44,12 @@ class ContentAddress:
         raise MalformedContentAddress(f"CA is neither text: nor fixed: {text[:80]!r}")
 
     @property
-    def is_measured(self) -> bool:
-        """Whether the bytes of a NAR are held to it: what git hashes is not recomputed here."""
-        return self.method is not Method.GIT
+    def is_evidence(self) -> bool:
+        """Whether a NAR held to it can be no other: what git hashes is not recomputed here.
+
+        MD5 and SHA-1 are held to their content, too, but anybody can make two contents for them.
+        """
+        return self.method is not Method.GIT and self.hash.algorithm in ("sha256", "sha512")
 
     def store_path(
         self, name: str, references: Iterable[StorePath], *, self_hash: str, store_dir: str

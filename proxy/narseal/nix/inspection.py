@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
-from narseal.errors import ContentMismatch
+from narseal.errors import ContentMismatch, Refused
 from narseal.nix.compression import MAGIC, decompressor
 from narseal.nix.content_address import Method
 from narseal.nix.hashes import Hash
@@ -24,6 +24,8 @@ class Measured:
 
     file_hash: Hash
     file_size: int
+    #: No other NAR agrees with the narinfo's CA: it can speak for the content by itself.
+    is_addressed: bool = False
     #: Hash parts of claimed references that do not occur in the NAR; empty unless it was scanned.
     missing: frozenset[str] = frozenset()
 
@@ -87,9 +89,10 @@ class Inspection:
                 f"{info.store_path}: the NAR has hash {summary.nar_hash} and {summary.nar_size}"
                 f" bytes, its narinfo says {info.nar_hash} and {info.nar_size}",
             )
-        self._check_content_address(is_plain_file=summary.is_plain_file)
+        is_addressed = self._check_content_address(is_plain_file=summary.is_plain_file)
         digest = self._file_hash.digest() if self._file_hash else summary.nar_hash.digest
-        return Measured(Hash("sha256", digest), self._file_size, self._scanner.missing)
+        file_hash = Hash("sha256", digest)
+        return Measured(file_hash, self._file_size, is_addressed, self._scanner.missing)
 
     def _check_magic(self, data: bytes) -> None:
         magic = MAGIC.get(self._info.compression, b"")
@@ -102,21 +105,36 @@ class Inspection:
                     f" it begins with {self._head.hex()}",
                 )
 
-    def _check_content_address(self, *, is_plain_file: bool) -> None:
-        found: tuple[bytes, ...]
+    def _check_content_address(self, *, is_plain_file: bool) -> bool:
+        """Whether the CA leaves no other content; ContentMismatch if this is not its content."""
+        ca = self._info.ca
+        if ca is None:
+            return False
+        found: tuple[bytes | None, ...]
         if isinstance(self._whole, HashModulo):
             found = self._whole.digests()
         elif self._whole:
             found = (self._whole.digest(),)
         elif self._contents:
             found = (self._contents.digest(),) if is_plain_file else ()
-        else:
-            return
-        ca = self._info.ca
-        if ca is None or ca.hash.digest not in found:
+        else:  # git's, or NarHash, which was compared
+            return ca.is_evidence
+        if ca.hash.digest not in found:
             raise ContentMismatch(
                 "ca-mismatch", f"{self._info.store_path}: the content is not that of its CA {ca}"
             )
+        # in the place of itself anybody could have put zeros: the digest must say where it stood
+        return ca.is_evidence and ca.hash.digest in found[:1]
+
+
+def check_addressed(info: NarInfo, measured: Measured) -> None:
+    """Refused if nothing but its CA speaks for a NAR, and another NAR could have the same one."""
+    if not measured.is_addressed:
+        raise Refused(
+            "unsigned",
+            f"{info.store_path}: nobody who is trusted signed it, and its CA {info.ca} leaves open"
+            " what the NAR has where the path would name itself",
+        )
 
 
 def _contents_digest(info: NarInfo) -> _Digest | None:

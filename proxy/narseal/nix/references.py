@@ -44,8 +44,10 @@ class ReferenceScanner:
 class HashModulo:
     """A digest with every occurrence of `hash_part` blanked (Nix's `HashModuloSink`).
 
-    So content is addressed that refers to itself. Nix's source means to hash the places of the occurrences behind that; Nix 2.34 does not
-    (tests/vectors), other releases do. So there are two right digests.
+    So content is addressed that refers to itself. Nix's source means to hash the places of the
+    occurrences behind that; Nix 2.34 does not (tests/vectors), other releases do. So there are two
+    right digests, but only the one with the places leaves no other content: for the other one,
+    anybody may blank some of the occurrences.
     """
 
     def __init__(self, algorithm: str, hash_part: str) -> None:
@@ -68,11 +70,11 @@ class HashModulo:
         self._held = data[end:]
         self._offset += end
 
-    def digests(self) -> tuple[bytes, bytes]:
-        """The digest of all that was fed, without and with the places."""
+    def digests(self) -> tuple[bytes | None, bytes]:
+        """The digest of all that was fed, with the places, None if there are none, and without."""
         self._digest.update(self._held)
         self._held = b""
         placed = self._digest.copy()
         for place in self._places:
             placed.update(f"|{place}".encode())
-        return self._digest.digest(), placed.digest()
+        return placed.digest() if self._places else None, self._digest.digest()

@@ -39,23 +39,27 @@ class Gate:
         self._good: OrderedDict[bytes, tuple[Token, float]] = OrderedDict()
         self._failures: OrderedDict[str, int] = OrderedDict()
         self._looked = 0.0
+        #: How often the file was read anew: a check that began before counts no more.
+        self._version = 0
 
-    async def identify(self, request: web.Request) -> Token:
+    async def identify(self, request: web.Request, *, anew: bool = False) -> Token:
         """The token that the request brings; Unauthorised if it brings none that is good.
 
-        Each failure makes the next answer to the same address slower.
+        With `anew`, the file is looked at now: before what a token brought is signed, since it may
+        have been revoked, or have expired, while the body came. TokensUnusable if the file cannot
+        be read. Each failure makes the next answer to the same address slower.
         """
         text = _token(request.headers.get("Authorization", ""))
+        await self._look(anew=anew)
         now = time.monotonic()
-        if self._tokens is not None and now - self._looked > _LOOK_SECONDS:
-            self._looked = now
-            await self._look(self._tokens)
         key = hashlib.blake2b(text.encode(), key=self._salt).digest()
         known = self._good.get(key)
         if known and now < known[1] and (known[0].expires or time.time() + 1) > time.time():
             return known[0]
-        good = self._good
-        token = await self._check(text) if text else None
+        token, version = None, -1
+        while text and version != self._version:
+            version = self._version
+            token = await self._check(text)
         if token is None:
             await self._refuse(request.remote or "", given=bool(text))
             raise Unauthorised(
@@ -63,21 +67,25 @@ class Gate:
                 " it as Authorization: Bearer"
             )
         self._failures.pop(request.remote or "", None)
-        # if the file changed meanwhile this is another's memory: what was checked is forgotten
-        good[key] = (token, now + _KEPT_SECONDS)
-        while len(good) > _ADDRESSES:
-            good.popitem(last=False)
+        self._good[key] = (token, now + _KEPT_SECONDS)
+        while len(self._good) > _ADDRESSES:
+            self._good.popitem(last=False)
         return token
 
-    async def _look(self, tokens: Tokens) -> None:
-        """Read the file anew if it changed; what was good by the old one is forgotten."""
-        changed = await self._threads.run(tokens.refresh)
-        if changed:
-            self._good = OrderedDict()
-            if tokens.fault:
-                _log.error("no upload token is good: %s", tokens.fault)
-        if tokens.fault:
+    async def _look(self, *, anew: bool) -> None:
+        now = time.monotonic()
+        if self._tokens is None or not (anew or now - self._looked > _LOOK_SECONDS):
+            return
+        self._looked = now
+        changed = await self._threads.run(self._tokens.refresh)
+        fault = self._tokens.fault
+        if fault:
             metrics.tokens_file_errors.inc()
+        if changed:
+            self._version += 1
+            self._good.clear()
+            if fault:
+                _log.error("no token of the file is good: %s", fault)
 
     async def _check(self, text: str) -> Token | None:
         if self._oidc and text.count(".") == 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from aiohttp import web
 
@@ -61,7 +62,7 @@ class UploadHandlers:
         return web.Response(status=200)
 
     async def nar(self, request: web.Request) -> web.Response:
-        """A NAR, to wait for its narinfo."""
+        """A NAR, to wait for its narinfo, which is held to the token once more."""
         await self._gate.identify(request)
         if request.headers.get("Content-Encoding", "identity") != "identity":
             raise BadUpload("a NAR has no Content-Encoding: its compression is in its narinfo")
@@ -72,25 +73,28 @@ class UploadHandlers:
 
     async def narinfo(self, request: web.Request) -> web.Response:
         """A narinfo, which makes its NAR visible."""
-        token = await self._gate.identify(request)
+        await self._gate.identify(request)
         data = await self._bodies.small(request, narinfo.MAX_BYTES)
         uploads = self._substituter.uploads
-        new = await uploads.put_narinfo(request.match_info["hash"], data, token)
+        identify = partial(self._gate.identify, request, anew=True)
+        new = await uploads.put_narinfo(request.match_info["hash"], data, identify)
         return web.Response(status=201 if new else 200)
 
     async def realisation(self, request: web.Request) -> web.Response:
         """A realisation of either spelling."""
-        token = await self._gate.identify(request)
+        await self._gate.identify(request)
         data = await self._bodies.small(request, realisation.MAX_BYTES)
+        token = await self._gate.identify(request, anew=True)
         await self._substituter.everything.realisations.put(request.match_info["name"], data, token)
         return web.Response(status=201)
 
     async def side_file(self, request: web.Request) -> web.Response:
         """A listing, a log or a debug-info pointer."""
-        token = await self._gate.identify(request)
+        await self._gate.identify(request)
         name = request.match_info["name"]
         limit = self._substituter.everything.side_files.limit(name)
         file = await self._bodies.file(request, limit)
+        token = await self._gate.identify(request, anew=True)
         await self._substituter.side_file_uploads.put(name, file, token)
         return web.Response(status=201)
 
@@ -99,6 +103,7 @@ class UploadHandlers:
         await self._gate.identify(request)
         provenance = self._substituter.provenance
         async with self._bodies.large(request, provenance.max_bytes) as data:
+            await self._gate.identify(request, anew=True)
             if "path" in request.match_info:
                 path = StorePath.parse(request.match_info["path"])
                 new = await provenance.put_for_path(path, data)

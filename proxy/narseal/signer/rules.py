@@ -27,7 +27,7 @@ from narseal.custody.wire import number_of
 from narseal.errors import ConfigError, Malformed, NarsealError, Refused
 from narseal.nix.addressing import check_content_address
 from narseal.nix.compression import is_file_name
-from narseal.nix.inspection import inspect_file
+from narseal.nix.inspection import check_addressed, inspect_file
 from narseal.nix.keyring import KeyRing
 from narseal.nix.keys import PublicKey, Signature
 from narseal.nix.narinfo import NarInfo
@@ -227,7 +227,7 @@ class SigningRules:
         named = any(fnmatchcase(info.store_path.name, glob) for glob in self._config.content)
         if named:
             return "content", True
-        if info.ca is not None and info.ca.is_measured:
+        if info.ca is not None and info.ca.is_evidence:
             return "content-address", True
         raise Refused(
             "unsigned",
@@ -246,6 +246,8 @@ class SigningRules:
             raise Refused("unsigned", f"{info.store_path}: there is no file to hash as evidence")
         with open_regular(Path(storage.removeprefix("file://")) / "nar" / file) as opened:
             measured = inspect_file(info, opened, scan=True)
+        if waiting.agreed.record["evidence"] == "content-address":
+            check_addressed(info, measured)
         if measured.missing and info.ca is None:  # a CA names its references itself
             lacks = ", ".join(sorted(measured.missing)[:4])
             raise Refused(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from narseal.cosign.verify import Verified
 from narseal.errors import ContentMismatch, Malformed, NarsealError, Refused, Unavailable
-from narseal.nix.inspection import Measured
+from narseal.nix.inspection import Measured, check_addressed
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.nars.fetcher import Fetcher
 from narseal.pipeline.nars.transfer import Origin
@@ -16,6 +16,7 @@ from narseal.pipeline.paths.finder import Candidate, Finder
 from narseal.pipeline.paths.lookup import Lookup
 from narseal.pipeline.paths.renewal import Renewal, path_request
 from narseal.pipeline.services import Services
+from narseal.pipeline.trust.evidence import CONTENT_ADDRESS
 from narseal.pipeline.trust.sigstore import signer_of
 from narseal.pipeline.trust.upstream_bundles import UpstreamBundles
 from narseal.storage import Admitted, NarRecord, PathRecord
@@ -148,6 +149,8 @@ class Admission:
         bundles: list[Verified] = []
 
         async def check(measured: Measured) -> None:
+            if evidence.text == CONTENT_ADDRESS:
+                check_addressed(info, measured)
             if measured.missing:
                 lacks = ", ".join(sorted(measured.missing)[:4])
                 raise ContentMismatch(

@@ -16,6 +16,8 @@ from narseal.nix.compression import decompressor
 from narseal.nix.keyring import KeyRing
 from narseal.nix.narinfo import MOST_BUT_OURS, NarInfo
 
+CONTENT_ADDRESS = "content-address"
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -60,8 +62,8 @@ def weigh(
     if signer:
         content_first = upstream.sign_when == "content" or upstream.verify != "signature"
         return kept, Evidence(f"signature {signer}", content_first)
-    if info.ca is not None and info.ca.is_measured:
-        return kept, Evidence("content-address", content_first=True)
+    if info.ca is not None and info.ca.is_evidence:
+        return kept, Evidence(CONTENT_ADDRESS, content_first=True)
     if upstream.verify != "signature" and not pinned:
         scan = upstream.verify == "content"  # a bundle names the references
         return kept, Evidence(upstream.verify, content_first=True, scan=scan)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +44,9 @@ from narseal.storage import (
     NarRecord,
     PathRecord,
 )
+
+#: The token of who uploads, checked as of now; Unauthorised if it is none any more.
+Identify = Callable[[], Awaitable[Token]]
 
 _log = logging.getLogger(__name__)
 _TRIES = 4
@@ -101,15 +104,17 @@ class Uploads:
         finally:
             await run(arriving.discard)
 
-    async def put_narinfo(self, hash_part: str, data: bytes, token: Token) -> bool:
+    async def put_narinfo(self, hash_part: str, data: bytes, identify: Identify) -> bool:
         """Admit a store path whose NAR was uploaded, or add signatures to one that is there.
 
+        `identify` is asked again once the NAR was hashed: its token may have been revoked since.
         Returns whether it is new. BadUpload, UploadConflict or Forbidden if not; a NAR that is not
         what the narinfo says is BadUpload too, and goes on waiting for one that agrees with it.
         """
         try:
             info = self._parsed(hash_part, data)
-            trusted = await self._authorise(info, token)
+            token = await identify()
+            await self._authorise(info, token)
             found = await self._index.path(hash_part)
             if found and not found[0].withdrawn:
                 await self._merge(found[0], found[1], info, token)
@@ -117,7 +122,7 @@ class Uploads:
             check_content_address(info)
             await self._check_references(info)
             arrived = await self._arrived(info)
-            await self._admit(info, arrived, token, trusted)
+            await self._admit(info, arrived, identify)
             return True
         except Refused as error:
             kind = UploadConflict if error.reason == "conflict" else BadUpload
@@ -238,14 +243,15 @@ class Uploads:
             raise BadUpload(f"{sentence}, to which the narinfo refers")
         _log.warning("%s", sentence)
 
-    async def _admit(
-        self, info: NarInfo, arrived: _Arrived, token: Token, trusted: str | None
-    ) -> None:
+    async def _admit(self, info: NarInfo, arrived: _Arrived, identify: Identify) -> None:
         record = replace(arrived.record, stored=True)
-        if arrived.incoming:
-            try:  # its name is its own hash: whatever is there under it is the same
+        try:
+            token = await identify()
+            trusted = await self._authorise(info, token)
+            if arrived.incoming:  # its name is its own hash: what is there under it is the same
                 await self._folder.publish(arrived.incoming, f"nar/{record.file}")
-            finally:
+        finally:
+            if arrived.incoming:
                 await self._folder.discard(arrived.incoming)
         admitted = await self._signed_and_pinned(info, record, token, trusted)
         file = info.url.removeprefix("nar/")

@@ -30,6 +30,14 @@ def upgrade() -> None:
             " AND nar.nar_size = path.nar_size)"
         )
     )
+    # nor one that was hashed with the path's own name blanked, or for which collisions are made
+    connection.execute(
+        sa.text(
+            "UPDATE path SET withdrawn = 1 WHERE evidence = 'content-address' AND ("
+            "refs LIKE '%' || hash_part || '-%'"
+            " OR (ca NOT LIKE '%:sha256:%' AND ca NOT LIKE '%:sha512:%'))"
+        )
+    )
     uploaded = {
         row.hash_part
         for row in connection.execute(
