@@ -22,6 +22,7 @@ NarsealError
     └── Unavailable             narseal itself cannot now
         ├── StorageFull
         ├── StorageBroken       a stored file cannot be read, or is not what was verified
+        ├── TokensUnusable      the tokens file cannot be read, or is none
         └── IndexGone           the index is not the file any more that was opened
 """
 
@@ -235,6 +236,12 @@ class StorageBroken(Unavailable):
         super().__init__(message)
         #: `unreadable` or `wrong-content`, of `narseal_storage_errors_total`.
         self.kind = kind
+
+
+class TokensUnusable(Unavailable):
+    """The tokens file cannot be read, or is none: whose token is good is not known."""
+
+    reason = "tokens-file"
 
 
 class IndexGone(Unavailable):

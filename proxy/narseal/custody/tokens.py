@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
+import math
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nacl.exceptions import InvalidkeyError
 from nacl.pwhash import argon2id
 
-from narseal.errors import ConfigError, Unavailable
-
-_log = logging.getLogger(__name__)
+from narseal.errors import ConfigError, TokensUnusable
 
 _TOKEN = re.compile(r"narseal_([0-9a-f]{12})_([A-Za-z0-9_-]{43})", re.ASCII)
+_ID = re.compile(r"[0-9a-f]{12}", re.ASCII)
+_HASH = "$argon2id$"
 _MAX_BYTES = 4 << 20
 # a token has 256 random bits: the hash is there for those who read the file, not against guessing
 _OPS, _MEMORY = argon2id.OPSLIMIT_MIN, argon2id.MEMLIMIT_MIN
@@ -50,53 +50,42 @@ class Token:
 
 
 class Tokens:
-    """The tokens of a file, read anew when it changed."""
+    """The tokens of a file, read anew when it changed.
+
+    While the file cannot be used, none of them is good: who was taken out of it is not known.
+    """
 
     def __init__(self, file: Path) -> None:
-        """ConfigError if the file is there and cannot be used."""
+        """Reads the file, as `refresh` does."""
         self._file = file
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._by_id: dict[str, Token] = {}
-        #: Why the file cannot be used; then no token is good.
-        self._error: ConfigError | None = None
+        #: Why the file cannot be used; None: it can.
+        self.fault: ConfigError | None = None
         #: In the place of an unknown id's hash, so that both take the same time.
         self._nobody = argon2id.str(secrets.token_bytes(32), _OPS, _MEMORY).decode()
         self.refresh()
-        if self._error:
-            raise self._error
 
     def refresh(self) -> bool:
-        """Read the file if it is another than before; whether it was. Blocks.
-
-        From a file that cannot be used no token is good until it can be.
-        """
+        """Read the file if it is another than before; whether anything changed by it. Blocks."""
+        before, fault = self._by_id, str(self.fault)
         try:
-            status = self._file.stat()
-            mark = (status.st_mtime_ns, status.st_ino)
-        except FileNotFoundError:
-            changed = bool(self._by_id or self._error)
-            self._seen, self._by_id, self._error = None, {}, None
-            return changed
-        if mark == self._seen:
-            return False
-        try:
-            found, error = _read(self._file), None
-        except ConfigError as caught:
-            found, error = [], caught
-            if str(caught) != str(self._error):
-                _log.error("no upload is taken: %s", caught)
-        self._by_id, self._error = {token.id: token for token in found}, error
-        self._seen = None if error else mark  # a chmod that mends it changes no time of writing
-        return True
+            mark = _mark(self._file)
+            if mark is None or mark != self._seen:
+                self._by_id = {token.id: token for token in listed(self._file)}
+            self._seen, self.fault = mark, None
+        except ConfigError as error:  # it is read again at the next look
+            self._seen, self._by_id, self.fault = None, {}, error
+        return before != self._by_id or fault != str(self.fault)
 
     def check(self, text: str, *, now: float) -> Token | None:
         """The token, if it is in the file and has not expired. Blocks for milliseconds.
 
-        Unavailable if the file cannot be used: then nobody knows which tokens were revoked.
+        TokensUnusable if the file cannot be used.
         """
-        if self._error:
-            raise Unavailable("the file of upload tokens cannot be used; narseal's log says why")
         match = _TOKEN.fullmatch(text)
+        if match and self.fault:
+            raise TokensUnusable("the tokens file cannot be used; narseal's log says why")
         found = self._by_id.get(match[1]) if match else None
         try:
             argon2id.verify((found.hash if found else self._nobody).encode(), text.encode())
@@ -127,7 +116,7 @@ def revoke(file: Path, id_or_name: str) -> list[Token]:
 
 def listed(file: Path) -> list[Token]:
     """Every token of the file; none if it is not there."""
-    return _read(file) if file.exists() else []
+    return _read(file)
 
 
 @contextmanager
@@ -149,25 +138,65 @@ def _changing(file: Path) -> Iterator[list[Token]]:
         raise ConfigError(f"{file}: cannot be written: {error.strerror}") from error
 
 
+def _mark(file: Path) -> tuple[int, ...] | None:
+    """What changes whenever the file does, its mode included; None if it is not there."""
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
+
+
 def _read(file: Path) -> list[Token]:
     try:
         with file.open(encoding="utf-8") as opened:
             mode = os.fstat(opened.fileno()).st_mode
-            text = opened.read(_MAX_BYTES)
-        if mode & 0o077:
-            raise ConfigError(f"{file}: others can read it; chmod 600 {file}")
-        return [_parse(line) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            text = opened.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: not a file of `narseal token add`: {error}") from error
+    if mode & 0o077:
+        raise ConfigError(f"{file}: others can read it; chmod 600 {file}")
+    if len(text) > _MAX_BYTES:
+        raise ConfigError(f"{file}: more than {_MAX_BYTES} characters of tokens")
+    found: dict[str, Token] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                token = _parse(line)
+                if token.id in found:
+                    raise ValueError(f"id {token.id} stands there twice")
+            except ValueError as error:
+                raise ConfigError(
+                    f"{file}, line {number}: not as `narseal token add` writes it: {error}"
+                ) from error
+            found[token.id] = token
+    return list(found.values())
 
 
 def _parse(line: str) -> Token:
-    tree = json.loads(line)
-    texts = [tree[name] for name in ("id", "name", "hash")]
-    allow, expires = tree["allow"], tree["expires"]
-    if not isinstance(allow, list) or not all(isinstance(item, str) for item in [*texts, *allow]):
-        raise TypeError("id, name and hash are texts, and allow is a list of texts")
-    if isinstance(expires, bool) or not isinstance(expires, int | float | None):
-        raise TypeError("expires is a number of seconds since 1970, or null")
-    id_, name, hash_ = texts
-    return Token(id_, name, tuple(allow), None if expires is None else float(expires), hash_)
+    """The token of a line; ValueError names what has another shape, and quotes no hash."""
+    try:
+        tree = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it is not JSON") from error
+    names = [field.name for field in fields(Token)]
+    if odd := set(names) ^ set(tree if isinstance(tree, dict) else ()):
+        raise ValueError(f"missing or unknown: {', '.join(sorted(odd))}")
+    id_, name, allow, expires, hashed = (tree[name] for name in names)
+    is_list = isinstance(allow, list) and all(isinstance(glob, str) for glob in allow)
+    is_time = isinstance(expires, int | float) and not isinstance(expires, bool)
+    wrong = {
+        "id is not 12 hexadecimal digits": not (isinstance(id_, str) and _ID.fullmatch(id_)),
+        "name is not a text": not isinstance(name, str),
+        'allow is not a list of globs, as ["app-*"]': not is_list,
+        "expires is neither null nor a Unix time": expires is not None
+        and not (is_time and math.isfinite(expires)),
+        "hash is no argon2id hash": not (isinstance(hashed, str) and hashed.startswith(_HASH)),
+    }
+    if found := [sentence for sentence, is_wrong in wrong.items() if is_wrong]:
+        raise ValueError("; ".join(found))
+    return Token(id_, name, tuple(allow), expires, hashed)

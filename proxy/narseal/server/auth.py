@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import logging
 import os
 import time
 from collections import OrderedDict
@@ -17,6 +18,8 @@ from narseal.errors import Unauthorised
 from narseal.runtime.threads import ThreadPools
 from narseal.server.oidc import Oidc
 from narseal.telemetry import metrics
+
+_log = logging.getLogger(__name__)
 
 _KEPT_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
@@ -43,8 +46,8 @@ class Gate:
         """The token that the request brings; Unauthorised if it brings none that is good.
 
         With `anew`, the file is looked at now: before what a token brought is signed, since it may
-        have been revoked, or have expired, while the body came. Unavailable if the file cannot be
-        read. Each failure makes the next answer to the same address slower.
+        have been revoked, or have expired, while the body came. TokensUnusable if the file cannot
+        be read. Each failure makes the next answer to the same address slower.
         """
         text = _token(request.headers.get("Authorization", ""))
         await self._look(anew=anew)
@@ -74,9 +77,15 @@ class Gate:
         if self._tokens is None or not (anew or now - self._looked > _LOOK_SECONDS):
             return
         self._looked = now
-        if await self._threads.run(self._tokens.refresh):
+        changed = await self._threads.run(self._tokens.refresh)
+        fault = self._tokens.fault
+        if fault:
+            metrics.tokens_file_errors.inc()
+        if changed:
             self._version += 1
             self._good.clear()
+            if fault:
+                _log.error("no token of the file is good: %s", fault)
 
     async def _check(self, text: str) -> Token | None:
         if self._oidc and text.count(".") == 2:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from narseal.config import Config, is_pem
-from narseal.custody import expand
-from narseal.custody.tokens import Tokens
+from narseal.custody import expand, tokens
 from narseal.errors import ConfigError
 from narseal.nix.keys import PublicKey
 from narseal.pipeline.services import load_keys
@@ -36,7 +35,7 @@ def check(config: Config) -> Checked:
     attesting_signers(config)
     known_keys(config, {key.public.name for key in keys})
     if config.upload.tokens_file:
-        Tokens(Path(expand(config.upload.tokens_file)))
+        tokens.listed(Path(expand(config.upload.tokens_file)))
     for key in keys:
         key.custodian.close()  # what is forked from here has no use for it
     return Checked([key.public for key in keys], SigstoreSetup(config.cosign))

@@ -115,6 +115,9 @@ corrected = Counter(
     "narseal_corrected_total", "Upstream narinfos whose unsigned fields were wrong and corrected."
 )
 auth_failures = Counter("narseal_auth_failures_total", "Requests with a token that is not good.")
+tokens_file_errors = Counter(
+    "narseal_tokens_file_errors_total", "Looks at a tokens file that cannot be used."
+)
 prefetch_stopped = Counter(
     "narseal_prefetch_stopped_total", "Paths whose references were too many to fetch in advance."
 )
