@@ -20,7 +20,7 @@ from narseal.nix.realisation import BuildTraceEntry, Realisation
 from narseal.nix.store_path import StorePath
 from tests.tools.cache import Entry, entry, key, store_path, unzstd, write_cache
 from tests.tools.narseal import OPERATOR, UPSTREAM, metric, narseal
-from tests.tools.upstream import FakeCache, Gate, status
+from tests.tools.upstream import FakeCache, Gate, fake_cache, status
 from tests.tools.waiting import PATIENCE, eventually
 
 ITEM = entry("item", b"some text\n" * 5000).signed(UPSTREAM)
@@ -565,6 +565,28 @@ async def test_a_new_operator_key_signs_what_was_admitted_before(
         _, body, _ = await client.get(f"{other.hash}.narinfo")
         later = {s.key_name for s in NarInfo.parse(body).signatures}
         assert later == {UPSTREAM.name, new.name}  # the first one is past its date
+
+
+async def test_a_realisation_of_a_path_that_nobody_has_hides_no_other(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    item = entry("app-1", b"one").signed(UPSTREAM)
+    upstream.add(item)
+    good = BuildTraceEntry(store_path("app-1.drv"), "out", item.info.store_path)
+    name = f"build-trace-v2/{good.drv_path}/out.doi"
+    upstream.files[name] = good.with_signatures((UPSTREAM.sign(good.fingerprint()),)).render()
+    theirs = key("first-1")
+    bad = BuildTraceEntry(good.drv_path, "out", store_path("nowhere-1"))
+    async with fake_cache() as first:
+        first.files[name] = bad.with_signatures((theirs.sign(bad.fingerprint()),)).render()
+        upstreams: list[dict[str, object]] = [
+            {"url": first.url, "priority": 10, "public_keys": [str(theirs.public)]},
+            {"url": upstream.url},
+        ]
+        rules = [{"match": "unfree-*", "action": "deny"}]
+        async with narseal(tmp_path, *upstreams, policy=rules) as client:
+            code, body, _ = await client.get(name)
+            assert code == 200 and json.loads(body)["outPath"] == str(item.info.store_path)
 
 
 async def test_realisations_of_both_spellings_are_verified_and_signed(

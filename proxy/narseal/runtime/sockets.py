@@ -24,6 +24,9 @@ def listen(address: str, workers: int) -> list[list[socket.socket]]:
     if address.startswith("unix:"):
         return [[_unix(Path(address.removeprefix("unix:")))]] * workers
     host, _, port = address.rpartition(":")
+    if int(port):
+        # With SO_REUSEPORT the kernel would share the connections with another narseal.
+        _tcp(host.strip("[]"), int(port), address, shared=False).close()
     first = _tcp(host.strip("[]"), int(port), address)
     bound = first.getsockname()[1]
     others = [_tcp(host.strip("[]"), bound, address) for _ in range(workers - 1)]
@@ -48,14 +51,14 @@ def notify_systemd(message: str) -> None:
             sock.sendto(message.encode(), address.replace("@", "\0", 1))
 
 
-def _tcp(host: str, port: int, address: str) -> socket.socket:
+def _tcp(host: str, port: int, address: str, *, shared: bool = True) -> socket.socket:
     try:
         family, kind, _, _, where = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(where)

@@ -12,6 +12,7 @@ from narseal.errors import (
     Denied,
     Forbidden,
     Malformed,
+    NarsealError,
     NotFound,
     Refused,
     Unavailable,
@@ -64,9 +65,13 @@ class Realisations:
         async with in_order(
             self._upstreams, lambda u: self._ask(u, name), answers, thing=name
         ) as candidates:
-            async for _, record in candidates:
+            async for upstream, record in candidates:
                 if self._policy.active:  # what it is about is judged first
-                    await self._admission.path(record.entry.out_path.hash_part)
+                    try:
+                        await self._admission.path(record.entry.out_path.hash_part)
+                    except NarsealError as error:
+                        answers.note(error, upstream=upstream.config.url, thing=name)
+                        continue
                 return await self._admit(record)
         verdict = answers.verdict(name)
         self._lookup.remember(name, verdict)

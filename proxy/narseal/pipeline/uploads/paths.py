@@ -122,7 +122,7 @@ class Uploads:
         try:
             info = self._parsed(hash_part, data)
             token = await identify()
-            await self._authorise(info, token)
+            trusted = await self._authorise(info, token)
             found = await self._index.path(hash_part)
             if found and not found[0].withdrawn:
                 await self._merge(found[0], found[1], info, token)
