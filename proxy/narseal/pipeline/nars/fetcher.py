@@ -30,6 +30,7 @@ class Fetcher:
 
     def __init__(self, services: Services, publisher: Publisher) -> None:
         self._config = services.config
+        limits = self._config.limits
         self._folder = services.folder
         self._index = services.index
         self._hot = services.hot
@@ -37,7 +38,7 @@ class Fetcher:
         self._threads = services.threads
         #: What puts the files where they can be seen.
         self.publisher = publisher
-        self._slots = Slots(services.config.limits.transfers)
+        self._slots = Slots(limits.transfers, least_rate=limits.least_rate)
         self._running: dict[str, Transfer] = {}
 
     def join(self, file: str) -> Reader | None:
@@ -103,16 +104,16 @@ class Fetcher:
         scan: bool = False,
         is_awaited: bool = False,
     ) -> Transfer:
-        return Transfer(
+        transfer = Transfer(
             info,
             incoming=incoming,
             threads=self._threads,
             slots=self._slots,
-            least_rate=self._config.limits.least_rate,
             sink=sink,
             scan=scan,
-            is_awaited=is_awaited,
         )
+        transfer.readers += is_awaited  # we do
+        return transfer
 
     async def _publish(self, record: NarRecord, transfer: Transfer, measured: Measured) -> None:
         known = record.file_hash in (None, measured.file_hash)

@@ -16,8 +16,10 @@ _UNREAD = 64
 class Slots:
     """Each upstream has its own, so that one that hangs holds up no other's NARs."""
 
-    def __init__(self, each: int) -> None:
+    def __init__(self, each: int, *, least_rate: int = 0) -> None:
         self._each = each
+        #: Bytes a second below which who has a slot loses it (`Pace`).
+        self.least_rate = least_rate
         self._by_url: dict[str, asyncio.Semaphore] = {}
 
     def of(self, upstream: Upstream) -> asyncio.Semaphore:
