@@ -14,6 +14,7 @@ from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.nars.recompress import Recompression
 from narseal.pipeline.nars.transfer import Origin, Reader, Sink, Transfer
 from narseal.pipeline.services import Services
+from narseal.runtime.slots import aside
 from narseal.storage import NarRecord, file_name
 from narseal.storage.folder import Incoming
 from narseal.telemetry import metrics
@@ -166,7 +167,8 @@ class Fetcher:
             )
         transfer = self._transfer(info, incoming, sink=recompression, scan=scan, is_awaited=True)
         try:
-            measured = await transfer.run(_once(origin), on_wrong=_leave_to_caller)
+            async with aside():
+                measured = await transfer.run(_once(origin), on_wrong=_leave_to_caller)
             await check(measured)
             nar = NarRecord.of(info, origin.upstream.config.url)
             if recompression:
