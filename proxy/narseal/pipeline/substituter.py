@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from narseal.config import Config
+from narseal.errors import NarsealError
 from narseal.nix.cache_info import CacheInfo
 from narseal.pipeline.attest.batches import Attester
 from narseal.pipeline.attest.bundles import Signatures
@@ -101,8 +102,10 @@ class Substituter:
     ) -> AsyncIterator[Self]:
         """A running substituter; on leaving, running transfers get their time to end.
 
-        Unless it is `serving`, it does nothing of its own accord: for commands that look.
+        Unless it is `serving`, it does nothing of its own accord: for commands that look. An error
+        of ours comes out as it is, in no group of the tasks that ended with it.
         """
+        failure: NarsealError | None = None
         async with open_services(config, epoch=epoch) as services, asyncio.TaskGroup() as group:
             substituter = cls(services)
             if serving:
@@ -111,8 +114,12 @@ class Substituter:
                 ]
             try:
                 yield substituter
+            except NarsealError as error:
+                failure = error
             finally:
                 await substituter.retire()
+        if failure:
+            raise failure
 
     def begin_to_retire(self) -> None:
         """Other rules are in force: what is published from now on is left to them to show."""
@@ -149,5 +156,5 @@ class Substituter:
             files = StoredFiles(services, self._publisher)
             works.append(Scrub(services, self.everything.nars, files).run())
         if services.config.cosign.mode != "off":
-            works.append(Attester(services).run())
+            works.append(Attester(services, lambda: not self._publisher.retired).run())
         return works

@@ -77,10 +77,16 @@ class Provenance:
 
         Of a path that is kept back no more than its 403 says.
         """
+        return await self._epoch.settled(lambda: self._status(store_path))
+
+    async def _status(self, store_path: StorePath) -> dict[str, Any]:
         (path, nar), admitted = await self._finder.preview(store_path)
         info = path.info
         digests = content_digests(info, nar)
         verdict = await self._policy.verdict(info, digests)
+        attestations = await self._attestations.covering(*digests)
+        if admitted:  # what we signed of it is not said of what was withdrawn
+            attestations += await self._attestations.ours([store_path.hash_part])
         said = {"storePath": f"{info.store_dir}/{info.store_path}", "policy": asdict(verdict)}
         if not verdict.allowed:
             return said
@@ -93,9 +99,7 @@ class Provenance:
             "url": f"nar/{nar.file}",
             "stored": nar.stored,
             "digests": sorted(f"sha256:{digest.hex()}" for digest in digests),
-            "attestations": [
-                _shown(found) for found in await self._attestations.covering(*digests)
-            ],
+            "attestations": [_shown(found) for found in attestations],
         }
 
     async def _put(self, digests: frozenset[bytes], thing: str, data: bytes) -> bool:
