@@ -163,7 +163,7 @@ async def signers(machine: Machine, item: Entry) -> set[str]:
 
 
 def test_every_section_has_commands() -> None:
-    assert len(sections()) == 5
+    assert len(sections()) == 6
     assert all(len(blocks) >= 2 for blocks in sections().values())
 
 
@@ -248,6 +248,24 @@ async def test_compromised_ci_identity(
         status, text = await Uploader(client, machine.token).put(name, bundle)
         assert (status, "is revoked since before" in text) == (422, True), text
     assert statement.PREDICATE_TYPE  # narseal's own statements are not concerned
+
+
+async def test_untrusted_key_of_an_upstream(machine: Machine, upstream: FakeCache) -> None:
+    await begin(machine, upstream)
+    machine.environment["UPSTREAM_KEY"] = UPSTREAM.public.name
+    config = machine.folder / "narseal.toml"
+    # taking it out is not enough
+    was = config.read_text()
+    config.write_text(was.replace(f'"{UPSTREAM.public}"', ""))
+    await asyncio.to_thread(machine.run, "systemctl reload narseal")
+    assert "upstream-1" in await signers(machine, ITEMS[0])
+    config.write_text(was)
+    await asyncio.to_thread(machine.run, "systemctl reload narseal")
+    await machine.section("An upstream's key is not to be trusted any more")
+    assert str(UPSTREAM.public) not in config.read_text()
+    for item in ITEMS:
+        assert (await get(machine, f"{item.hash}.narinfo"))[0] == 404
+    assert await signers(machine, UPLOADED) == {"cache.example.org-1"}
 
 
 async def test_lost_token(machine: Machine, upstream: FakeCache, tmp_path: Path) -> None:
