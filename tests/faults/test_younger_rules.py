@@ -11,8 +11,9 @@ import pytest
 
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MOST_BUT_OURS
+from narseal.nix.realisation import parse_at
 from tests.faults.test_policy import guarded
-from tests.tools.cache import Entry, entry, key
+from tests.tools.cache import Entry, entry, key, store_path
 from tests.tools.narseal import OPERATOR, UPSTREAM, Client, metric, narseal
 from tests.tools.upstream import FakeCache, Gate
 
@@ -207,3 +208,23 @@ async def test_what_is_denied_by_its_name_is_not_asked_for(
     async with narseal(tmp_path, at(upstream), **rules) as client:
         await kept_back(client, APP)
         assert asked(upstream) == count
+
+
+async def test_a_realisation_waits_for_its_paths_signatures_and_no_longer(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Nix asks for the realisation first: 403 there, and it would never ask for the path."""
+    upstream.add(APP.signed(UPSTREAM))
+    name = f"build-trace-v2/{store_path('app.drv')}/out.doi"
+    bare = f'{{"outPath":"{APP.info.store_path}","signatures":[]}}'.encode()
+    parsed = parse_at(name, bare)
+    signature = UPSTREAM.sign(parsed.fingerprint())
+    upstream.files[name] = parsed.with_signatures((signature,)).render()
+    async with narseal(tmp_path, at(upstream)) as client:
+        await admitted(client)
+        assert (await client.get(name))[0] == 200
+    async with narseal(tmp_path, at(upstream), **RULES) as client:
+        assert (await client.get(name))[0] == 403
+    upstream.add(APP.signed(UPSTREAM, BUILDER))
+    async with narseal(tmp_path, at(upstream), **RULES) as client:
+        assert (await client.get(name))[0] == 200

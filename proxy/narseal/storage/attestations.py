@@ -256,12 +256,31 @@ class Attestations:
 
     async def ours(self, hash_parts: Sequence[str]) -> list[Attestation]:
         """The bundles of narseal's own over some paths, as far as these are in force, oldest first."""
-        found: dict[bytes, Attestation] = {}
+        found: set[Attestation] = set()
         for start in range(0, len(hash_parts), _GROUP):
             named = schema.path.c.hash_part.in_(hash_parts[start : start + _GROUP])
-            for row in await self._ask(_OURS.where(named)):
-                found[bytes(row.digest)] = _attestation(row)
-        return sorted(found.values(), key=lambda a: (a.made_at, a.digest))
+            found.update(await self._ours(named))
+        return sorted(found, key=lambda a: (a.made_at, a.digest))
+
+    async def ours_of(self, digests: frozenset[bytes]) -> list[Attestation]:
+        """The same over all paths that some file or NAR digests are of, however many those are."""
+        return await self._ours(_of(digests))
+
+    async def ours_of_file(self, file: str) -> list[Attestation]:
+        """The same over all paths whose narinfo names a file."""
+        return await self._ours(schema.path.c.nar_file == file)
+
+    async def _ours(self, condition: ColumnElement[bool]) -> list[Attestation]:
+        ordered = _OURS.where(condition).order_by(
+            schema.attestation.c.made_at, schema.attestation.c.digest
+        )
+        return [_attestation(row) for row in await self._ask(ordered.distinct())]
+
+    async def is_withdrawn(self, file: str) -> bool:
+        """Whether there are paths whose narinfo names a file, and all were withdrawn."""
+        query: Select[Any] = select(func.min(schema.path.c.withdrawn).label("withdrawn"))
+        rows = await self._ask(query.where(schema.path.c.nar_file == file))
+        return bool(rows[0].withdrawn)  # without a path it is NULL
 
     async def covering(self, *digests: bytes) -> list[Attestation]:
         """The bundles that somebody brought of any of some file or NAR digests, oldest first.
@@ -351,8 +370,10 @@ class Attestations:
         await self._engines.write(lambda c: c.execute(gone))
 
     async def single(self, file: str) -> bytes | None:
-        """The signature of a single file."""
-        query = select(schema.file_signature.c.bundle).where(schema.file_signature.c.file == file)
+        """The signature of a single file, as far as a path of it is in force."""
+        in_force = exists().where(schema.path.c.nar_file == file, ~schema.path.c.withdrawn)
+        named = schema.file_signature.c.file == file
+        query = select(schema.file_signature.c.bundle).where(named, in_force)
         rows = await self._ask(query)
         return bytes(rows[0].bundle) if rows else None
 

@@ -17,7 +17,7 @@ from narseal.nix.store_path import StorePath
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
 from narseal.runtime.files import OpenFile
-from narseal.storage import Admitted, bundle_name
+from narseal.storage import Admitted, Attestation, bundle_name
 
 
 class Signatures:
@@ -65,9 +65,13 @@ class Signatures:
         subjects = frozenset((digest.digest,))
 
         async def find() -> list[bytes]:
+            if not self._policy.active:  # as many paths as may share an empty file
+                ours = await self._attestations.ours_of(subjects)
+                return await self._names(ours, subjects)
             hash_parts = await self._attestations.paths_of(subjects, withdrawn=True)
             found = [await self._index.path(hash_part) for hash_part in hash_parts]
-            return await self._names([admitted for admitted in found if admitted], subjects)
+            ours = await self._ours([admitted for admitted in found if admitted])
+            return await self._names(ours, subjects)
 
         if not (names := await self._epoch.settled(find)):
             raise absence
@@ -80,7 +84,9 @@ class Signatures:
             found = await self._index.path(store_path.hash_part)
             if found is None or found[0].info.store_path != store_path:
                 return []
-            return await self._names([found], content_digests(found[0].info, found[1]))
+            return await self._names(
+                await self._ours([found]), content_digests(found[0].info, found[1])
+            )
 
         if not (names := await self._epoch.settled(find)):
             raise NotFound(f"there is no attestation of {store_path}")
@@ -143,10 +149,12 @@ class Signatures:
 
         Neither, if no path of it is admitted that policy lets through.
         """
-        served = await self._served(await self._index.paths_of(file))
-        if not served:
+        if not self._policy.active:
+            ours = await self._attestations.ours_of_file(file)
+        elif served := await self._served(await self._index.paths_of(file)):
+            ours = await self._attestations.ours(served)
+        else:
             return None, None
-        ours = await self._attestations.ours(served)
         return await self._attestations.single(file), ours[-1].digest if ours else None
 
     async def _served(self, found: Iterable[Admitted]) -> list[str]:
@@ -158,11 +166,14 @@ class Signatures:
             and await self._policy.passes(path.info, content_digests(path.info, nar))
         ]
 
-    async def _names(self, found: list[Admitted], digests: frozenset[bytes]) -> list[bytes]:
-        """All that is given out of some digests, of which these paths are."""
+    async def _ours(self, found: list[Admitted]) -> list[Attestation]:
+        """What we said of those of some paths that are served; Denied if policy keeps back all."""
         await self._policy.check_any(found)
-        said = await self._attestations.covering(*digests)
-        said += await self._attestations.ours(await self._served(found))
+        return await self._attestations.ours(await self._served(found))
+
+    async def _names(self, ours: list[Attestation], digests: frozenset[bytes]) -> list[bytes]:
+        """The names of what we said, and of all that others say of some digests."""
+        said = [*await self._attestations.covering(*digests), *ours]
         said.sort(key=lambda attestation: (attestation.made_at, attestation.digest))
         names = dict.fromkeys(attestation.digest for attestation in said)
         return await self._threads.run(self._present, list(names))
@@ -179,8 +190,7 @@ class Signatures:
 
     async def _absence(self, name: str, thing: str) -> NotFound:
         """What to say if nothing is found; made before one looks, for it may be signed meanwhile."""
-        paths = await self._index.paths_of(name)
-        if paths and all(path.withdrawn for path, _ in paths):
+        if await self._attestations.is_withdrawn(name):
             return NotFound(
                 f"the path of {thing} was withdrawn: what was signed of it is given out when it is"
                 " admitted anew, which asking for its narinfo tries"
