@@ -455,7 +455,9 @@ def covered(folder: Path) -> list[str]:
         return [str(row[0]) for row in index.execute("SELECT hash_part FROM attested")]
 
 
-@pytest.mark.parametrize("what", ["its key", "the cosign key", "an attestation", "the rules"])
+@pytest.mark.parametrize(
+    "what", ["its key", "its file", "the cosign key", "an attestation", "the rules"]
+)
 async def test_what_is_signed_with_sigstore_is_decided_again_when_it_is_recorded(
     tmp_path: Path, upstream: FakeCache, gate: Gate, what: str
 ) -> None:
@@ -506,6 +508,8 @@ async def test_what_is_signed_with_sigstore_is_decided_again_when_it_is_recorded
                     if what == "its key":
                         revocation = Revocation("key", UPSTREAM.name, "", 0.0, "stolen")
                         await beside.revoking.revoke(revocation, lambda *_: None)
+                    elif what == "its file":
+                        await beside.services.index.withdraw(gone.info.url.removeprefix("nar/"))
                     elif what == "the rules":
                         is_retired = True
                     else:
@@ -522,12 +526,14 @@ async def test_what_is_signed_with_sigstore_is_decided_again_when_it_is_recorded
             for _ in range(6):
                 with suppress(Unavailable if what == "the cosign key" else ZeroDivisionError):
                     await signing._step()
+                if signing._begun is None and not (await waiting.queue())[0]:
+                    break
             gate.action = None
             signing._thread.shutdown()
             now = set(covered(folder))
             if before is None:
                 assert now == {gone.hash, kept.hash}
-            elif what in ("its key", "an attestation"):
+            elif what in ("its key", "its file", "an attestation"):
                 assert (gone.hash in now) == (gone.hash in before), "recorded, though withdrawn"
                 assert kept.hash in now
                 name = gone.info.url.removeprefix("nar/")
