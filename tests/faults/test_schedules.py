@@ -26,8 +26,9 @@ from narseal.cosign.sign import KeySigner
 from narseal.cosign.statement import AttestedPath, Subject, render_statement
 from narseal.custody import write_private
 from narseal.custody.file import FileKey
-from narseal.errors import Denied, NotFound, Unavailable
+from narseal.errors import BadUpload, Denied, NotFound, Unavailable
 from narseal.nix.cache_info import CacheInfo
+from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.attest.batches import Attester
 from narseal.pipeline.nars.transfer import Reader
@@ -549,5 +550,40 @@ async def test_what_is_signed_with_sigstore_is_decided_again_when_it_is_recorded
                 assert now == set(before), "recorded under rules that are not in force"
             else:
                 assert not now, "recorded though its key is revoked"
+
+    await everywhere(gate, tmp_path, act)
+
+
+async def test_revocation_at_each_wait_of_an_attestation(tmp_path: Path, gate: Gate) -> None:
+    """Somebody brings a bundle while its key is revoked: those that are dropped were listed before."""
+    attester = CosignKey.generate()
+    subject = Subject("app", bytes(32))
+    bundle = KeySigner(attester, None, timeout=1).sign_statement(
+        render_statement([subject], "https://example.org/built/v1", {})
+    )
+    accept = {"attestations": {"accept": [{"cosign_key": attester.public.render()}]}}
+    revocation = Revocation("cosign", attester.public.hint, "", 0.0, "stolen")
+
+    async def act(folder: Path, gate: Gate) -> None:
+        folder.mkdir(parents=True)
+        config = Config(**settings(folder, **accept))
+        migrate(config.storage.index)
+        LocalStorage(config.storage.url).prepare(CacheInfo(config.store_dir))
+        async with command(config) as substituter:
+
+            async def revoke_it() -> None:
+                async with command(config) as beside:
+                    await beside.revoking.revoke(
+                        revocation, lambda *_: None, cosign_key=attester.public
+                    )
+
+            gate.action = revoke_it
+            with suppress(BadUpload):
+                await substituter.provenance.put(subject.digest, bundle)
+            gate.action = None
+            if gate.done:
+                with pytest.raises(NotFound):
+                    await substituter.signatures.attestations_of(Hash("sha256", subject.digest))
+                assert not list((folder / "storage").glob("attestations/*"))
 
     await everywhere(gate, tmp_path, act)

@@ -134,6 +134,8 @@ class Signed:
 
     signer: str
     statement: bytes
+    #: What was revoked when it was verified.
+    judged: Revoked
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,8 +305,10 @@ class Attestations:
         subjects: frozenset[bytes],
         *,
         most: int,
-    ) -> bool:
+    ) -> bool | None:
         """Record a bundle that somebody brought; whether it is new.
+
+        None, and nothing is recorded, if anything else is revoked than when it was verified.
 
         It is not if the same signer's bundle over the same statement is there: however many ways
         there are to write it down. UploadTooLarge if one of its subjects has `most` attestations
@@ -312,7 +316,9 @@ class Attestations:
         it covers wait for narseal's own, where they were not attested: they may pass now.
         """
 
-        async def work(connection: AsyncConnection) -> bool:
+        async def work(connection: AsyncConnection) -> bool | None:
+            if (await revoked_by_now(connection)).all != signed.judged.all:
+                return None
             table = schema.attestation.c
             known = (table.statement == signed.statement) & (table.signer == signed.signer)
             same = select(table.digest).where(or_(table.digest == digest, known)).limit(1)
