@@ -196,21 +196,24 @@ class Attester:
         if key and key.public.hint in (await self._revocations.now()).cosign_keys:
             raise Unavailable("the cosign key is revoked: configure another (cosign.key)")
 
-    @staticmethod
-    def _check_identity(bundle: bytes, revoked: Revoked) -> None:
-        """Unavailable if the identity that just signed is revoked: what waits, waits for another."""
+    async def _check_signer(self, bundle: bytes) -> Revoked:
+        """What is revoked; Unavailable if whoever just signed is: what waits, waits for another."""
+        revoked = await self._revocations.now()
+        await self._check_key()
         certificate = Bundle.parse(bundle).certificate
         if certificate is None:
-            return
+            return revoked
         named = CertificateNames.parse(certificate)
         for identity, issuer in product(named.identities, named.issuers):
             if revoked.bars(identity, issuer, named.began):
                 raise Unavailable(f"{identity} is revoked: let narseal sign as another identity")
+        return revoked
 
     async def _finish(self, begun: _Begun) -> None:
         """Sign what of it is not signed yet, keep it, and take its paths off the queue."""
         await self._check_key()
         bundle = await self._run(self._sign, begun)
+        await self._check_signer(bundle)  # revoked while the services were slow: it is not kept
         digest = hashlib.sha256(bundle).digest()
         await self._run(self._folder.local.write, bundle_name(digest), bundle)
         covered = await self._record(begun, bundle, digest)
@@ -226,9 +229,7 @@ class Attester:
     async def _record(self, begun: _Begun, bundle: bytes, digest: bytes) -> Sequence[Admitted]:
         """Record what of a batch may be said still, while the services were slow; see `commit`."""
         for _ in range(_TRIES):
-            revoked = await self._revocations.now()
-            await self._check_key()
-            self._check_identity(bundle, revoked)
+            revoked = await self._check_signer(bundle)
             heads = frozenset(head.digest for head in begun.heads)
             passing = await self._passing(begun.batch)
             batch = SignedBatch(digest, statement.PREDICATE_TYPE, passing, heads, begun.singles)
