@@ -551,9 +551,21 @@ async def test_policy_test_says_which_rule_and_why(tmp_path: Path, upstream: Fak
         "rule": "policy[1] (o*)", "why": "signed by upstream-1",
     }  # fmt: skip
     assert (await asyncio.to_thread(test, "nonsense"))[0] == 2
-    code, text = await asyncio.to_thread(test, f"{'0' * 32}-absent")
+    absent = f"{'0' * 32}-absent"
+    code, text = await asyncio.to_thread(test, absent)
     assert code == 1
-    assert "no upstream has" in text
+    assert text == (f"/nix/store/{absent}: no rule was asked: no upstream has {absent}\n")
+    # one says nothing of the others
+    code, text = await asyncio.to_thread(test, absent, str(other.info.store_path), "--json")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert code == 1
+    assert [line.get("allowed") for line in lines] == [None, True]
+    assert (lines[0]["reason"], lines[0]["storePath"]) == ("absent", f"/nix/store/{absent}")
+    upstream.down = True
+    code, text = await asyncio.to_thread(test, str(other.info.store_path))
+    assert code == 3
+    assert text.startswith(f"/nix/store/{other.info.store_path}: not known: ")
+    assert "503" in text and text.count("\n") == 1
     assert not list((tmp_path / "storage").glob("*.narinfo"))
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,19 +23,25 @@ from narseal.config import Config
 from narseal.cosign import statement
 from narseal.cosign.keys import CosignKey
 from narseal.cosign.sign import KeySigner
-from narseal.cosign.statement import AttestedPath
+from narseal.cosign.statement import AttestedPath, Subject, render_statement
 from narseal.custody import write_private
 from narseal.custody.file import FileKey
+from narseal.errors import BadUpload, Denied, NotFound, Unavailable
+from narseal.nix.cache_info import CacheInfo
+from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
+from narseal.pipeline.attest.batches import Attester
+from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.upkeep import revocation
 from narseal.runtime.batching import Batcher
-from narseal.storage import Epoch, Folder, Revocation
+from narseal.storage import Epoch, Folder, LocalStorage, Revocation, migrate
 from narseal.upstream.http import HttpUpstream
 from tests.faults.test_uploads import Uploader, add
 from tests.tools.cache import Entry, addressed, entry, key, store_path
 from tests.tools.narseal import OPERATOR, UPSTREAM, Client, narseal, settings
 from tests.tools.upstream import FakeCache
+from tests.tools.waiting import eventually
 
 OTHER = key("upstream-2")
 SECOND = key("operator-2")
@@ -85,6 +92,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     watch(Batcher, "ask")
     watch(HttpUpstream, "get")
     watch(FileKey, "sign")
+    watch(Attester, "_run")
     for name in ("read", "write", "remove", "publish", "incoming", "open_upload", "link"):
         watch(Folder, name)
     yield gate
@@ -438,5 +446,144 @@ async def test_changed_rules_at_each_wait_of_a_publication(
             await new.repair.look_after_all()
             if gate.done:
                 assert not file.exists()
+
+    await everywhere(gate, tmp_path, act)
+
+
+def covered(folder: Path) -> list[str]:
+    """The paths that a bundle of ours is recorded to cover."""
+    with closing(sqlite3.connect(folder / "index.sqlite")) as index:
+        return [str(row[0]) for row in index.execute("SELECT hash_part FROM attested")]
+
+
+@pytest.mark.parametrize(
+    "what", ["its key", "its file", "the cosign key", "an attestation", "the rules"]
+)
+async def test_what_is_signed_with_sigstore_is_decided_again_when_it_is_recorded(
+    tmp_path: Path, upstream: FakeCache, gate: Gate, what: str
+) -> None:
+    """A batch of two is signed; at each wait, what one of them rests on goes away."""
+    gone = entry("gone-app-1", b"gone", compression="zstd").signed(UPSTREAM)
+    kept = entry("kept-1", b"kept", compression="zstd").signed(OTHER)
+    upstream.add(gone, kept)
+    there = {"url": upstream.url, "public_keys": [str(UPSTREAM.public), str(OTHER.public)]}
+    cosign, attester = CosignKey.generate(), CosignKey.generate()
+    subject = Subject(f"/nix/store/{gone.info.store_path}", gone.info.nar_hash.digest)
+    attested = KeySigner(attester, None, timeout=1).sign_statement(
+        render_statement([subject], "https://example.org/built/v1", {})
+    )
+    rule = {"match": ["gone-*"], "require": "attestation", "cosign_key": attester.public.render()}
+    rules = [rule] if what == "an attestation" else []
+
+    async def act(folder: Path, gate: Gate) -> None:
+        folder.mkdir(parents=True)
+        file = folder / "cosign.key"
+        write_private(file, cosign.render(b""))
+        section = {"mode": "key", "key": f"file:{file}", "batch_max_age": "0s", "per_file": "yes"}
+        more = {"cosign": section, "policy": rules}
+        config = Config(**settings(folder, there, **more))
+        migrate(config.storage.index)
+        LocalStorage(config.storage.url).prepare(CacheInfo(config.store_dir))
+        before: list[str] | None = None
+        async with command(config) as substituter:
+            if rules:
+                assert await substituter.provenance.put(subject.digest, attested)
+            for item in (gone, kept):
+                await substituter.everything.narinfo(item.hash)
+                reader = await substituter.everything.nars.get(item.info.url.removeprefix("nar/"))
+                if isinstance(reader, Reader):
+                    await reader.whole()
+                reader.close()
+            is_retired = False
+            waiting = substituter.services.index.attestations
+
+            async def both_wait() -> bool:
+                return len(await waiting.oldest(9)) == 2
+
+            await eventually(both_wait)
+
+            async def withdraw() -> None:
+                nonlocal before, is_retired
+                before = covered(folder)
+                async with command(config) as beside:
+                    if what == "its key":
+                        revocation = Revocation("key", UPSTREAM.name, "", 0.0, "stolen")
+                        await beside.revoking.revoke(revocation, lambda *_: None)
+                    elif what == "its file":
+                        await beside.services.index.withdraw(gone.info.url.removeprefix("nar/"))
+                    elif what == "the rules":
+                        is_retired = True
+                    else:
+                        key = cosign if what == "the cosign key" else attester
+                        hint = key.public.hint
+                        await beside.revoking.revoke(
+                            Revocation("cosign", hint, "", 0.0, "stolen"),
+                            lambda *_: None,
+                            cosign_key=key.public,
+                        )
+
+            signing = Attester(substituter.services, lambda: not is_retired)
+            gate.action = withdraw
+            for _ in range(6):
+                with suppress(Unavailable if what == "the cosign key" else ZeroDivisionError):
+                    await signing._step()
+                if signing._begun is None and not (await waiting.queue())[0]:
+                    break
+            gate.action = None
+            signing._thread.shutdown()
+            now = set(covered(folder))
+            if before is None:
+                assert now == {gone.hash, kept.hash}
+            elif what in ("its key", "its file", "an attestation"):
+                assert (gone.hash in now) == (gone.hash in before), "recorded, though withdrawn"
+                assert kept.hash in now
+                name = gone.info.url.removeprefix("nar/")
+                for question in (
+                    substituter.signatures.bundle_of(name),
+                    substituter.signatures.signature_of(name),
+                    substituter.signatures.attestations_of(gone.info.nar_hash),
+                    substituter.signatures.attestations_of_path(gone.info.store_path),
+                ):
+                    with pytest.raises((NotFound, Denied)):
+                        await question
+            elif what == "the rules":
+                assert now == set(before), "recorded under rules that are not in force"
+            else:
+                assert not now, "recorded though its key is revoked"
+
+    await everywhere(gate, tmp_path, act)
+
+
+async def test_revocation_at_each_wait_of_an_attestation(tmp_path: Path, gate: Gate) -> None:
+    """Somebody brings a bundle while its key is revoked: those that are dropped were listed before."""
+    attester = CosignKey.generate()
+    subject = Subject("app", bytes(32))
+    bundle = KeySigner(attester, None, timeout=1).sign_statement(
+        render_statement([subject], "https://example.org/built/v1", {})
+    )
+    accept = {"attestations": {"accept": [{"cosign_key": attester.public.render()}]}}
+    revocation = Revocation("cosign", attester.public.hint, "", 0.0, "stolen")
+
+    async def act(folder: Path, gate: Gate) -> None:
+        folder.mkdir(parents=True)
+        config = Config(**settings(folder, **accept))
+        migrate(config.storage.index)
+        LocalStorage(config.storage.url).prepare(CacheInfo(config.store_dir))
+        async with command(config) as substituter:
+
+            async def revoke_it() -> None:
+                async with command(config) as beside:
+                    await beside.revoking.revoke(
+                        revocation, lambda *_: None, cosign_key=attester.public
+                    )
+
+            gate.action = revoke_it
+            with suppress(BadUpload):
+                await substituter.provenance.put(subject.digest, bundle)
+            gate.action = None
+            if gate.done:
+                with pytest.raises(NotFound):
+                    await substituter.signatures.attestations_of(Hash("sha256", subject.digest))
+                assert not list((folder / "storage").glob("attestations/*"))
 
     await everywhere(gate, tmp_path, act)

@@ -12,7 +12,7 @@ import pytest
 from narseal.errors import BadUpload, NotFound
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MAX_SIGNATURES, MOST_BUT_OURS
-from narseal.storage import Epoch, Index, NarRecord, PathRecord, Revocation
+from narseal.storage import Epoch, Index, NarRecord, PathRecord, Revocation, still_says
 from tests.tools.cache import entry, key
 from tests.tools.index import index as empty_index
 
@@ -168,3 +168,23 @@ async def test_what_is_signed_anew_waits_for_its_sigstore_signature(tmp_path: Pa
         await found.admit(PathRecord(ITEM.info, stored.file, "content"), stored)
         await found.paths.sign(HASH, [by("b_1")])
         assert (await found.attestations.queue())[0] == 1
+
+
+async def test_what_was_verified_for_one_text_is_added_to_no_other(tmp_path: Path) -> None:
+    """The path was withdrawn, or came back with another text, while its signatures were fetched."""
+    other = ITEM.but(nar_size=ITEM.info.nar_size + 8)
+    async with index(tmp_path) as found:
+        admitted = await found.path(HASH)
+        assert admitted
+        path, nar = admitted
+        await found.paths.sign(HASH, [by("b_1")], only=still_says(path))
+        await found.paths.withdraw(HASH)
+        with pytest.raises(NotFound):
+            await found.paths.sign(HASH, [by("bx1")], only=still_says(path))
+        await found.revocations.add(Revocation("key", "a-1", "", 0.0, "stolen"))
+        wanted = replace(NarRecord.of(other.info, "https://u"), file=f"other-{nar.file}")
+        await found.admit(PathRecord(other.info, wanted.file, "content"), wanted)
+        with pytest.raises(NotFound):
+            await found.paths.sign(HASH, [by("bx1")], only=still_says(path))
+        now = await found.path(HASH)
+        assert now and (now[0].info.nar_size, now[0].signatures) == (other.info.nar_size, ())

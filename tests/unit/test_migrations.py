@@ -108,3 +108,41 @@ async def test_what_0_1_0_did_not_measure_is_not_served_and_nothing_is_lost(
         assert await index.realisation(_address(f"damaged-{number}")) is None
     await index.close()
     await running
+
+
+async def test_what_narseal_itself_attested_is_known_by_its_paths_alone(tmp_path: Path) -> None:
+    """0.1.0 kept the digests of our own batches like others': whoever asked for one got the bundle."""
+    index_of_0_1_0(tmp_path / "index.sqlite")
+    ours, theirs, head = b"o" * 32, b"t" * 32, b"h" * 32
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/index.sqlite")
+    with engine.begin() as connection:
+        for digest, signer in ((ours, None), (theirs, "a cosign key")):
+            connection.execute(
+                sa.text("INSERT INTO attestation VALUES (:digest, 'x', 1, :signer)"),
+                {"digest": digest, "signer": signer},
+            )
+        for digest, attestation in ((bytes(32), ours), (head, ours), (bytes(32), theirs)):
+            connection.execute(
+                sa.text("INSERT INTO subject VALUES (:digest, :attestation)"),
+                {"digest": digest, "attestation": attestation},
+            )
+        row = connection.execute(
+            sa.text("SELECT nar_file FROM path WHERE hash_part = :part"),
+            {"part": UPLOADED.hash_part},
+        ).one()
+        connection.execute(
+            sa.text("INSERT INTO attested VALUES (:part, :file, :attestation)"),
+            {"part": UPLOADED.hash_part, "file": row.nar_file, "attestation": ours},
+        )
+    engine.dispose()
+    url = f"sqlite:///{tmp_path}/index.sqlite"
+    migrate(url)
+    index = Index(url, "/nix/store")
+    running = asyncio.create_task(index.run())
+    attestations = index.attestations
+    assert [found.digest for found in await attestations.covering(bytes(32))] == [theirs]
+    assert [found.digest for found in await attestations.covering(head)] == [ours]
+    hash_parts = [UPLOADED.hash_part, MEASURED.hash_part]
+    assert [found.digest for found in await attestations.ours(hash_parts)] == [ours]
+    await index.close()
+    await running

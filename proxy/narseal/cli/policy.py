@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import click
 
 from narseal.cli.load import config_option, load
 from narseal.config import Config
-from narseal.errors import MalformedStorePath
+from narseal.errors import MalformedStorePath, NarsealError, Trouble
 from narseal.nix.store_path import StorePath
 
 
@@ -29,17 +30,41 @@ def test(paths: tuple[str, ...], config_file: Path, as_json: bool) -> None:
     """Say which rule of the configuration decides about store PATHS, and why.
 
     It looks at what is in the index, else at the upstreams; it signs and changes nothing.
-    Exit code 1 if one is kept back.
+    Exit code 1 if one is kept back, or is to be had nowhere; 3 if that could not be found out.
     """
-    found = asyncio.run(_statuses(load(config_file), [_store_path(path) for path in paths]))
-    for tree in found:
-        verdict = tree["policy"]
+    config, store_paths = load(config_file), [_store_path(path) for path in paths]
+    codes = []
+    for store_path, found in asyncio.run(_statuses(config, store_paths)):
+        said = _Said.of(f"{config.store_dir}/{store_path}", found)
+        codes.append(said.code)
         if as_json:
-            click.echo(json.dumps({"storePath": tree["storePath"], **verdict}))
+            click.echo(json.dumps(said.tree))
         else:
-            word = "served" if verdict["allowed"] else "kept back"
-            click.echo(f"{tree['storePath']}: {word}: {verdict['rule']}: {verdict['why']}")
-    sys.exit(0 if all(tree["policy"]["allowed"] for tree in found) else 1)
+            click.echo(said.sentence, err=said.failed)
+    sys.exit(max(codes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What is said of one path."""
+
+    tree: dict[str, Any]
+    sentence: str
+    code: int
+    #: It is about no rule: there is no such path, or nobody could say.
+    failed: bool = False
+
+    @classmethod
+    def of(cls, path: str, found: dict[str, Any] | NarsealError) -> _Said:
+        """Of a status, or of why there is none."""
+        if isinstance(found, NarsealError):
+            word = "not known" if isinstance(found, Trouble) else "no rule was asked"
+            tree = {"storePath": path, "error": str(found), "reason": found.reason}
+            return cls(tree, f"{path}: {word}: {found}", found.exit_code, failed=True)
+        verdict = found["policy"]
+        word = "served" if verdict["allowed"] else "kept back"
+        sentence = f"{path}: {word}: {verdict['rule']}: {verdict['why']}"
+        return cls({"storePath": path, **verdict}, sentence, 0 if verdict["allowed"] else 1)
 
 
 @policy.command("import")
@@ -62,14 +87,23 @@ def import_(file: Any, globs: tuple[str, ...], trust_config: str | None) -> None
     click.echo(translate(file.read(1 << 20), globs=globs, trust_config=trust_config), nl=False)
 
 
-async def _statuses(config: Config, store_paths: list[StorePath]) -> list[dict[str, Any]]:
+async def _statuses(
+    config: Config, store_paths: list[StorePath]
+) -> list[tuple[StorePath, dict[str, Any] | NarsealError]]:
+    """Of each path its status, or why there is none: one says nothing of the others."""
     from narseal.pipeline.substituter import Substituter
     from narseal.storage import Epoch, migrate_present
 
     migrate_present(config.storage.index)
     epoch = Epoch.of(config.storage.index)
     async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
-        return [await substituter.provenance.status(path) for path in store_paths]
+        found: list[tuple[StorePath, dict[str, Any] | NarsealError]] = []
+        for path in store_paths:
+            try:
+                found.append((path, await substituter.provenance.status(path)))
+            except NarsealError as error:
+                found.append((path, error))
+        return found
 
 
 def _store_path(path: str) -> StorePath:

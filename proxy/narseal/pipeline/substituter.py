@@ -102,7 +102,8 @@ class Substituter:
     ) -> AsyncIterator[Self]:
         """A running substituter; on leaving, running transfers get their time to end.
 
-        Unless it is `serving`, it does nothing of its own accord: for commands that look.
+        Unless it is `serving`, it does nothing of its own accord: for commands that look. An error
+        of ours comes out as it is, in no group of the tasks that ended with it.
         """
         failure: NarsealError | None = None
         async with open_services(config, epoch=epoch) as services, asyncio.TaskGroup() as group:
@@ -155,5 +156,5 @@ class Substituter:
             files = StoredFiles(services, self._publisher)
             works.append(Scrub(services, self.everything.nars, files).run())
         if services.config.cosign.mode != "off":
-            works.append(Attester(services).run())
+            works.append(Attester(services, lambda: not self._publisher.retired).run())
         return works

@@ -1,6 +1,6 @@
 """Blobs and the index."""
 
-from narseal.storage.attestations import Attestations, bundle_name
+from narseal.storage.attestations import Attestations, SignedBatch, bundle_name
 from narseal.storage.engine import backup, check_founded, migrate, migrate_present
 from narseal.storage.epoch import Epoch
 from narseal.storage.folder import Folder
@@ -13,7 +13,9 @@ from narseal.storage.records import (
     NarRecord,
     PathRecord,
     RealisationRecord,
+    conflict,
     file_name,
+    still_says,
 )
 from narseal.storage.revocations import Revocation, Revocations, Revoked
 from narseal.storage.unverified import UnverifiedFiles
@@ -33,14 +35,17 @@ __all__ = [
     "Revocation",
     "Revocations",
     "Revoked",
+    "SignedBatch",
     "UnverifiedFiles",
     "backup",
     "bundle_name",
     "check_founded",
+    "conflict",
     "epoch_file",
     "file_name",
     "index_file",
     "migrate",
     "migrate_present",
+    "still_says",
     "storage_errors",
 ]

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from narseal.errors import Refused
 from narseal.nix.hashes import Hash
 from narseal.storage import schema
-from narseal.storage.attestations import enqueue, leave
+from narseal.storage.attestations import enqueue, enqueue_again, forget_path, leave
 from narseal.storage.claims import revoked_keys
 from narseal.storage.records import (
     PATHS,
@@ -23,6 +23,7 @@ from narseal.storage.records import (
     PathRecord,
     RealisationRecord,
     admitted_of,
+    conflict,
     file_name,
     key_of,
     nar_of,
@@ -62,7 +63,7 @@ class Admissions:
     async def enqueue_path(self, connection: AsyncConnection, hash_part: str) -> None:
         """Let a path wait for its Sigstore signature, if it was not attested."""
         query = select(schema.path.c.nar_file).where(schema.path.c.hash_part == hash_part)
-        await enqueue(connection, [(await connection.execute(query)).scalar_one()])
+        await enqueue_again(connection, [(await connection.execute(query)).scalar_one()])
 
     async def admit_all(
         self, connection: AsyncConnection, group: list[Admitted]
@@ -136,13 +137,11 @@ class Admissions:
         hash_part = info.store_path.hash_part
         pinned = pins[hash_part]
         if pinned[0].message != wanted[0].message and not _is_void(pinned[0], revoked):
-            return Refused(
-                "conflict",
-                f"{info.store_path} is pinned to NarHash {pinned[0].info.nar_hash} and an upstream"
-                f" now says {info.nar_hash}; the pin holds",
-            )
+            return conflict(pinned[0].info, info)
         if not pinned[0].withdrawn:
             return pinned
+        if pinned[0].message != wanted[0].message:
+            await forget_path(connection, hash_part)  # it is another one that was attested
         await connection.execute(
             update(schema.path)
             .where(schema.path.c.hash_part == hash_part)

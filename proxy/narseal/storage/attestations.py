@@ -26,12 +26,16 @@ from narseal.errors import UploadTooLarge
 from narseal.storage import schema
 from narseal.storage.engine import Engines
 from narseal.storage.records import PATHS, Admitted, Attestation, admitted_of
+from narseal.storage.revocations import Revoked, revoked_by_now
 
 _Ask = Callable[[Select[Any]], Awaitable[list[Row[Any]]]]
 
 
-def _enqueue(*conditions: Any) -> Insert:
-    """Paths with a stored NAR, not attested as that file: they wait from now on."""
+def _enqueue(*conditions: Any, again: bool = False) -> Insert:
+    """Paths with a stored NAR, not attested as that file: they wait from now on.
+
+    `again`: those that wait already, too.
+    """
     done = exists().where(
         schema.attested.c.hash_part == schema.path.c.hash_part,
         schema.attested.c.file == schema.path.c.nar_file,
@@ -42,11 +46,14 @@ def _enqueue(*conditions: Any) -> Insert:
         .where(schema.nar.c.stored, ~schema.path.c.withdrawn, ~done, *conditions)
     )
     fresh = insert_or(schema.waiting).from_select(["hash_part", "since"], rows)
-    return fresh.on_conflict_do_nothing()
+    if not again:
+        return fresh.on_conflict_do_nothing()
+    return fresh.on_conflict_do_update(["hash_part"], set_={"since": fresh.excluded.since})
 
 
 _OF_FILES = schema.path.c.nar_file.in_(bindparam("among", expanding=True))
 _ENQUEUE = _enqueue(_OF_FILES)
+_ENQUEUE_AGAIN = _enqueue(_OF_FILES, again=True)
 # SQLite wants a WHERE before ON CONFLICT in an INSERT from a SELECT, and there is one
 _ENQUEUE_ALL = _enqueue()
 _LEAVE = delete(schema.waiting).where(
@@ -64,15 +71,57 @@ async def enqueue(connection: AsyncConnection, files: Sequence[str]) -> None:
     await connection.execute(_ENQUEUE, {"among": files, "now": time.time()})
 
 
+async def enqueue_again(connection: AsyncConnection, files: Sequence[str]) -> None:
+    """Within a transaction after which rules may let paths through that they kept back.
+
+    They wait anew: who judged them before does not take them off the queue.
+    """
+    await connection.execute(_ENQUEUE_AGAIN, {"among": files, "now": time.time()})
+
+
 async def leave(connection: AsyncConnection, file: str) -> None:
     """Within a transaction that takes a file away: its paths do not wait any more."""
     await connection.execute(_LEAVE, {"among": [file]})
+
+
+async def forget_path(connection: AsyncConnection, hash_part: str) -> None:
+    """Within a transaction that pins other content to a path: none of our bundles is of that."""
+    named = schema.attested.c.hash_part == hash_part
+    await connection.execute(delete(schema.attested).where(named))
 
 
 def _of(subjects: frozenset[bytes]) -> ColumnElement[bool]:
     """Paths that one of these digests is of: their NAR's, or their stored file's."""
     files = select(schema.nar.c.file).where(schema.nar.c.file_hash.in_(subjects))
     return or_(schema.path.c.nar_hash.in_(subjects), schema.path.c.nar_file.in_(files))
+
+
+#: What can be signed now of what waits: what was withdrawn, or whose file is gone, waits on.
+_IN_FORCE = (schema.nar.c.stored, ~schema.path.c.withdrawn)
+_WAITING = schema.waiting.join(
+    schema.path, schema.path.c.hash_part == schema.waiting.c.hash_part
+).join(schema.nar, schema.nar.c.file == schema.path.c.nar_file)
+_ALL_WAITING = (
+    PATHS.join(schema.waiting, schema.waiting.c.hash_part == schema.path.c.hash_part)
+    .where(*_IN_FORCE)
+    .order_by(schema.waiting.c.since, schema.path.c.hash_part)
+)
+_THOSE_WAITING = _ALL_WAITING.where(schema.path.c.hash_part.in_(bindparam("among", expanding=True)))
+#: Our bundles of paths in force, as the file that the path has now.
+_OURS = (
+    select(
+        schema.attestation,
+        schema.path.c.nar_hash.label("subject"),
+    )
+    .join(schema.attested, schema.attested.c.attestation == schema.attestation.c.digest)
+    .join(
+        schema.path,
+        (schema.path.c.hash_part == schema.attested.c.hash_part)
+        & (schema.path.c.nar_file == schema.attested.c.file),
+    )
+    .where(~schema.path.c.withdrawn)
+)
+_GROUP = 500
 
 
 #: So many times as many attestations of a digest by all signers as by one.
@@ -85,6 +134,23 @@ class Signed:
 
     signer: str
     statement: bytes
+    #: What was revoked when it was verified.
+    judged: Revoked
+
+
+@dataclass(frozen=True, slots=True)
+class SignedBatch:
+    """A bundle of ours over a batch, to be recorded."""
+
+    #: SHA-256 of the bundle.
+    digest: bytes
+    predicate_type: str
+    #: What it says of which paths, as they were judged.
+    paths: Sequence[Admitted]
+    #: SHA-256 of the heads of audit logs that it anchors.
+    heads: frozenset[bytes]
+    #: Bundles over single files, by the files' names.
+    singles: Mapping[str, bytes]
 
 
 class Attestations:
@@ -106,58 +172,50 @@ class Attestations:
 
     async def queue(self) -> tuple[int, float | None]:
         """How many paths wait, and since what Unix time the first does."""
-        query: Any = select(
-            func.count().label("waiting"), func.min(schema.waiting.c.since).label("since")
-        ).select_from(schema.waiting)
+        query: Any = (
+            select(func.count().label("waiting"), func.min(schema.waiting.c.since).label("since"))
+            .select_from(_WAITING)
+            .where(*_IN_FORCE)
+        )
         row = (await self._survey(query))[0]
         return int(row.waiting), row.since
 
     async def oldest(self, limit: int) -> list[Admitted]:
         """The paths that wait longest, with their stored NARs."""
-        query = (
-            PATHS.join(schema.waiting, schema.waiting.c.hash_part == schema.path.c.hash_part)
-            .where(schema.nar.c.stored, ~schema.path.c.withdrawn)
-            .order_by(schema.waiting.c.since, schema.path.c.hash_part)
-            .limit(limit)
-        )
-        return [admitted_of(row, self._store_dir) for row in await self._ask(query)]
+        rows = await self._ask(_ALL_WAITING.limit(limit))
+        return [admitted_of(row, self._store_dir) for row in rows]
+
+    async def still_waiting(self, paths: Sequence[Admitted]) -> list[Admitted]:
+        """Those of some paths that wait, and of which the index says what it said."""
+        hash_parts = [path.info.store_path.hash_part for path, _ in paths]
+        rows = await self._ask(_THOSE_WAITING.params(among=hash_parts))
+        return self._unchanged(paths, rows)
+
+    def _unchanged(self, paths: Sequence[Admitted], rows: Sequence[Row[Any]]) -> list[Admitted]:
+        now = {row.hash_part: admitted_of(row, self._store_dir) for row in rows}
+        return [old for old in paths if _says(now.get(old[0].info.store_path.hash_part), old)]
 
     async def commit(
-        self,
-        digest: bytes,
-        predicate_type: str,
-        paths: Sequence[Admitted],
-        subjects: frozenset[bytes],
-        file_bundles: Mapping[str, bytes],
-    ) -> None:
-        """Record a bundle over a batch: all of it in one transaction.
+        self, batch: SignedBatch, judged: Revoked, is_current: Callable[[], bool]
+    ) -> list[Admitted] | None:
+        """Record what a bundle covers, in one transaction; returns the paths.
 
-        What does not wait any more (it was withdrawn meanwhile) is not recorded as attested.
+        Those of the batch that are admitted as they were when they were judged: what was
+        withdrawn or changed meanwhile is not covered. None, and nothing is recorded, if anything
+        else is revoked than was when it was judged, or the rules are not current any more.
         """
 
-        async def work(connection: AsyncConnection) -> None:
-            hash_parts = [path.info.store_path.hash_part for path, _ in paths]
-            gone = delete(schema.waiting).where(schema.waiting.c.hash_part.in_(hash_parts))
-            rows = await connection.execute(gone.returning(schema.waiting.c.hash_part))
-            waited = {row.hash_part for row in rows}
-            values = {"digest": digest, "predicate_type": predicate_type, "made_at": time.time()}
-            await connection.execute(insert_or(schema.attestation), [values])
-            covered = [{"digest": subject, "attestation": digest} for subject in subjects]
-            await connection.execute(insert_or(schema.subject), covered)
-            done = [
-                {"hash_part": hash_part, "file": nar.file, "attestation": digest}
-                for hash_part, (_, nar) in zip(hash_parts, paths, strict=True)
-                if hash_part in waited
-            ]
-            if done:
-                await connection.execute(insert_or(schema.attested).on_conflict_do_nothing(), done)
-            if file_bundles:
-                bundles = [{"file": file, "bundle": data} for file, data in file_bundles.items()]
-                await connection.execute(
-                    insert_or(schema.file_signature).on_conflict_do_nothing(), bundles
-                )
+        async def work(connection: AsyncConnection) -> list[Admitted] | None:
+            if (await revoked_by_now(connection)).all != judged.all or not is_current():
+                return None
+            hash_parts = [path.info.store_path.hash_part for path, _ in batch.paths]
+            rows = await connection.execute(_THOSE_WAITING, {"among": hash_parts})
+            covered = self._unchanged(batch.paths, rows.all())
+            if covered:
+                await _record(connection, batch, covered)
+            return covered
 
-        await self._engines.write(work)
+        return await self._engines.write(work)  # type: ignore[no-any-return]
 
     async def forget(self, digest: bytes) -> None:
         """Give a bundle out no more, and let the paths that it attested wait again."""
@@ -198,20 +256,46 @@ class Attestations:
         """Of every bundle over a statement."""
         return [bytes(row.digest) for row in await self._ask(select(schema.attestation.c.digest))]
 
+    async def ours(self, hash_parts: Sequence[str]) -> list[Attestation]:
+        """The bundles of narseal's own over some paths, as far as these are in force, oldest first."""
+        found: set[Attestation] = set()
+        for start in range(0, len(hash_parts), _GROUP):
+            named = schema.path.c.hash_part.in_(hash_parts[start : start + _GROUP])
+            found.update(await self._ours(named))
+        return sorted(found, key=lambda a: (a.made_at, a.digest))
+
+    async def ours_of(self, digests: frozenset[bytes]) -> list[Attestation]:
+        """The same over all paths that some file or NAR digests are of, however many those are."""
+        return await self._ours(_of(digests))
+
+    async def ours_of_file(self, file: str) -> list[Attestation]:
+        """The same over all paths whose narinfo names a file."""
+        return await self._ours(schema.path.c.nar_file == file)
+
+    async def _ours(self, condition: ColumnElement[bool]) -> list[Attestation]:
+        ordered = _OURS.where(condition).order_by(
+            schema.attestation.c.made_at, schema.attestation.c.digest
+        )
+        return [_attestation(row) for row in await self._ask(ordered.distinct())]
+
+    async def is_withdrawn(self, file: str) -> bool:
+        """Whether there are paths whose narinfo names a file, and all were withdrawn."""
+        query: Select[Any] = select(func.min(schema.path.c.withdrawn).label("withdrawn"))
+        rows = await self._ask(query.where(schema.path.c.nar_file == file))
+        return bool(rows[0].withdrawn)  # without a path it is NULL
+
     async def covering(self, *digests: bytes) -> list[Attestation]:
-        """The bundles whose statements cover any of some file or NAR digests, oldest first."""
+        """The bundles that somebody brought of any of some file or NAR digests, oldest first.
+
+        Of an audit log's head, those of ours that anchor it. What ours say of paths: see `ours`.
+        """
         query = (
             select(schema.attestation, schema.subject.c.digest.label("subject"))
             .join(schema.subject, schema.subject.c.attestation == schema.attestation.c.digest)
             .where(schema.subject.c.digest.in_(digests))
             .order_by(schema.attestation.c.made_at, schema.attestation.c.digest)
         )
-        return [
-            Attestation(
-                bytes(row.digest), bytes(row.subject), row.predicate_type, row.signer, row.made_at
-            )
-            for row in await self._ask(query)
-        ]
+        return [_attestation(row) for row in await self._ask(query)]
 
     async def put(
         self,
@@ -221,8 +305,10 @@ class Attestations:
         subjects: frozenset[bytes],
         *,
         most: int,
-    ) -> bool:
+    ) -> bool | None:
         """Record a bundle that somebody brought; whether it is new.
+
+        None, and nothing is recorded, if anything else is revoked than when it was verified.
 
         It is not if the same signer's bundle over the same statement is there: however many ways
         there are to write it down. UploadTooLarge if one of its subjects has `most` attestations
@@ -230,7 +316,9 @@ class Attestations:
         it covers wait for narseal's own, where they were not attested: they may pass now.
         """
 
-        async def work(connection: AsyncConnection) -> bool:
+        async def work(connection: AsyncConnection) -> bool | None:
+            if (await revoked_by_now(connection)).all != signed.judged.all:
+                return None
             table = schema.attestation.c
             known = (table.statement == signed.statement) & (table.signer == signed.signer)
             same = select(table.digest).where(or_(table.digest == digest, known)).limit(1)
@@ -265,44 +353,43 @@ class Attestations:
             await connection.execute(insert_or(schema.subject), covered)
             if self._attest:
                 rows = await connection.execute(select(schema.path.c.nar_file).where(_of(subjects)))
-                await enqueue(connection, sorted({row.nar_file for row in rows}))
+                await enqueue_again(connection, sorted({row.nar_file for row in rows}))
             return True
 
         return await self._engines.write(work)  # type: ignore[no-any-return]
 
-    async def paths_of(self, subjects: frozenset[bytes]) -> list[str]:
-        """The hash parts of the admitted paths that these file and NAR digests are of."""
-        query: Select[Any] = select(schema.path.c.hash_part).where(
-            _of(subjects), ~schema.path.c.withdrawn
-        )
+    async def paths_of(self, subjects: frozenset[bytes], *, withdrawn: bool = False) -> list[str]:
+        """The hash parts of the admitted paths that these file and NAR digests are of.
+
+        With `withdrawn`, also of those that were withdrawn.
+        """
+        query: Select[Any] = select(schema.path.c.hash_part).where(_of(subjects))
+        if not withdrawn:
+            query = query.where(~schema.path.c.withdrawn)
         return [row.hash_part for row in await self._ask(query)]
 
-    async def drop(self, hash_parts: Sequence[str]) -> None:
-        """Let paths wait no more that policy does not let through."""
-        gone = delete(schema.waiting).where(schema.waiting.c.hash_part.in_(hash_parts))
+    async def drop(self, hash_parts: Sequence[str], judged_at: float) -> None:
+        """Let paths wait no more that policy does not let through, unless they came anew since."""
+        gone = delete(schema.waiting).where(
+            schema.waiting.c.hash_part.in_(hash_parts), schema.waiting.c.since < judged_at
+        )
         await self._engines.write(lambda c: c.execute(gone))
 
-    async def of_file(self, file: str) -> tuple[bytes | None, bytes | None]:
-        """The single signature of a file, and the digest of the newest batch that covers it."""
-        query = select(schema.file_signature.c.bundle).where(schema.file_signature.c.file == file)
+    async def single(self, file: str) -> bytes | None:
+        """The signature of a single file, as far as a path of it is in force."""
+        in_force = exists().where(schema.path.c.nar_file == file, ~schema.path.c.withdrawn)
+        named = schema.file_signature.c.file == file
+        query = select(schema.file_signature.c.bundle).where(named, in_force)
         rows = await self._ask(query)
-        single = bytes(rows[0].bundle) if rows else None
-        newest = (
-            select(schema.attested.c.attestation)
-            .join(schema.attestation, schema.attested.c.attestation == schema.attestation.c.digest)
-            .where(schema.attested.c.file == file)
-            .order_by(schema.attestation.c.made_at.desc())
-            .limit(1)
-        )
-        rows = await self._ask(newest)
-        return single, bytes(rows[0].attestation) if rows else None
+        return bytes(rows[0].bundle) if rows else None
 
     async def is_waiting(self, name: str) -> bool:
-        """Whether a path still waits whose file's name is, or begins with, `name`."""
+        """Whether a path in force still waits whose file's name is, or begins with, `name`."""
+        begins = (schema.path.c.nar_file >= name, schema.path.c.nar_file < f"{name}\x7f")
         query: Select[Any] = (
             select(schema.waiting.c.hash_part)
-            .join(schema.path, schema.path.c.hash_part == schema.waiting.c.hash_part)
-            .where(schema.path.c.nar_file >= name, schema.path.c.nar_file < f"{name}\x7f")
+            .select_from(_WAITING)
+            .where(*_IN_FORCE, *begins)
             .limit(1)
         )
         return bool(await self._ask(query))
@@ -316,3 +403,50 @@ class Attestations:
             .limit(limit)
         )
         return [row.hash_part for row in await self._ask(query)]
+
+
+async def _record(
+    connection: AsyncConnection, batch: SignedBatch, covered: Sequence[Admitted]
+) -> None:
+    """Within a transaction: a bundle, what it covers, and that this waits no more."""
+    hash_parts = [path.info.store_path.hash_part for path, _ in covered]
+    gone = delete(schema.waiting).where(schema.waiting.c.hash_part.in_(hash_parts))
+    await connection.execute(gone)
+    values = {
+        "digest": batch.digest,
+        "predicate_type": batch.predicate_type,
+        "made_at": time.time(),
+    }
+    await connection.execute(insert_or(schema.attestation), [values])
+    if batch.heads:
+        heads = [{"digest": head, "attestation": batch.digest} for head in sorted(batch.heads)]
+        await connection.execute(insert_or(schema.subject), heads)
+    done = [
+        {"hash_part": hash_part, "file": nar.file, "attestation": batch.digest}
+        for hash_part, (_, nar) in zip(hash_parts, covered, strict=True)
+    ]
+    await connection.execute(insert_or(schema.attested).on_conflict_do_nothing(), done)
+    singles = [
+        {"file": file, "bundle": batch.singles[file]}
+        for file in sorted({nar.file for _, nar in covered} & batch.singles.keys())
+    ]
+    if singles:
+        await connection.execute(insert_or(schema.file_signature).on_conflict_do_nothing(), singles)
+
+
+def _attestation(row: Row[Any]) -> Attestation:
+    return Attestation(
+        bytes(row.digest), bytes(row.subject), row.predicate_type, row.signer, row.made_at
+    )
+
+
+def _says(now: Admitted | None, judged: Admitted) -> bool:
+    """Whether the index still says of a path what a statement of ours does, and policy looked at."""
+    if now is None:
+        return False
+    (path, nar), (old_path, old_nar) = now, judged
+    return (path.message, nar.file, nar.file_hash) == (
+        old_path.message,
+        old_nar.file,
+        old_nar.file_hash,
+    ) and set(old_path.signatures) <= set(path.signatures)

@@ -59,23 +59,25 @@ class Claims:
         ours: Iterable[str] = (),
         drop: Iterable[Signature] = (),
         verified: Verified | None = None,
+        only: ColumnElement[bool] | None = None,
     ) -> Signed:
         """Add signatures to a row's, take others and all by revoked keys away; what it has then.
 
         Whoever else adds some at the same time loses none. `ours` are the names of the operator's
         keys whose signatures were made or verified: they have room before others'. Of an upload,
         `verified` says which are by a key that is known here: they have room before strangers', and
-        nothing in a name of the operator's is taken. NotFound if the row is gone; BadUpload if an
-        upload brings more strangers' than are kept.
+        nothing in a name of the operator's is taken. NotFound if the row is gone, or is not `only`
+        what the signatures were verified for; BadUpload if an upload brings more strangers' than
+        are kept.
         """
         table = self._table.c
-        named = self._key == key
+        named = self._key == key if only is None else (self._key == key) & only
 
         async def work(connection: AsyncConnection) -> Signed:
             query = select(table.signatures, table.ours).where(named)
             row = (await connection.execute(query)).first()
             if row is None:
-                raise NotFound(f"{key} is not in the index any more")
+                raise NotFound(f"{key} is not in the index any more, or is another one by now")
             revoked = await revoked_keys(connection)
             there = set(signatures_of(row.signatures))
             names = (names_of(row.ours) | frozenset(ours)) - revoked

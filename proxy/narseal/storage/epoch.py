@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
+from narseal.errors import Unavailable
 from narseal.storage.presence import Presence, epoch_file, index_file
+
+T = TypeVar("T")
+_TRIES = 8
 
 
 class Epoch:
@@ -38,6 +43,18 @@ class Epoch:
     def read(self) -> int:
         """The present value; another one than before means: forget what is in memory."""
         return self.cell[0]
+
+    async def settled(self, find: Callable[[], Awaitable[T]]) -> T:
+        """What `find` finds while nothing is withdrawn; else it is found again.
+
+        Unavailable if something is withdrawn all the time.
+        """
+        for _ in range(_TRIES):
+            mark = self.read()
+            found = await find()
+            if mark == self.read():
+                return found
+        raise Unavailable("what may be given out is changing; ask again")
 
     def arrivals(self) -> int:
         """Another value than before means: what was absent may be there now."""

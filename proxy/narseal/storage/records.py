@@ -7,8 +7,9 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import ColumnElement, Row, and_, select
 
+from narseal.errors import Refused
 from narseal.nix.compression import COMPRESSIONS
 from narseal.nix.content_address import ContentAddress
 from narseal.nix.hashes import Hash
@@ -185,6 +186,22 @@ def signatures_of(text: str) -> tuple[Signature, ...]:
 def names_of(text: str) -> frozenset[str]:
     """The column of names of keys."""
     return frozenset(filter(None, text.split("\n")))
+
+
+def conflict(pinned: NarInfo, info: NarInfo) -> Refused:
+    """Why an upstream's narinfo of a path is refused that is pinned to another."""
+    return Refused(
+        "conflict",
+        f"{pinned.store_path} is pinned to NarHash {pinned.nar_hash} and an upstream"
+        f" now says {info.nar_hash}; the pin holds",
+    )
+
+
+def still_says(path: PathRecord) -> ColumnElement[bool]:
+    """Rows of `path` that are in force and of which the text under the signatures is the same."""
+    columns, values = schema.path.c, path_values(path)
+    same = (columns[name] == values[name] for name in ("name", "nar_hash", "nar_size", "refs"))
+    return and_(~columns.withdrawn, *same)
 
 
 def realisation_of(row: Row[Any]) -> RealisationRecord:

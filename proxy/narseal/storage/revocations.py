@@ -17,6 +17,10 @@ from narseal.storage.epoch import Epoch
 
 Kind = Literal["key", "cosign", "identity"]
 
+_ALL: Select[Any] = select(schema.revocation).order_by(
+    schema.revocation.c.revoked_at, schema.revocation.c.kind, schema.revocation.c.name
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Revocation:
@@ -72,9 +76,7 @@ class Revocations:
         self._epoch.presence.check()
         epoch = self._epoch.read()
         if epoch != self._seen:
-            table = schema.revocation.c
-            rows = await self._ask(select(schema.revocation).order_by(table.revoked_at))
-            found = [Revocation(r.kind, r.name, r.issuer, r.since, r.reason) for r in rows]
+            found = _revocations(await self._ask(_ALL))
             if tuple(found) != self._known.all:  # the same value means: nothing changed
                 self._known = Revoked(found)
             self._seen = epoch
@@ -118,6 +120,15 @@ class Revocations:
         self._epoch.advance()
         self._epoch.arrive()
         return withdrawn
+
+
+async def revoked_by_now(connection: AsyncConnection) -> Revoked:
+    """All that is revoked, as a transaction sees it."""
+    return Revoked(_revocations(list(await connection.execute(_ALL))))
+
+
+def _revocations(rows: list[Row[Any]]) -> list[Revocation]:
+    return [Revocation(r.kind, r.name, r.issuer, r.since, r.reason) for r in rows]
 
 
 def _rests_on(revocation: Revocation, evidence: Column[str]) -> ColumnElement[bool]:

@@ -163,7 +163,7 @@ async def signers(machine: Machine, item: Entry) -> set[str]:
 
 
 def test_every_section_has_commands() -> None:
-    assert len(sections()) == 5
+    assert len(sections()) == 6
     assert all(len(blocks) >= 2 for blocks in sections().values())
 
 
@@ -248,6 +248,32 @@ async def test_compromised_ci_identity(
         status, text = await Uploader(client, machine.token).put(name, bundle)
         assert (status, "is revoked since before" in text) == (422, True), text
     assert statement.PREDICATE_TYPE  # narseal's own statements are not concerned
+
+
+async def test_untrusted_key_of_an_upstream(machine: Machine, upstream: FakeCache) -> None:
+    await begin(machine, upstream)
+    following = key("upstream-2")
+    machine.environment |= {
+        "UPSTREAM_KEY": UPSTREAM.public.name, "NEXT_KEY": str(following.public),
+    }  # fmt: skip
+    revoking, exchanging = sections()["An upstream's key is not to be trusted any more"]
+    # taking it out is not enough
+    await asyncio.to_thread(machine.run, exchanging)
+    assert str(UPSTREAM.public) not in (machine.folder / "narseal.toml").read_text()
+    assert await signers(machine, ITEMS[0]) == {"upstream-1", "cache.example.org-1"}
+    await asyncio.to_thread(machine.run, revoking)
+    for item in ITEMS:
+        assert (await get(machine, f"{item.hash}.narinfo"))[0] == 404
+    assert await signers(machine, UPLOADED) == {"cache.example.org-1"}
+    again = entry("my-app-0", b"0", compression="none").signed(following)
+    assert again.info.nar_hash == ITEMS[0].info.nar_hash
+    upstream.add(again)
+
+    async def is_back() -> bool:  # that it was refused is remembered for a time
+        return (await get(machine, f"{again.hash}.narinfo"))[0] == 200
+
+    await eventually(is_back)
+    assert await signers(machine, again) == {"upstream-2", "cache.example.org-1"}
 
 
 async def test_lost_token(machine: Machine, upstream: FakeCache, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Serving never waits for it. One worker of all does it. A batch is signed, its bundle is put into
 storage, and one transaction takes its paths off the queue and records what covers what: whoever
-dies in between leaves the queue as it was.
+dies in between leaves the queue as it was. Signing takes long: each path is judged again behind it,
+and the transaction holds to what it was judged by.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import product
@@ -25,7 +26,8 @@ from narseal.cosign.statement import AttestedPath, AuditHead
 from narseal.errors import NarsealError, Refused, Unavailable
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
-from narseal.storage import Admitted, bundle_name
+from narseal.storage import Admitted, Revoked, SignedBatch, bundle_name
+from narseal.storage.records import key_of
 from narseal.telemetry import metrics
 
 T = TypeVar("T")
@@ -36,6 +38,7 @@ _MANY = 16
 #: Bytes of what one statement says, so that a bundle stays within what clients take.
 _MAX_FACTS = 4 << 20
 _MOST_HEADS = 8
+_TRIES = 8
 
 
 @dataclass(slots=True)
@@ -52,7 +55,10 @@ class _Begun:
 class Attester:
     """The durable queue's other end. `run` until cancelled."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, is_current: Callable[[], bool]) -> None:
+        """`is_current` says whether the rules of `services` are in force still."""
+        self._is_current = is_current
+        self._epoch = services.epoch
         self._heads = services.countersigner.heads
         self._policy = services.policy
         self._sigstore = services.sigstore
@@ -141,6 +147,8 @@ class Attester:
                 await self._finish(self._begun)
                 return True
             self._begun = None  # what it says is not to be said any more
+        if not self._is_current():
+            return False  # those whose rules are in force sign
         count, age = await self._look()
         most = self._sigstore.batch_subjects - (_MOST_HEADS if self._config.anchor_audit else 0)
         if not count or (count * 2 < most and age < self._config.batch_max_age):
@@ -152,30 +160,34 @@ class Attester:
         heads = await self._heads() if self._config.anchor_audit else []
         text = statement.render((attested_path(admitted) for admitted in batch), heads)
         self._begun = _Begun(batch, heads, text)
-        await self._finish(self._begun)
-        return True
+        return True  # it is looked at again before each try, the first one too
 
     async def _still_holds(self, batch: list[Admitted]) -> bool:
         """Whether all of a batch waits as it did, and policy lets it through."""
-        waiting = await self._attestations.oldest(len(batch))
-        if [attested_path(found) for found in waiting] != [attested_path(old) for old in batch]:
+        if not self._is_current() or await self._attestations.still_waiting(batch) != batch:
             return False
         return await self._passing(batch) == batch
 
     async def _passing(self, waiting: list[Admitted]) -> list[Admitted]:
-        """Those that policy lets through; the others do not wait any more.
+        """Those that nothing speaks against; the others do not wait any more.
 
-        They wait again when somebody attests them, and after each start.
+        They wait again when somebody attests or signs them, and after each start.
         """
+        began = time.time()
+        revoked = (await self._revocations.now()).keys
         passing: list[Admitted] = []
         kept_back: list[str] = []
         for path, nar in waiting:
-            if await self._policy.passes(path.info, content_digests(path.info, nar)):
+            names = {signature.key_name for signature in path.signatures}
+            # what bears a revoked key's signature is held to its evidence first (`Renewal`)
+            unheld = bool(revoked) and (key_of(path.evidence) in revoked or names & revoked)
+            digests = content_digests(path.info, nar)
+            if not unheld and await self._policy.passes(path.info, digests):
                 passing.append((path, nar))
             else:
                 kept_back.append(path.info.store_path.hash_part)
-        if kept_back:
-            await self._attestations.drop(kept_back)
+        if kept_back and self._is_current():
+            await self._attestations.drop(kept_back, began)
         return passing
 
     async def _check_key(self) -> None:
@@ -184,34 +196,50 @@ class Attester:
         if key and key.public.hint in (await self._revocations.now()).cosign_keys:
             raise Unavailable("the cosign key is revoked: configure another (cosign.key)")
 
-    async def _check_identity(self, bundle: bytes) -> None:
-        """Unavailable if the identity that just signed is revoked: what waits, waits for another."""
+    async def _check_signer(self, bundle: bytes) -> Revoked:
+        """What is revoked; Unavailable if whoever just signed is: what waits, waits for another."""
+        revoked = await self._revocations.now()
+        await self._check_key()
         certificate = Bundle.parse(bundle).certificate
         if certificate is None:
-            return
+            return revoked
         named = CertificateNames.parse(certificate)
-        revoked = await self._revocations.now()
         for identity, issuer in product(named.identities, named.issuers):
             if revoked.bars(identity, issuer, named.began):
                 raise Unavailable(f"{identity} is revoked: let narseal sign as another identity")
+        return revoked
 
     async def _finish(self, begun: _Begun) -> None:
         """Sign what of it is not signed yet, keep it, and take its paths off the queue."""
         await self._check_key()
         bundle = await self._run(self._sign, begun)
-        await self._check_key()  # it may have been revoked while the services were slow
-        await self._check_identity(bundle)
+        await self._check_signer(bundle)  # revoked while the services were slow: it is not kept
         digest = hashlib.sha256(bundle).digest()
         await self._run(self._folder.local.write, bundle_name(digest), bundle)
-        subjects = frozenset(head.digest for head in begun.heads).union(
-            *(attested_path(admitted).digests() for admitted in begun.batch)
-        )
-        await self._attestations.commit(
-            digest, statement.PREDICATE_TYPE, begun.batch, subjects, begun.singles
-        )
+        covered = await self._record(begun, bundle, digest)
         self._begun = None
-        metrics.attest_batch_subjects.observe(len(subjects))
+        if covered:
+            heads = frozenset(head.digest for head in begun.heads)
+            subjects = heads.union(*(attested_path(admitted).digests() for admitted in covered))
+            metrics.attest_batch_subjects.observe(len(subjects))
+        else:  # all of it was withdrawn meanwhile
+            await self._run(self._folder.local.remove, bundle_name(digest))
         await self._look()
+
+    async def _record(self, begun: _Begun, bundle: bytes, digest: bytes) -> Sequence[Admitted]:
+        """Record what of a batch may be said still, while the services were slow; see `commit`."""
+        for _ in range(_TRIES):
+            revoked = await self._check_signer(bundle)
+            heads = frozenset(head.digest for head in begun.heads)
+            passing = await self._passing(begun.batch)
+            batch = SignedBatch(digest, statement.PREDICATE_TYPE, passing, heads, begun.singles)
+            covered = await self._attestations.commit(batch, revoked, self._is_current)
+            if covered is not None:
+                return covered
+            if not self._is_current():
+                return ()  # those whose rules are in force sign it
+            self._epoch.advance()  # somebody revoked, and may not have come to say so
+        raise Unavailable("keys are being revoked")
 
     def _sign(self, begun: _Begun) -> bytes:
         """In the thread: the batch's bundle, and those of its files."""

@@ -17,7 +17,7 @@ from narseal.nix.store_path import StorePath
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
 from narseal.runtime.files import OpenFile
-from narseal.storage import bundle_name
+from narseal.storage import Admitted, Attestation, bundle_name
 
 
 class Signatures:
@@ -27,6 +27,7 @@ class Signatures:
         self._sigstore = services.sigstore
         self._countersigner = services.countersigner
         self._policy = services.policy
+        self._epoch = services.epoch
         self._index = services.index
         self._attestations = services.index.attestations
         self._folder = services.folder
@@ -35,7 +36,7 @@ class Signatures:
     async def bundle_of(self, file: str) -> bytes | OpenFile:
         """A file's own signature if it has one, else the batch that covers it, which may be large."""
         absence = await self._absence(file, f"nar/{file}")
-        single, batch = await self._attestations.of_file(file)
+        single, batch = await self._epoch.settled(lambda: self._of_file(file))
         if single is not None:
             return single
         if batch is not None and (found := await self._open(batch)) is not None:
@@ -55,21 +56,39 @@ class Signatures:
         return certificate_pem(bundle.certificate)
 
     async def attestations_of(self, digest: Hash) -> list[bytes]:
-        """The names, for `bundles`, of all whose statements cover a file's or a NAR's SHA-256."""
-        await self._check(digest.digest)
+        """The names, for `bundles`, of all whose statements cover a file's or a NAR's SHA-256.
+
+        What others say of it goes where its NAR goes; what we said of a path, only while the path
+        is admitted and policy lets it through.
+        """
         absence = await self._absence(f"{digest.nix32}.nar", f"sha256:{digest.digest.hex()}")
-        if not (names := await self._covering(digest.digest)):
+        subjects = frozenset((digest.digest,))
+
+        async def find() -> list[bytes]:
+            if not self._policy.active:  # as many paths as may share an empty file
+                ours = await self._attestations.ours_of(subjects)
+                return await self._names(ours, subjects)
+            hash_parts = await self._attestations.paths_of(subjects, withdrawn=True)
+            found = [await self._index.path(hash_part) for hash_part in hash_parts]
+            ours = await self._ours([admitted for admitted in found if admitted])
+            return await self._names(ours, subjects)
+
+        if not (names := await self._epoch.settled(find)):
             raise absence
         return names
 
     async def attestations_of_path(self, store_path: StorePath) -> list[bytes]:
-        """The names of all whose statements cover a path's NAR or file."""
-        found = await self._index.path(store_path.hash_part)
-        names = []
-        if found is not None and found[0].info.store_path == store_path:
-            await self._policy.check_any([found])
-            names = await self._covering(*content_digests(found[0].info, found[1]))
-        if not names:
+        """The names of all that others say of a path's NAR or file, and we of the path."""
+
+        async def find() -> list[bytes]:
+            found = await self._index.path(store_path.hash_part)
+            if found is None or found[0].info.store_path != store_path:
+                return []
+            return await self._names(
+                await self._ours([found]), content_digests(found[0].info, found[1])
+            )
+
+        if not (names := await self._epoch.settled(find)):
             raise NotFound(f"there is no attestation of {store_path}")
         return names
 
@@ -118,23 +137,46 @@ class Signatures:
 
     async def _single(self, file: str) -> Bundle:
         absence = await self._absence(file, f"nar/{file}")
-        single, batch = await self._attestations.of_file(file)
+        single, batch = await self._epoch.settled(lambda: self._of_file(file))
         if single is not None:
             return Bundle.parse(single)
         if batch is not None:
             raise NotFound(f"nar/{file} has no signature of its own, but one of its batch")
         raise absence
 
-    async def _check(self, digest: bytes) -> None:
-        """Denied if policy keeps back every path that a digest is of."""
-        if self._policy.active:
-            hash_parts = await self._attestations.paths_of(frozenset((digest,)))
-            found = [await self._index.path(hash_part) for hash_part in hash_parts]
-            await self._policy.check_any([admitted for admitted in found if admitted])
+    async def _of_file(self, file: str) -> tuple[bytes | None, bytes | None]:
+        """A file's own signature, and the name of the newest batch over a path of it.
 
-    async def _covering(self, *digests: bytes) -> list[bytes]:
-        names = [found.digest for found in await self._attestations.covering(*digests)]
-        return await self._threads.run(self._present, list(dict.fromkeys(names)))
+        Neither, if no path of it is admitted that policy lets through.
+        """
+        if not self._policy.active:
+            ours = await self._attestations.ours_of_file(file)
+        elif served := await self._served(await self._index.paths_of(file)):
+            ours = await self._attestations.ours(served)
+        else:
+            return None, None
+        return await self._attestations.single(file), ours[-1].digest if ours else None
+
+    async def _served(self, found: Iterable[Admitted]) -> list[str]:
+        """The hash parts of those that are admitted, and that policy lets through."""
+        return [
+            path.info.store_path.hash_part
+            for path, nar in found
+            if not path.withdrawn
+            and await self._policy.passes(path.info, content_digests(path.info, nar))
+        ]
+
+    async def _ours(self, found: list[Admitted]) -> list[Attestation]:
+        """What we said of those of some paths that are served; Denied if policy keeps back all."""
+        await self._policy.check_any(found)
+        return await self._attestations.ours(await self._served(found))
+
+    async def _names(self, ours: list[Attestation], digests: frozenset[bytes]) -> list[bytes]:
+        """The names of what we said, and of all that others say of some digests."""
+        said = [*await self._attestations.covering(*digests), *ours]
+        said.sort(key=lambda attestation: (attestation.made_at, attestation.digest))
+        names = dict.fromkeys(attestation.digest for attestation in said)
+        return await self._threads.run(self._present, list(names))
 
     def _present(self, names: list[bytes]) -> list[bytes]:
         """In a thread."""
@@ -148,11 +190,16 @@ class Signatures:
 
     async def _absence(self, name: str, thing: str) -> NotFound:
         """What to say if nothing is found; made before one looks, for it may be signed meanwhile."""
+        if await self._attestations.is_withdrawn(name):
+            return NotFound(
+                f"the path of {thing} was withdrawn: what was signed of it is given out when it is"
+                " admitted anew, which asking for its narinfo tries"
+            )
         config = self._sigstore.config
         seconds = max(1, round(config.batch_max_age))
+        nar = await self._index.nar(name)  # first: a path waits from the moment its NAR is stored
         if await self._attestations.is_waiting(name):
             return NotYet(f"{thing} waits for its signature", retry_after=seconds)
-        nar = await self._index.nar(name)
         if nar is not None and not nar.stored and config.mode != "off":
             return NotYet(
                 f"{thing} was not fetched and verified yet: ask for it first", retry_after=seconds

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 from narseal.cosign.verify import Verified
-from narseal.errors import ContentMismatch, Malformed, NarsealError, Refused, Unavailable
+from narseal.errors import (
+    ContentMismatch,
+    Denied,
+    Malformed,
+    NarsealError,
+    NotFound,
+    Refused,
+    Trouble,
+    Unavailable,
+)
 from narseal.nix.inspection import Measured, check_addressed
+from narseal.nix.keyring import KeyRing
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.nars.fetcher import Fetcher
 from narseal.pipeline.nars.transfer import Origin
@@ -19,7 +31,7 @@ from narseal.pipeline.services import Services
 from narseal.pipeline.trust.evidence import CONTENT_ADDRESS
 from narseal.pipeline.trust.sigstore import signer_of
 from narseal.pipeline.trust.upstream_bundles import UpstreamBundles
-from narseal.storage import Admitted, NarRecord, PathRecord
+from narseal.storage import Admitted, NarRecord, PathRecord, still_says
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 from narseal.upstream.race import Answers
@@ -28,6 +40,12 @@ _log = logging.getLogger(__name__)
 _TRIES = 4
 #: Paths that one question may have fetched in advance, however deep they refer to each other.
 _MOST_PREFETCHED = 500
+
+
+def _signed_by(ring: KeyRing, name: str, path: PathRecord) -> bool:
+    """Whether a path has a good signature by a key of a name; each is tried, bad ones before it too."""
+    named = (s for s in path.signatures if s.key_name == name)
+    return any(ring.verified(path.message, [signature]) for signature in named)
 
 
 @dataclass(slots=True)
@@ -76,8 +94,56 @@ class Admission:
         found = await self._index.path(hash_part)
         can_be_had = found and (found[1].stored or self._services.upstreams)
         if found and can_be_had and not found[0].withdrawn:
-            return await self._renewal.path(found)
+            return await self._renewed(found)
         return await self._admit(hash_part)
+
+    async def _renewed(self, found: Admitted) -> Admitted:
+        """As `Renewal.path`; what lacks signatures that its rule asks for is asked for them first."""
+        try:
+            return await self._renewal.path(found)
+        except Denied:
+            if (again := await self._with_more_signatures(found[0])) is None:
+                raise
+        renewed = await self._renewal.path(again)
+        if renewed[1].stored:
+            await self._fetcher.publisher.narinfo(renewed[0].info.store_path.hash_part)
+        return renewed
+
+    async def _with_more_signatures(self, path: PathRecord) -> Admitted | None:
+        """A path that is kept back, with the upstreams' signatures that it lacked; None: no more.
+
+        The rule may be younger than the path. What is pinned stays what it is.
+        """
+        store_path, message = path.info.store_path, path.message
+        revoked = (await self._index.revocations.now()).keys
+        asked_for = self._policy.signers(store_path).without(revoked)
+        good = {name for name in asked_for.names if _signed_by(asked_for, name, path)}
+        if not self._services.upstreams or good >= set(asked_for.names):
+            return None
+        try:
+            more = await self._finder.signatures(path)
+        except (NotFound, Trouble) as error:
+            _log.debug("%s: no more signatures: %s", store_path, error)
+            return None
+        known = self._finder.known_signers(store_path).without(revoked)
+        has = {name for name in known.names if _signed_by(known, name, path)}
+        new = {signature for signature in more if signature.key_name not in has}
+        if not new:
+            return None
+        # what only bears the name of a key takes no room from what is by it
+        false = [
+            s for s in path.signatures if s.key_name in known and not known.verified(message, [s])
+        ]
+        with suppress(NotFound):  # it was withdrawn, or is another one by now
+            await self._index.paths.sign(
+                store_path.hash_part,
+                new,
+                drop=false,
+                verified=partial(known.verified, message),
+                only=still_says(path),
+            )
+            return await self._index.path(store_path.hash_part)
+        return None
 
     async def _admit(self, hash_part: str) -> Admitted:
         answers = Answers()

@@ -11,6 +11,8 @@ from time import monotonic, time
 from narseal.errors import Malformed, NotFound, Refused, Trouble
 from narseal.nix import narinfo
 from narseal.nix.hashes import Hash
+from narseal.nix.keyring import KeyRing
+from narseal.nix.keys import Signature
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.nars.fetcher import REFUSED_SECONDS
@@ -19,8 +21,9 @@ from narseal.pipeline.nars.transfer import Origin
 from narseal.pipeline.paths.lookup import Lookup
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.evidence import Evidence, weigh
+from narseal.pipeline.trust.policy import content_digests
 from narseal.runtime.slots import aside
-from narseal.storage import Admitted, NarRecord, PathRecord
+from narseal.storage import Admitted, NarRecord, PathRecord, conflict
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 from narseal.upstream.race import Answers, in_order
@@ -50,6 +53,8 @@ class Finder:
         self._own_keys = services.countersigner.ring
         self._previews: OrderedDict[str, tuple[float, Admitted]] = OrderedDict()
         self._previewing: Lookup[Admitted] = Lookup(services, self._preview)
+        self._policy = services.policy
+        self._signing: Lookup[tuple[Signature, ...]] = Lookup(services, self._more_signatures)
         self._lookups = Slots(services.config.limits.lookups)
         self._refusals: tuple[int, dict[tuple[str, str, bytes], tuple[str, float]]] | None = None
 
@@ -73,6 +78,53 @@ class Finder:
         if isinstance(verdict := answers.verdict(str(store_path)), Trouble):
             raise verdict
         return None
+
+    async def signatures(self, path: PathRecord) -> tuple[Signature, ...]:
+        """Good signatures of an admitted path that it lacks, as far as its rule asks for them.
+
+        The upstreams are asked once in `limits.negative_ttl`, whatever they say. NotFound if they
+        were asked lately; Trouble if they do not answer in time.
+        """
+        return await self._signing.get(path.info.store_path.hash_part)
+
+    def known_signers(self, store_path: StorePath) -> KeyRing:
+        """All keys that are not ours and of which anybody here knows what they sign for a path."""
+        known = KeyRing.of(
+            self._policy.signers(store_path).keys,
+            *(upstream.config.public_keys for upstream in self._upstreams),
+            self._config.upload.trusted_keys,
+        )
+        return known.without(self._own_keys.names)
+
+    async def _more_signatures(self, hash_part: str) -> tuple[Signature, ...]:
+        found = await self._index.path(hash_part)
+        if found is None or found[0].withdrawn:
+            raise NotFound(f"{hash_part} was withdrawn")
+        (path, nar), answers = found, Answers()
+        info, message = path.info, path.message
+        revoked = (await self._index.revocations.now()).keys
+        known = self.known_signers(info.store_path).without(revoked)
+        more: dict[str, Signature] = {}
+        try:
+            async with self.candidates(hash_part, answers) as candidates:
+                async for upstream, candidate in candidates:
+                    if candidate.info.fingerprint() != message:
+                        error = conflict(info, candidate.info)
+                        answers.note(
+                            error, upstream=upstream.config.url, thing=str(info.store_path)
+                        )
+                        continue
+                    for signature in known.verified(message, candidate.info.signatures):
+                        more.setdefault(signature.key_name, signature)
+                    all_of_them = info.with_signatures((*info.signatures, *more.values()))
+                    if await self._policy.passes(all_of_them, content_digests(info, nar)):
+                        break
+        finally:  # also when one of them is down: 403 is an answer, and nobody has them asked at will
+            lately = NotFound(
+                f"the upstreams were asked for signatures of {info.store_path} lately"
+            )
+            self._signing.remember(hash_part, lately)
+        return tuple(more.values())
 
     async def preview(self, store_path: StorePath) -> tuple[Admitted, bool]:
         """A path as it is admitted, or as it would be, whatever policy says; and which of both.

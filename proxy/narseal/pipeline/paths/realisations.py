@@ -59,7 +59,14 @@ class Realisations:
     async def _find(self, name: str) -> RealisationRecord:
         found = await self._index.realisation(name)
         if found and not found.withdrawn:
-            await self._renewal.check_out_path(found)
+            try:
+                await self._renewal.check_out_path(found)
+            except Denied as denied:  # its rule may ask for signatures that the path lacks
+                try:
+                    await self._admission.path(found.entry.out_path.hash_part)
+                except NarsealError as error:
+                    raise denied from error
+                await self._renewal.check_out_path(found)
             return await self._renewal.realisation(found)
         answers = Answers()
         async with in_order(

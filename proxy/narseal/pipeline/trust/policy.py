@@ -22,6 +22,7 @@ from narseal.errors import (
     MalformedStorePath,
     Refused,
 )
+from narseal.nix.keyring import KeyRing
 from narseal.nix.keys import PublicKey
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import StorePath
@@ -132,6 +133,11 @@ class Policy:
         """Denied if no content and no signature could make the rules let the path through."""
         if (settled := self._settled(*self._rule(path))) is not None:
             self._enforce(path, settled)
+
+    def signers(self, path: StorePath) -> KeyRing:
+        """The keys by which the rule about a path asks for signatures; none if it asks for none."""
+        _, rule = self._rule(path)
+        return KeyRing.of(self._keys[text] for text in (_key_texts(rule) if rule else ()))
 
     def _rule(self, path: StorePath) -> tuple[str, PolicyConfig | None]:
         """The first rule that is about a path, and what to call it."""

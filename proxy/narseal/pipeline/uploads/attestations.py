@@ -18,6 +18,7 @@ from narseal.errors import (
     NarsealError,
     NotFound,
     Refused,
+    Unavailable,
 )
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.paths.admission import Admission
@@ -31,6 +32,7 @@ from narseal.storage import (
 from narseal.storage.attestations import Signed
 
 _log = logging.getLogger(__name__)
+_TRIES = 4
 
 
 class Provenance:
@@ -41,6 +43,7 @@ class Provenance:
         self._attesters = dict.fromkeys(attesters(services.config))
         self._policy = services.policy
         self._attestations = services.index.attestations
+        self._revocations = services.index.revocations
         self._folder = services.folder
         self._threads = services.threads
         self._tasks = services.tasks
@@ -77,10 +80,16 @@ class Provenance:
 
         Of a path that is kept back no more than its 403 says.
         """
+        return await self._epoch.settled(lambda: self._status(store_path))
+
+    async def _status(self, store_path: StorePath) -> dict[str, Any]:
         (path, nar), admitted = await self._finder.preview(store_path)
         info = path.info
         digests = content_digests(info, nar)
         verdict = await self._policy.verdict(info, digests)
+        attestations = await self._attestations.covering(*digests)
+        if admitted:  # what we signed of it is not said of what was withdrawn
+            attestations += await self._attestations.ours([store_path.hash_part])
         said = {"storePath": f"{info.store_dir}/{info.store_path}", "policy": asdict(verdict)}
         if not verdict.allowed:
             return said
@@ -93,9 +102,7 @@ class Provenance:
             "url": f"nar/{nar.file}",
             "stored": nar.stored,
             "digests": sorted(f"sha256:{digest.hex()}" for digest in digests),
-            "attestations": [
-                _shown(found) for found in await self._attestations.covering(*digests)
-            ],
+            "attestations": [_shown(found) for found in attestations],
         }
 
     async def _put(self, digests: frozenset[bytes], thing: str, data: bytes) -> bool:
@@ -106,7 +113,7 @@ class Provenance:
                 raise BadUpload(
                     f"the attestation is not of {thing}: that is not among its subjects"
                 )
-            signer = await self._verify(brought, digest)
+            signed = await self._verify(brought, digest)
         except Malformed as error:
             raise BadUpload(str(error)) from error
         name = hashlib.sha256(brought.bundle).digest()
@@ -114,13 +121,7 @@ class Provenance:
             await self._folder.write(bundle_name(name), brought.bundle)
         new = False
         try:
-            new = await self._attestations.put(
-                name,
-                brought.predicate_type,
-                Signed(signer, brought.signed),
-                brought.subjects,
-                most=self._config.per_digest,
-            )
+            new = await self._recorded(name, brought, digest, signed)
         finally:
             if not new and not await self._attestations.has(name):
                 await self._folder.remove(bundle_name(name))
@@ -128,14 +129,29 @@ class Provenance:
             _log.info(
                 "took an attestation of %s",
                 thing,
-                extra={"signer": signer, "predicate_type": brought.predicate_type},
+                extra={"signer": signed.signer, "predicate_type": brought.predicate_type},
             )
             self._epoch.arrive()
             self._tasks.start(self._renew(brought.subjects), f"attested {thing}")
         return new
 
-    async def _verify(self, brought: _Brought, digest: bytes) -> str:
+    async def _recorded(
+        self, name: bytes, brought: _Brought, digest: bytes, signed: Signed
+    ) -> bool:
+        """Record it, whether it is new; verified again if somebody revoked meanwhile."""
+        for _ in range(_TRIES):
+            new = await self._attestations.put(
+                name, brought.predicate_type, signed, brought.subjects, most=self._config.per_digest
+            )
+            if new is not None:
+                return new
+            self._epoch.advance()  # who revoked may not have come to say so
+            signed = await self._verify(brought, digest)
+        raise Unavailable("keys are being revoked; bring it again")
+
+    async def _verify(self, brought: _Brought, digest: bytes) -> Signed:
         """Who signed it, of those who may; BadUpload says why it is nobody."""
+        revoked = await self._revocations.now()
         reasons: dict[str, None] = {}
         for who, predicate_types in self._attesters:
             if predicate_types and brought.predicate_type not in predicate_types:
@@ -146,7 +162,8 @@ class Provenance:
             except (Refused, Malformed) as error:
                 reasons[f"{error}"] = None
                 continue
-            return str(who) if who.cosign_key else f"{found.signer} of {who.issuer}"
+            signer = str(who) if who.cosign_key else f"{found.signer} of {who.issuer}"
+            return Signed(signer, brought.signed, revoked)
         raise BadUpload(f"nobody who may attest signed it: {'; '.join(list(reasons)[:4])}")
 
     async def _renew(self, subjects: frozenset[bytes]) -> None:

@@ -45,6 +45,7 @@ from narseal.storage import (
     Admitted,
     NarRecord,
     PathRecord,
+    still_says,
 )
 
 #: The token of who uploads, checked as of now; Unauthorised if it is none any more.
@@ -180,7 +181,12 @@ class Uploads:
         if not more:
             return
         verified = partial(self._known.verified, info.fingerprint())
-        await self._index.paths.sign(info.store_path.hash_part, more, verified=verified)
+        try:
+            await self._index.paths.sign(
+                info.store_path.hash_part, more, verified=verified, only=still_says(path)
+            )
+        except NotFound as error:
+            raise Unavailable(f"{info.store_path} is being withdrawn; bring it again") from error
         self._epoch.advance()
         if nar.stored:
             await self._publisher.narinfo(info.store_path.hash_part)
