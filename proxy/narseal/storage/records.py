@@ -197,11 +197,19 @@ def conflict(pinned: NarInfo, info: NarInfo) -> Refused:
     )
 
 
-def still_says(path: PathRecord) -> ColumnElement[bool]:
-    """Rows of `path` that are in force and of which the text under the signatures is the same."""
-    columns, values = schema.path.c, path_values(path)
-    same = (columns[name] == values[name] for name in ("name", "nar_hash", "nar_size", "refs"))
-    return and_(~columns.withdrawn, *same)
+def says(record: PathRecord | RealisationRecord) -> ColumnElement[bool]:
+    """Rows of which the text under the signatures is the record's."""
+    if isinstance(record, RealisationRecord):
+        return and_(schema.realisation.c.body == realisation_values(record)["body"])
+    columns, values = schema.path.c, path_values(record)
+    same = [columns[name] == values[name] for name in ("name", "nar_hash", "nar_size", "refs")]
+    return and_(*same)
+
+
+def still_says(record: PathRecord | RealisationRecord) -> ColumnElement[bool]:
+    """The same, of those that are in force."""
+    table = schema.realisation if isinstance(record, RealisationRecord) else schema.path
+    return and_(~table.c.withdrawn, says(record))
 
 
 def realisation_of(row: Row[Any]) -> RealisationRecord:

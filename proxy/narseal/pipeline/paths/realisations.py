@@ -27,7 +27,7 @@ from narseal.pipeline.paths.lookup import Lookup
 from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
 from narseal.storage import RealisationRecord
-from narseal.storage.records import key_of
+from narseal.storage.records import key_of, says
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 from narseal.upstream.race import Answers, in_order
@@ -155,7 +155,9 @@ class Realisations:
             ring = KeyRing.of(self._trusted.keys, self._own.keys)
             verified = partial(ring.verified, entry.fingerprint())
             try:
-                await self._index.realisations.sign(name, more, verified=verified)
+                await self._index.realisations.sign(
+                    name, more, verified=verified, only=says(record)
+                )
             except NotFound as error:  # it was taken away meanwhile
                 raise UploadConflict(f"{name}: {error}") from error
             self._epoch.advance()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from narseal.custody.requests import PathRequest, RealisationRequest, Request
-from narseal.errors import Denied, Malformed, NotFound, Refused
+from narseal.errors import Denied, Malformed, NotFound, Refused, Unavailable
 from narseal.nix.addressing import check_content_address
 from narseal.nix.keyring import KeyRing
 from narseal.pipeline.nars.publisher import Publisher
@@ -15,6 +15,7 @@ from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
 from narseal.storage import Admitted, NarRecord, PathRecord, RealisationRecord
 from narseal.storage.claims import Claims
+from narseal.storage.records import says
 
 R = TypeVar("R", PathRecord, RealisationRecord)
 
@@ -113,7 +114,12 @@ class Renewal:
         if active and active <= record.ours and not names & revoked:
             return record
         done = await self._countersigner.countersign(request, record.signatures)
-        signed = await claims.sign(key, done.signatures, ours=done.ours, drop=done.dropped)
+        try:
+            signed = await claims.sign(
+                key, done.signatures, ours=done.ours, drop=done.dropped, only=says(record)
+            )
+        except NotFound as error:  # its pin was void, and it is another by now
+            raise Unavailable(str(error)) from error
         return record.signed(*signed)
 
     async def _hold(
