@@ -64,9 +64,9 @@ def import_(file: Any, globs: tuple[str, ...], trust_config: str | None) -> None
 
 async def _statuses(config: Config, store_paths: list[StorePath]) -> list[dict[str, Any]]:
     from narseal.pipeline.substituter import Substituter
-    from narseal.storage import Epoch, migrate_present
+    from narseal.storage import Epoch, LocalStorage, join_if_known
 
-    migrate_present(config.storage.index)
+    join_if_known(config.storage.index, LocalStorage(config.storage.url))
     epoch = Epoch.of(config.storage.index)
     async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
         return [await substituter.provenance.status(path) for path in store_paths]

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Self
 
+from narseal.storage.marks import read_mark
 from narseal.storage.presence import Presence, epoch_file, index_file
 
 
@@ -27,6 +28,8 @@ class Epoch:
             os.close(descriptor)
         #: Whether both files are still those that all workers share.
         self.presence = Presence(index, file)
+        #: What the storage folder of this index bears; empty, which none bears, if it was not joined.
+        self.mark = read_mark(index).joined or ""
         #: The number, in a view that costs no call to look at.
         self.cell = memoryview(self._map).cast("Q")
 

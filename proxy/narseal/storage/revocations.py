@@ -7,13 +7,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Column, ColumnElement, Row, Select, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, Table, and_, literal, or_, select, update
 from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from narseal.storage import schema
+from narseal.storage.claims import revoked_keys
 from narseal.storage.engine import Engines
 from narseal.storage.epoch import Epoch
+from narseal.storage.records import is_void
 
 Kind = Literal["key", "cosign", "identity"]
 
@@ -103,15 +105,13 @@ class Revocations:
                     keys, set_={"since": revocation.since, "reason": revocation.reason}
                 )
             )
-            paths = select(schema.path.c.hash_part).where(
-                _rests_on(revocation, schema.path.c.evidence), ~schema.path.c.withdrawn
-            )
-            found = [str(row.hash_part) for row in await connection.execute(paths)]
+            found: list[str] = []
             for table in (schema.path, schema.realisation):
-                rests = _rests_on(revocation, table.c.evidence)
-                await connection.execute(
-                    update(table).where(rests, ~table.c.withdrawn).values(withdrawn=True)
-                )
+                rests = await _resting_on(connection, revocation, table)
+                if table is schema.path:
+                    paths = select(schema.path.c.hash_part).where(rests)
+                    found = [str(row.hash_part) for row in await connection.execute(paths)]
+                await connection.execute(update(table).where(rests).values(withdrawn=True))
             return found
 
         withdrawn: list[str] = await self._engines.write(work)
@@ -120,11 +120,17 @@ class Revocations:
         return withdrawn
 
 
-def _rests_on(revocation: Revocation, evidence: Column[str]) -> ColumnElement[bool]:
-    """Rows that were admitted on the word of what is revoked."""
+async def _resting_on(
+    connection: AsyncConnection, revocation: Revocation, table: Table
+) -> ColumnElement[bool]:
+    """Served rows that were admitted on the word of what is revoked, and of nothing else."""
+    evidence, served = table.c.evidence, ~table.c.withdrawn
     if revocation.kind == "key":
-        rests = f"signature {revocation.name}"
-        return or_(evidence == rests, evidence.endswith(f" {rests}", autoescape=True))
+        revoked = await revoked_keys(connection)
+        named = (evidence + literal(" ")).contains(f" {revocation.name} ", autoescape=True)
+        texts = await connection.execute(select(evidence).where(named, served).distinct())
+        void = [text for text in texts.scalars() if is_void(text, revoked)]
+        return and_(evidence.in_(void), served)
     of = f" of {revocation.issuer}" if revocation.kind == "identity" else ""
     rests = f"bundle {revocation.name}{of}"
-    return or_(evidence == rests, evidence.startswith(f"{rests} ", autoescape=True))
+    return and_(or_(evidence == rests, evidence.startswith(f"{rests} ", autoescape=True)), served)

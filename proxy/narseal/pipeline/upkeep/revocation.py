@@ -59,10 +59,13 @@ class Revoking:
 
         `cosign_key` is the revoked key itself, where it is one: what bears its signature is found
         by verifying it, for a bundle may name any key.
-        When this returns, no answer carries them. Unavailable if the index cannot be had: what is
-        revoked is revoked then, and running it again goes on.
+        When this returns, no answer carries them. Unavailable if index or folder cannot be had:
+        what is revoked is revoked then, and running it again goes on.
         """
         rested = await self._index.revocations.add(revocation)
+        await (
+            self._folder.check()
+        )  # before a row loses what names the narinfo that is to be changed
         started = time.monotonic()
         stripped = signed = 0
         withdrawn: list[tuple[str, str]] = []
