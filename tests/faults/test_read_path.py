@@ -12,6 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from narseal.custody import write_private
 from narseal.nix import nar
 from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
@@ -382,8 +383,8 @@ async def test_credentials_go_to_the_upstream_and_not_behind_a_redirect(
 ) -> None:
     upstream.add(ITEM)
     second.add(ITEM)
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login nix password secret\n")
-    (tmp_path / "headers").write_text("X-Api-Key: abc\n")
+    write_private(tmp_path / "netrc", "machine 127.0.0.1 login nix password secret\n")
+    write_private(tmp_path / "headers", "X-Api-Key: abc\n")
     upstream.fault(ITEM.info.url, status(302, Location=f"{second.url}/{ITEM.info.url}"))
     async with narseal(
         tmp_path / "n",

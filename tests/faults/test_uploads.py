@@ -55,7 +55,9 @@ class Uploader:
 
 
 def add(folder: Path, *allow: str, expires: float | None = None) -> str:
-    return tokens.add(folder / "tokens", "ci", allow=allow or ("*",), expires=expires)[1]
+    file = folder / "tokens"
+    name = f"ci-{there + 1}" if (there := len(tokens.listed(file))) else "ci"
+    return tokens.add(file, name, allow=allow or ("*",), expires=expires)[1]
 
 
 @asynccontextmanager

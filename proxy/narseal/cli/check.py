@@ -33,6 +33,8 @@ def check_config(config_file: Path) -> None:
             names = f"{names} and bundles of {signer}" if names else f"bundles of {signer}"
         names = names or "its content"
         click.echo(f"  trusts       {upstream.url} by {names}")
+    if (config.upload.oidc or config.upload.tokens_file) and not config.upload.enabled:
+        click.echo("  uploads      off: upload.enabled is not true")
     for number, rule in enumerate(config.policy):
         asked = rule.require or rule.action
         click.echo(f"  policy[{number}]    {', '.join(rule.match)}: {asked}")

@@ -31,6 +31,7 @@ _SHOWN = 20
 @click.option("--identity", help="Instead of KEY: who signed keyless, with --issuer and --since.")
 @click.option("--issuer", help="The identity's exact issuer.")
 @click.option("--since", help="From when on its signatures are void, as 2026-11-21T10:00:00Z.")
+@click.option("--unknown", is_flag=True, help="Also a KEY that nothing here was signed by.")
 @click.option("--reason", required=True, help="One line; it is kept, and shown at /keys.")
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
@@ -40,6 +41,7 @@ def revoke(
     identity: str | None,
     issuer: str | None,
     since: str | None,
+    unknown: bool,
     reason: str,
     config_file: Path,
     as_json: bool,
@@ -48,14 +50,17 @@ def revoke(
 
     Every worker stops using it at once. Its signatures are taken off everything that is served; what
     still verifies by an upstream's signature, its content address or its content is signed with
-    the keys that are active. Run it on narseal's machine, as its user. Exit code 1 if something
+    the keys that are active. A KEY that is neither configured nor has signed anything here is taken
+    for a typing error. Run it on narseal's machine, as its user. Exit code 1 if something
     could not be signed anew.
     """
     from narseal.pipeline.trust.sigstore import read_public_key
 
     public = read_public_key(str(cosign_key)) if cosign_key else None
     revocation = _revocation(key, public, identity, issuer, since, reason)
-    outcome = asyncio.run(_revoke(load(config_file), revocation, public, shown=not as_json))
+    outcome = asyncio.run(
+        _revoke(load(config_file), revocation, public, unknown=unknown, shown=not as_json)
+    )
     if as_json:
         tree = {
             "revoked": revocation.name,
@@ -106,7 +111,12 @@ def _revocation(
 
 
 async def _revoke(
-    config: Config, revocation: Revocation, cosign_key: CosignPublicKey | None, *, shown: bool
+    config: Config,
+    revocation: Revocation,
+    cosign_key: CosignPublicKey | None,
+    *,
+    unknown: bool,
+    shown: bool,
 ) -> Outcome:
     from narseal.pipeline.substituter import Substituter
     from narseal.storage import Epoch, LocalStorage, join_if_known
@@ -120,6 +130,8 @@ async def _revoke(
             bar.update(task, description=f"looking at {what}", completed=count)
 
         async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
+            if revocation.kind == "key" and not unknown:
+                await substituter.revoking.check_known(revocation.name)
             return await substituter.revoking.revoke(revocation, told, cosign_key=cosign_key)
 
 

@@ -31,9 +31,9 @@ def signer(config_file: Path, check: bool) -> None:
     config = SignerConfig.parse(read(config_file), source=str(config_file))
     configure("info")
     if check:
-        desk = SigningRules(config)
-        for key in desk.public_keys():
+        rules = SigningRules(config)
+        for key in rules.public_keys():
             click.echo(f"{key['type']:<8} {key['name']}")
-        desk.close()
+        rules.close()
         return
     run(config)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, AwareDatetime, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -29,8 +28,9 @@ from narseal.config.policy import (
     predicate_type,
 )
 from narseal.config.sections import Section, SignerSection, Who, is_pem
-from narseal.config.values import Duration, Key, Listen, Size, with_scheme
+from narseal.config.values import Duration, Key, Listen, NameGlob, Size, with_scheme
 from narseal.errors import ConfigError
+from narseal.nix.name_globs import covers
 from narseal.nix.store_path import check_store_dir
 
 __all__ = [
@@ -128,8 +128,17 @@ class SigningKeyConfig(Section):
 
     #: Where it is: `file:`, `agent:` (a `narseal signer`) or `pkcs11:`.
     url: Annotated[str, Field(pattern=_KEY_URL)]
-    not_before: datetime | None = None
-    not_after: datetime | None = None
+    not_before: AwareDatetime | None = None
+    not_after: AwareDatetime | None = None
+
+    @model_validator(mode="after")
+    def _begins_before_it_ends(self) -> Self:
+        if self.not_before and self.not_after and self.not_before >= self.not_after:
+            raise ValueError(
+                f"it never signs: not_before {self.not_before.isoformat()} is not before not_after"
+                f" {self.not_after.isoformat()}"
+            )
+        return self
 
 
 class SigningConfig(Section):
@@ -202,7 +211,7 @@ class OidcConfig(Section):
     #: Other claims, each compared exactly.
     claims: dict[str, str | int | bool] = Field(default={})
     #: Globs on store path names.
-    allow: tuple[str, ...] = ()
+    allow: tuple[NameGlob, ...] = ()
 
     @model_validator(mode="after")
     def _names_somebody(self) -> Self:
@@ -338,6 +347,18 @@ class Config(BaseSettings):
         return env_settings, init_settings
 
     @model_validator(mode="after")
+    def _each_rule_decides(self) -> Self:
+        for number, rule in enumerate(self.policy):
+            for before, earlier in enumerate(self.policy[:number]):
+                if covers(earlier.match, rule.match):
+                    raise ValueError(
+                        f"policy[{number}] ({', '.join(rule.match)}) never decides: the first rule"
+                        f" that matches does, and policy[{before}] ({', '.join(earlier.match)})"
+                        " matches all of it; put the narrower rule first"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _distinct_upstreams(self) -> Self:
         urls = [upstream.url for upstream in self.upstream]
         if len(set(urls)) < len(urls):
@@ -356,13 +377,17 @@ class Config(BaseSettings):
             tree = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{source}: not TOML: {error}") from error
-        for name in environ:
-            section = name.removeprefix(ENV_PREFIX).partition("__")[0].lower()
-            if name.startswith(ENV_PREFIX) and section not in cls.model_fields:
+        variables = {
+            name.removeprefix(ENV_PREFIX).lower(): name
+            for name in environ
+            if name.startswith(ENV_PREFIX)
+        }
+        for setting, name in variables.items():
+            if setting.partition("__")[0] not in cls.model_fields:
                 raise ConfigError(f"{name}: there is no such setting")
         try:
             return cls(**tree)
         except ValidationError as error:
-            raise ConfigError("\n".join(sentences(error, text, source))) from error
+            raise ConfigError("\n".join(sentences(error, text, source, variables))) from error
         except (ValueError, TypeError) as error:  # pydantic-settings: JSON in the environment
             raise ConfigError(f"environment: {error}") from error

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from itertools import takewhile
 
 from pydantic import ValidationError
 
 
-def sentences(error: ValidationError, text: str, source: str) -> list[str]:
-    """One sentence for each error: source, line, key, reason."""
+def sentences(
+    error: ValidationError, text: str, source: str, variables: Mapping[str, str] | None = None
+) -> list[str]:
+    """One sentence for each error: source and line, or the environment's variable; key, reason.
+
+    `variables` are the environment's, by their settings (`limits__nar_size`).
+    """
     found = []
     for item in error.errors(include_url=False):
         loc = list(item["loc"])
         line = find_line(text, loc)
         where = f"{source}, line {line}" if line else source
+        names = [str(part) for part in takewhile(lambda part: isinstance(part, str), loc)]
+        for length in range(1, len(names) + 1):
+            where = (variables or {}).get("__".join(names[:length]), where)
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "there is no such setting"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from narseal.config.sections import Section, SignerSection
-from narseal.config.values import Size
+from narseal.config.values import NameGlob, Size
 from narseal.errors import MalformedKey
 from narseal.nix.keys import PublicKey
+from narseal.nix.name_globs import matches
 
 #: cosign's short names of predicate types.
 PREDICATE_TYPES = {
@@ -63,7 +63,12 @@ def _several(value: object) -> object:
 
 
 PredicateTypes = tuple[Annotated[str, AfterValidator(predicate_type)], ...]
-Globs = Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)]
+Globs = Annotated[tuple[NameGlob, ...], BeforeValidator(_several), Field(min_length=1)]
+
+
+def _check_kinds(section: AcceptConfig | RequirementConfig) -> None:
+    if "predicate_types" in section.model_fields_set and not section.predicate_types:
+        raise ValueError("predicate_types is empty, which nothing meets: leave it out for any type")
 
 
 class AcceptConfig(SignerSection):
@@ -76,6 +81,7 @@ class AcceptConfig(SignerSection):
     def _names_somebody(self) -> Self:
         if not self.names_signer:
             raise ValueError("say who may attest: identity and issuer, or cosign_key")
+        _check_kinds(self)
         return self
 
 
@@ -113,6 +119,7 @@ class RequirementConfig(SignerSection):
             belongs |= {*SignerSection.model_fields}
         if stray := self.model_fields_set & belongs:
             raise ValueError(f'{min(stray)} belongs to require = "attestation"')
+        _check_kinds(self)
         if any(part.require is None for part in self.of):
             raise ValueError("each part of `of` has a require")
         return self
@@ -144,7 +151,7 @@ class PolicyConfig(RequirementConfig):
 
     def matches(self, name: str) -> bool:
         """Whether the rule is about store paths of this name."""
-        return any(fnmatchcase(name, glob) for glob in self.match)
+        return matches(name, self.match)
 
 
 class AttestationsConfig(Section):

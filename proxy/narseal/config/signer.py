@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from narseal.config.location import sentences
 from narseal.config.sections import Section
-from narseal.config.values import Duration, Key, with_scheme
+from narseal.config.values import Duration, Key, NameGlob, with_scheme
 from narseal.errors import ConfigError
 from narseal.nix.store_path import check_store_dir
 
@@ -47,7 +47,7 @@ class SignerConfig(Section):
     #: A path that one of these signed, the upstreams', is signed.
     trusted_keys: tuple[Key, ...] = ()
     #: Globs on names of paths that are signed on their content alone, once the signer hashed it …
-    content: tuple[str, ...] = ()
+    content: tuple[NameGlob, ...] = ()
     #: … in this folder, the proxy's storage.
     storage: Annotated[str, with_scheme("file")] | None = None
     #: Sign narseal's own statements with the cosign keys.

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from narseal.errors import MalformedKey
 from narseal.nix.keys import PublicKey
+from narseal.nix.name_globs import check_name_glob
 
 _SIZE = re.compile(r"([0-9]{1,12})([KMGT]?)", re.ASCII)
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)", re.ASCII)
@@ -74,3 +75,4 @@ Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
 Duration = Annotated[float, BeforeValidator(_duration), Field(ge=0)]
 Listen = Annotated[str, AfterValidator(_listen)]
 Key = Annotated[PublicKey, BeforeValidator(_public_key)]
+NameGlob = Annotated[str, AfterValidator(check_name_glob)]

@@ -55,12 +55,6 @@ class OperatorKey:
     @classmethod
     def open(cls, config: SigningKeyConfig) -> OperatorKey:
         """ConfigError if the key cannot be had. Blocks."""
-        for name in ("not_before", "not_after"):
-            time = getattr(config, name)
-            if time and time.tzinfo is None:
-                raise ConfigError(
-                    f"{config.url}: {name} needs a time zone, for example 2028-01-01T00:00:00Z"
-                )
         return cls(_custodian(config.url), config.not_before, config.not_after)
 
 

@@ -11,13 +11,13 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nacl.exceptions import InvalidkeyError
 from nacl.pwhash import argon2id
 
 from narseal.errors import ConfigError, TokensUnusable
+from narseal.nix.name_globs import matches
 
 _TOKEN = re.compile(r"narseal_([0-9a-f]{12})_([A-Za-z0-9_-]{43})", re.ASCII)
 _ID = re.compile(r"[0-9a-f]{12}", re.ASCII)
@@ -46,7 +46,7 @@ class Token:
 
     def may(self, path_name: str) -> bool:
         """Whether it covers a store path of this name."""
-        return any(fnmatchcase(path_name, glob) for glob in self.allow)
+        return matches(path_name, self.allow)
 
 
 class Tokens:
@@ -95,11 +95,19 @@ class Tokens:
 
 
 def add(file: Path, name: str, *, allow: tuple[str, ...], expires: float | None) -> tuple[str, str]:
-    """Make a token; returns its id and the token, which is nowhere else."""
+    """Make a token; returns its id and the token, which is nowhere else.
+
+    ConfigError if another is called so: `revoke` by a name takes out one.
+    """
     id_ = secrets.token_hex(6)
     text = f"narseal_{id_}_{secrets.token_urlsafe(32)}"
     hashed = argon2id.str(text.encode(), _OPS, _MEMORY).decode().rstrip("\0")
     with _changing(file) as tokens:
+        if any(token.name == name for token in tokens):
+            raise ConfigError(
+                f"{file}: there is a token called {name}; take another name, or take that one out"
+                f" with `narseal token revoke {name}`"
+            )
         tokens.append(Token(id_, name, allow, expires, hashed))
     return id_, text
 

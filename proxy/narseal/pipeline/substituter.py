@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from narseal.config import Config
+from narseal.errors import NarsealError
 from narseal.nix.cache_info import CacheInfo
 from narseal.pipeline.attest.batches import Attester
 from narseal.pipeline.attest.bundles import Signatures
@@ -103,6 +104,7 @@ class Substituter:
 
         Unless it is `serving`, it does nothing of its own accord: for commands that look.
         """
+        failure: NarsealError | None = None
         async with open_services(config, epoch=epoch) as services, asyncio.TaskGroup() as group:
             substituter = cls(services)
             if serving:
@@ -111,8 +113,12 @@ class Substituter:
                 ]
             try:
                 yield substituter
+            except NarsealError as error:  # what a command was told: the group would wrap it
+                failure = error
             finally:
                 await substituter.retire()
+        if failure:
+            raise failure
 
     def begin_to_retire(self) -> None:
         """Other rules are in force: what is published from now on is left to them to show."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from narseal.errors import Refused
+from narseal.errors import ConfigError, Refused
 
 
 class OpenFile:
@@ -58,3 +59,13 @@ def open_regular(path: Path) -> BinaryIO:
     except OSError as error:
         raise Refused("unsigned", f"{path}: cannot be read: {error.strerror}") from error
     return open(descriptor, "rb", buffering=0)
+
+
+def check_not_public(path: Path) -> None:
+    """ConfigError if everybody on this machine may read a secret; its group may.
+
+    OSError if the file is not there. Blocks.
+    """
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & stat.S_IRWXO:
+        raise ConfigError(f"{path}: mode {mode:04o} lets everybody read it; chmod o= {path}")

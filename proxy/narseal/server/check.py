@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from narseal.config import Config, is_pem
 from narseal.custody import expand, tokens
@@ -14,6 +15,7 @@ from narseal.pipeline.services import load_keys
 from narseal.pipeline.trust.policy import attesters, attesting_signers, known_keys
 from narseal.pipeline.trust.sigstore import SigstoreSetup, upstream_signers
 from narseal.server.tls import tls_context
+from narseal.upstream.credentials import credentials
 
 #: What the sockets and the index hang on.
 _FIXED = ("listen", "workers", "store_dir", "storage.url", "storage.index", "metrics.listen")
@@ -31,6 +33,8 @@ def check(config: Config) -> Checked:
     """ConfigError names the key or file that cannot be used. Blocks."""
     keys = load_keys(config)
     tls_context(config)
+    for upstream in config.upstream:
+        credentials(upstream, urlsplit(upstream.url).hostname or "")
     upstream_signers(config)
     attesting_signers(config)
     known_keys(config, {key.public.name for key in keys})

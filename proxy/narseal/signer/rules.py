@@ -13,7 +13,6 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +29,7 @@ from narseal.nix.compression import is_file_name
 from narseal.nix.inspection import check_addressed, inspect_file
 from narseal.nix.keyring import KeyRing
 from narseal.nix.keys import PublicKey, Signature
+from narseal.nix.name_globs import matches
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.realisation import BuildTraceEntry
 from narseal.runtime.files import open_regular
@@ -65,11 +65,11 @@ class Approved:
 
 @dataclass(frozen=True, slots=True)
 class ToHash:
-    """A request that is agreed to once its file was hashed."""
+    """A request that is approved once its file was hashed."""
 
     info: NarInfo
     file: str | None
-    agreed: Approved
+    approved: Approved
 
 
 class SigningRules:
@@ -127,10 +127,10 @@ class SigningRules:
             what = {"subject": request.name, "digest": str(request.entry.out_path)}
         record: dict[str, Any] = {"kind": kind, **what, "key": name, "evidence": evidence}
         record |= _of(peer)
-        agreed = Approved(number_of(tree), name, record, request.message, str(kind))
+        approved = Approved(number_of(tree), name, record, request.message, str(kind))
         if needs_hash and isinstance(request, PathRequest):
-            return ToHash(request.info, request.file, agreed)
-        return agreed
+            return ToHash(request.info, request.file, approved)
+        return approved
 
     def allowance(self, most: int) -> int:
         """How many signatures the rate lets out now, up to `most`; they are taken from it.
@@ -139,14 +139,14 @@ class SigningRules:
         """
         return self._rate.take(most)
 
-    def sign(self, agreed: Sequence[Approved]) -> list[bytes | str]:
+    def sign(self, approved: Sequence[Approved]) -> list[bytes | str]:
         """Write a group down, then sign it: signatures, or why one could not be made. Blocks.
 
         OSError if the log cannot be written: then nothing is signed.
         """
-        self.audit.append([item.record for item in agreed])
+        self.audit.append([item.record for item in approved])
         outcomes: list[bytes | str] = []
-        for item in agreed:
+        for item in approved:
             try:
                 outcomes.append(self._signature(item))
             except NarsealError as error:  # a token that went away
@@ -224,7 +224,7 @@ class SigningRules:
         if signer := self._trusted.signer(info.fingerprint(), info.signatures):
             return f"signature {signer}", False
         check_content_address(info)
-        named = any(fnmatchcase(info.store_path.name, glob) for glob in self._config.content)
+        named = matches(info.store_path.name, self._config.content)
         if named:
             return "content", True
         if info.ca is not None and info.ca.is_evidence:
@@ -246,14 +246,14 @@ class SigningRules:
             raise Refused("unsigned", f"{info.store_path}: there is no file to hash as evidence")
         with open_regular(Path(storage.removeprefix("file://")) / "nar" / file) as opened:
             measured = inspect_file(info, opened, scan=True)
-        if waiting.agreed.record["evidence"] == "content-address":
+        if waiting.approved.record["evidence"] == "content-address":
             check_addressed(info, measured)
         if measured.missing and info.ca is None:  # a CA names its references itself
             lacks = ", ".join(sorted(measured.missing)[:4])
             raise Refused(
                 "wrong-references", f"{info.store_path}: its NAR does not contain {lacks}"
             )
-        return waiting.agreed
+        return waiting.approved
 
     def _evidence_of_realisation(self, request: RealisationRequest) -> str:
         entry = request.entry
@@ -265,7 +265,7 @@ class SigningRules:
         elif "*" not in self._config.content:
             names.append(entry.id)  # a derivation that is named by a hash alone
         for name in names:
-            if not any(fnmatchcase(name, glob) for glob in self._config.content):
+            if not matches(name, self._config.content):
                 raise Refused(
                     "unsigned",
                     f"{request.name}: no signature by a trusted key, and {name} is not among the"
@@ -280,7 +280,7 @@ class _MessageKey(Protocol):
     public: PublicKey
 
     def sign_message(self, message: bytes) -> Signature:
-        """Ed25519 over what the desk agreed to; Unavailable if it cannot."""
+        """Ed25519 over what was approved; Unavailable if it cannot."""
 
     def close(self) -> None:
         """Let go of the key."""

@@ -53,13 +53,13 @@ class SignerServer:
     hashed waits in a third, and holds up nobody.
     """
 
-    def __init__(self, desk: SigningRules, *, users: Sequence[int]) -> None:
-        self._desk = desk
+    def __init__(self, rules: SigningRules, *, users: Sequence[int]) -> None:
+        self._rules = rules
         self.users = frozenset(users)
         self.lines: set[_Line] = set()
         self._asked: deque[_Asked] = deque()
         self._wake = asyncio.Event()
-        self._agreed: asyncio.Queue[list[tuple[_Asked, Approved]]] = asyncio.Queue(2)
+        self._approved: asyncio.Queue[list[tuple[_Asked, Approved]]] = asyncio.Queue(2)
         self._considering = ThreadPoolExecutor(1, thread_name_prefix="consider")
         self._hashing = ThreadPoolExecutor(_HASHERS, thread_name_prefix="hash")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="audit")
@@ -95,29 +95,29 @@ class SignerServer:
             if not self._asked:
                 self._wake.clear()
             outcomes = await loop.run_in_executor(self._considering, self._decide_all, taken)
-            agreed = []
+            approved = []
             answers: dict[_Line, list[bytes]] = {}
             for asked, outcome in zip(taken, outcomes, strict=True):
                 if isinstance(outcome, Approved):
-                    agreed.append((asked, outcome))
+                    approved.append((asked, outcome))
                 elif isinstance(outcome, ToHash):
                     group.create_task(self._hash(asked, outcome))
                 else:
                     answers.setdefault(asked.line, []).append(wire.encode(outcome))
             _send(answers)
-            if agreed:
-                await self._agreed.put(agreed)
+            if approved:
+                await self._approved.put(approved)
 
     async def _hash(self, asked: _Asked, waiting: ToHash) -> None:
         loop = asyncio.get_running_loop()
         tree = wire.decode(asked.body)
         try:
-            agreed = await loop.run_in_executor(self._hashing, self._desk.hash, waiting)
+            approved = await loop.run_in_executor(self._hashing, self._rules.hash, waiting)
         except Exception as error:  # as in _decide
-            answer = self._refusal(waiting.agreed.number, tree, asked.line.peer, error)
+            answer = self._refusal(waiting.approved.number, tree, asked.line.peer, error)
             _send({asked.line: [wire.encode(answer)]})
         else:
-            await self._agreed.put([(asked, agreed)])
+            await self._approved.put([(asked, approved)])
 
     def _decide_all(self, group: list[_Asked]) -> list[Approved | ToHash | dict[str, Any]]:
         return [self._decide(asked) for asked in group]
@@ -131,12 +131,12 @@ class SignerServer:
             number = wire.number_of(tree)
             wire.check_request(tree)
             if tree.get("kind") == "keys":
-                return {"id": number, "keys": self._desk.public_keys()}
+                return {"id": number, "keys": self._rules.public_keys()}
             if tree.get("kind") == "head":
-                head = self._desk.audit.head()
+                head = self._rules.audit.head()
                 found = {"lines": head.lines, "hash": head.digest.hex()} if head else {"lines": 0}
                 return {"id": number, "hash": "", **found}
-            return self._desk.consider(tree, asked.line.peer)
+            return self._rules.consider(tree, asked.line.peer)
         except Exception as error:  # whatever it is, nothing is signed, and the next is served
             return self._refusal(number, tree, asked.line.peer, error)
 
@@ -144,7 +144,7 @@ class SignerServer:
         self, number: int | None, tree: dict[str, Any], peer: Peer, error: Exception
     ) -> dict[str, Any]:
         if isinstance(error, NarsealError):
-            self._desk.refused(tree, peer, error)
+            self._rules.refused(tree, peer, error)
             return {"id": number, "refused": str(error)[:_MAX_REASON], "reason": error.reason}
         _log.error("a request failed", exc_info=error)
         return {"id": number, "error": type(error).__name__}
@@ -152,9 +152,9 @@ class SignerServer:
     async def _write_down(self) -> None:
         """Whatever waits shares a write: signatures leave when it is on disk."""
         while True:
-            group = await self._agreed.get()
-            while len(group) < _GROUP and not self._agreed.empty():
-                group += self._agreed.get_nowait()
+            group = await self._approved.get()
+            while len(group) < _GROUP and not self._approved.empty():
+                group += self._approved.get_nowait()
             await self._sign_in_parts(group)
 
     async def _sign_in_parts(self, group: list[tuple[_Asked, Approved]]) -> None:
@@ -162,7 +162,7 @@ class SignerServer:
         until = group[0][0].at + _PATIENCE
         while group:
             try:
-                count = self._desk.allowance(len(group))
+                count = self._rules.allowance(len(group))
             except Unavailable as error:
                 _answer(group, [str(error)] * len(group))
                 return
@@ -176,21 +176,21 @@ class SignerServer:
                 _answer(group, [late] * len(group))
                 return
 
-    async def _sign(self, agreed: list[Approved]) -> Sequence[bytes | str]:
+    async def _sign(self, approved: list[Approved]) -> Sequence[bytes | str]:
         """Signatures, or why one could not be made."""
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._writing, self._desk.sign, agreed)
+            return await loop.run_in_executor(self._writing, self._rules.sign, approved)
         except OSError as error:
             _log.error("the audit log cannot be written, nothing is signed: %s", error)
-            return [f"the audit log cannot be written: {error}"] * len(agreed)
+            return [f"the audit log cannot be written: {error}"] * len(approved)
 
     async def _checkpoints(self, every: float) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(every)
             try:
-                await loop.run_in_executor(self._writing, self._desk.audit.checkpoint)
+                await loop.run_in_executor(self._writing, self._rules.audit.checkpoint)
             except OSError as error:
                 _log.error("no checkpoint: %s", error)
 
@@ -274,26 +274,26 @@ def run(config: SignerConfig) -> None:
     """Hold the keys and sign until SIGTERM. ConfigError if it cannot begin."""
     forbid_dumps()
     locked = lock_all()
-    desk = SigningRules(config)
+    rules = SigningRules(config)
     if not locked:
         _log.info("the process is not locked in memory (LimitMEMLOCK); its keys' own pages are")
     users = [_uid(name) for name in config.allow_users] or [os.geteuid()]
     [sock], *_ = listen(config.listen, 1)
-    uvloop.run(_serve(desk, config, sock, users))
+    uvloop.run(_serve(rules, config, sock, users))
 
 
 async def _serve(
-    desk: SigningRules, config: SignerConfig, sock: socket.socket, users: list[int]
+    rules: SigningRules, config: SignerConfig, sock: socket.socket, users: list[int]
 ) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    _log.info("signs", extra={"keys": [key["name"] for key in desk.public_keys()]})
+    _log.info("signs", extra={"keys": [key["name"] for key in rules.public_keys()]})
     try:
-        server = SignerServer(desk, users=users)
+        server = SignerServer(rules, users=users)
         await server.serve(sock, checkpoint=config.audit.checkpoint, stop=stop)
     finally:
-        desk.close()
+        rules.close()
         if config.listen.startswith("unix:"):
             os.unlink(config.listen.removeprefix("unix:"))
 

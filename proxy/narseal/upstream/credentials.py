@@ -9,6 +9,7 @@ from pathlib import Path
 
 from narseal.config import UpstreamConfig
 from narseal.errors import ConfigError
+from narseal.runtime.files import check_not_public
 
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([!-~][ -~]*)", re.ASCII)
 
@@ -25,6 +26,7 @@ def credentials(config: UpstreamConfig, host: str) -> dict[str, str]:
 
 def _from_netrc(file: str, host: str) -> dict[str, str]:
     try:
+        check_not_public(Path(file))
         entry = netrc.netrc(file).authenticators(host)
     except (OSError, netrc.NetrcParseError) as error:
         raise ConfigError(f"netrc_file {file}: {error}") from error
@@ -37,6 +39,7 @@ def _from_netrc(file: str, host: str) -> dict[str, str]:
 
 def _from_lines(file: str) -> dict[str, str]:
     try:
+        check_not_public(Path(file))
         lines = Path(file).read_text("ascii").split("\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"headers_file {file}: {error}") from error

@@ -82,6 +82,8 @@ class Policy:
         #: Whether any path could be kept back.
         self.active = bool(config.policy) or config.policy_default == "deny"
         self._keys = known_keys(config, own_names)
+        #: Those that rules name.
+        self.keys = frozenset(self._keys.values())
         self._signers = attesting_signers(config)
         self._attestations = attestations
         self._revocations = revocations

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from narseal.cosign.bundle import Bundle
 from narseal.cosign.certificate import CertificateNames
 from narseal.cosign.keys import CosignPublicKey
-from narseal.errors import Malformed, NarsealError
+from narseal.errors import ConfigError, Malformed, NarsealError
 from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
 from narseal.pipeline.upkeep.repair import Repair
@@ -47,6 +47,29 @@ class Revoking:
         self._renewal = renewal
         self._repair = repair
         self._policy = services.policy
+        config = services.config
+        self._key_names = {
+            *services.countersigner.ring.names,
+            *(key.name for upstream in config.upstream for key in upstream.public_keys),
+            *(key.name for key in config.upload.trusted_keys),
+            *(key.name for key in services.policy.keys),
+        }
+
+    async def check_known(self, name: str) -> None:
+        """ConfigError if nothing here is of a substituter key of this name: a slip of the pen.
+
+        Known is what is configured, has signed something that is kept, or was revoked before.
+        """
+        known = self._key_names | (await self._index.revocations.now()).keys
+        if name in known:
+            return
+        for claims in (self._index.paths, self._index.realisations):
+            if await claims.signed_by(name, after="", limit=1):
+                return
+        raise ConfigError(
+            f"no key is called {name}; there are: {', '.join(sorted(known)) or 'none'}. To revoke a"
+            " name that is not here yet, add --unknown"
+        )
 
     async def revoke(
         self,
