@@ -154,14 +154,14 @@ def test_a_folder_that_goes_away_while_narseal_serves_loses_nothing(
 def test_the_scrub_strikes_nothing_of_a_folder_that_is_away(
     damage: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    items = [entry(f"small{n}", os.urandom(1_000)).signed(UPSTREAM) for n in range(30)]
+    items = [entry(f"small{n}", os.urandom(1_000)).signed(UPSTREAM) for n in range(12)]
     upstream = cache_of(tmp_path, *items)
     with narseal_process(tmp_path, upstream, storage={"scrub_rate": "0"}) as proxy:
         for item in items:
             assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 200
             assert fetch(f"{proxy.url}/{item.info.url}")[0] == 200
     uploaded(tmp_path)
-    with narseal_process(tmp_path, upstream, storage={"scrub_rate": "1K"}) as proxy:  # one a second
+    with narseal_process(tmp_path, upstream, storage={"scrub_rate": "200"}) as proxy:  # one in 5 s
         damage(tmp_path / "storage")
         until(lambda: "stored NARs cannot be looked at" in proxy.log.read_text())
         assert rows(tmp_path, "SELECT count(*) FROM nar WHERE stored") == [(len(items),)]

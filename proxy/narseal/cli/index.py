@@ -14,6 +14,7 @@ import click
 
 from narseal.cli.load import config_option, load
 from narseal.config import Config
+from narseal.errors import NarsealError
 from narseal.nix.keys import PublicKey
 
 if TYPE_CHECKING:
@@ -108,12 +109,17 @@ async def _opened(config: Config) -> AsyncIterator[tuple[Index, str]]:
 
     epoch = Epoch.of(config.storage.index)
     opened = Index(config.storage.index, config.store_dir, epoch=epoch)
+    failure: NarsealError | None = None
     async with asyncio.TaskGroup() as group:
         group.create_task(opened.run())
         try:
             yield opened, epoch.mark
+        except NarsealError as error:  # the group would wrap it
+            failure = error
         finally:
             await opened.close()
+    if failure:
+        raise failure
 
 
 async def _check(config: Config, *, content: bool) -> list[str]:

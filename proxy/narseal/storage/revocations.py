@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Row, Select, Table, and_, literal, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, Table, literal, or_, select, update
 from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -86,7 +86,7 @@ class Revocations:
         """Revoke, in one transaction with the withdrawal of what had no other evidence.
 
         What is withdrawn is admitted anew, if at all, on other evidence. Returns the hash parts of
-        the paths among it.
+        the paths among it, those of before included: it may be done again after it broke off.
         """
 
         async def work(connection: AsyncConnection) -> list[str]:
@@ -111,7 +111,8 @@ class Revocations:
                 if table is schema.path:
                     paths = select(schema.path.c.hash_part).where(rests)
                     found = [str(row.hash_part) for row in await connection.execute(paths)]
-                await connection.execute(update(table).where(rests).values(withdrawn=True))
+                change = update(table).where(rests, ~table.c.withdrawn).values(withdrawn=True)
+                await connection.execute(change)
             return found
 
         withdrawn: list[str] = await self._engines.write(work)
@@ -123,14 +124,15 @@ class Revocations:
 async def _resting_on(
     connection: AsyncConnection, revocation: Revocation, table: Table
 ) -> ColumnElement[bool]:
-    """Served rows that were admitted on the word of what is revoked, and of nothing else."""
-    evidence, served = table.c.evidence, ~table.c.withdrawn
+    """Rows that were admitted on the word of what is revoked, and of nobody else who is not."""
+    evidence = table.c.evidence
     if revocation.kind == "key":
+        rests = f"signature {revocation.name}"
+        alone = or_(evidence == rests, evidence.endswith(f" {rests}", autoescape=True))
+        among = (evidence + literal(" ")).contains(f" {revocation.name} ", autoescape=True)
+        texts = await connection.execute(select(evidence).where(among, ~alone).distinct())
         revoked = await revoked_keys(connection)
-        named = (evidence + literal(" ")).contains(f" {revocation.name} ", autoescape=True)
-        texts = await connection.execute(select(evidence).where(named, served).distinct())
-        void = [text for text in texts.scalars() if is_void(text, revoked)]
-        return and_(evidence.in_(void), served)
+        return or_(alone, evidence.in_([t for t in texts.scalars() if is_void(t, revoked)]))
     of = f" of {revocation.issuer}" if revocation.kind == "identity" else ""
     rests = f"bundle {revocation.name}{of}"
-    return and_(or_(evidence == rests, evidence.startswith(f"{rests} ", autoescape=True)), served)
+    return or_(evidence == rests, evidence.startswith(f"{rests} ", autoescape=True))

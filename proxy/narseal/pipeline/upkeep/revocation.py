@@ -86,9 +86,8 @@ class Revoking:
         what is revoked is revoked then, and running it again goes on.
         """
         rested = await self._index.revocations.add(revocation)
-        await (
-            self._folder.check()
-        )  # before a row loses what names the narinfo that is to be changed
+        # before a row loses the signature by which the narinfo in the folder is found
+        await self._folder.check()
         started = time.monotonic()
         stripped = signed = 0
         withdrawn: list[tuple[str, str]] = []
