@@ -150,10 +150,7 @@ def test_a_folder_that_goes_away_while_narseal_serves_loses_nothing(
     assert not list((storage / ".narseal/quarantine").iterdir())
 
 
-@DAMAGE
-def test_the_scrub_strikes_nothing_of_a_folder_that_is_away(
-    damage: Callable[[Path], None], tmp_path: Path
-) -> None:
+def test_the_scrub_strikes_nothing_of_a_folder_that_is_away(tmp_path: Path) -> None:
     items = [entry(f"small{n}", os.urandom(1_000)).signed(UPSTREAM) for n in range(12)]
     upstream = cache_of(tmp_path, *items)
     with narseal_process(tmp_path, upstream, storage={"scrub_rate": "0"}) as proxy:
@@ -162,17 +159,14 @@ def test_the_scrub_strikes_nothing_of_a_folder_that_is_away(
             assert fetch(f"{proxy.url}/{item.info.url}")[0] == 200
     uploaded(tmp_path)
     with narseal_process(tmp_path, upstream, storage={"scrub_rate": "200"}) as proxy:  # one in 5 s
-        damage(tmp_path / "storage")
+        unmount(tmp_path / "storage")
         until(lambda: "stored NARs cannot be looked at" in proxy.log.read_text())
         assert rows(tmp_path, "SELECT count(*) FROM nar WHERE stored") == [(len(items),)]
         assert rows(tmp_path, "SELECT count(*) FROM path WHERE withdrawn") == [(0,)]
         mount(tmp_path / "storage")
 
 
-@DAMAGE
-def test_revoking_while_the_folder_is_away_goes_on_when_it_is_there(
-    damage: Callable[[Path], None], tmp_path: Path
-) -> None:
+def test_revoking_while_the_folder_is_away_goes_on_when_it_is_there(tmp_path: Path) -> None:
     """Its narinfos would keep the revoked signatures, and no row would say so any more."""
     upstream = cache_of(tmp_path, *ITEMS)
     with narseal_process(tmp_path, upstream) as proxy:
@@ -180,7 +174,7 @@ def test_revoking_while_the_folder_is_away_goes_on_when_it_is_there(
     command = ("revoke", UPSTREAM.name, "--reason", "stolen")
     config = str(tmp_path / "narseal.toml")
     storage = tmp_path / "storage"
-    damage(storage)
+    unmount(storage)
     before = state(storage)
     done = run(*command, "--config", config)
     assert done.returncode == 3, done.stderr
@@ -194,16 +188,13 @@ def test_revoking_while_the_folder_is_away_goes_on_when_it_is_there(
     assert not list(storage.glob("*.narinfo"))
 
 
-@DAMAGE
-def test_revoking_withdraws_nothing_that_it_could_not_look_at(
-    damage: Callable[[Path], None], tmp_path: Path
-) -> None:
+def test_revoking_withdraws_nothing_that_it_could_not_look_at(tmp_path: Path) -> None:
     """An upload that bears a revoked key's signature is held to its content: that must be there."""
     upstream = cache_of(tmp_path, *ITEMS)
     with narseal_process(tmp_path, upstream) as proxy:
         fill(proxy)
         uploaded(tmp_path)
-        damage(tmp_path / "storage")
+        unmount(tmp_path / "storage")
         config = str(tmp_path / "narseal.toml")
         command = ("revoke", UPSTREAM.name, "--reason", "stolen", "--config", config)
         assert run(*command).returncode == 3
