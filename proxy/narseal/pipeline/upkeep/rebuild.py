@@ -80,7 +80,7 @@ class Rebuilding:
         """Put a path back, or say why not."""
         try:
             if present:  # what it rested on may have been taken back, whoever else signed it since
-                raise Refused("withdrawn", f"{present[0].info.store_path} was withdrawn")
+                raise Refused("revoked", f"{present[0].info.store_path} was withdrawn")
             data = await self._threads.run(read, name)
             await self._put_back(name, NarInfo.parse(data or b"", store_dir=self._index.store_dir))
         except (Refused, Malformed, StorageBroken) as error:
