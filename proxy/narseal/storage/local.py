@@ -16,9 +16,10 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from narseal.errors import ConfigError, StorageBroken, StorageFull, StorageGone, Unavailable
 from narseal.nix.cache_info import CacheInfo
@@ -30,6 +31,9 @@ _QUARANTINED = 20  # files kept for a look, the newest
 _IDENTITY = ".narseal/identity"
 _REFUSED = ".narseal/refused"
 _LONGEST_MARK = 128
+_TRIES = 3
+
+T = TypeVar("T")
 
 
 class LocalStorage:
@@ -79,7 +83,9 @@ class LocalStorage:
     def mark(self) -> str | None:
         """What the folder is marked with; None if with nothing, or if it is not there."""
         try:
-            return self.path(_IDENTITY).read_text("ascii", "replace").strip()[:_LONGEST_MARK]
+            return (
+                self.path(_IDENTITY).read_text("ascii", "replace").strip()[:_LONGEST_MARK] or None
+            )
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -95,14 +101,26 @@ class LocalStorage:
 
     def lacks(self, name: str) -> bool:
         """Whether a file is surely not there: StorageGone if it is not the index's folder that says so."""
+        if self.path(name).exists():
+            return False
         if self._expected is None:
-            return not self.path(name).exists()
+            return True
         with self._pinned() as root, storage_errors():
             try:
                 os.stat(name, dir_fd=root)
             except FileNotFoundError:
                 return True
             return False
+
+    def _if_there(self, act: Callable[[], T], name: str) -> T | None:
+        """What `act` makes of a file; None if it is surely not there. Unavailable if nobody can tell."""
+        for _ in range(_TRIES):
+            try:
+                return act()
+            except FileNotFoundError:
+                if self.lacks(name):
+                    return None
+        raise Unavailable(f"storage fails: {name} is there and cannot be found")
 
     @contextmanager
     def _pinned(self) -> Iterator[int]:
@@ -167,12 +185,7 @@ class LocalStorage:
 
     def read(self, name: str) -> bytes | None:
         """A small file's bytes, None if there is none."""
-        while True:
-            try:
-                return self.path(name).read_bytes()
-            except FileNotFoundError:
-                if self.lacks(name):
-                    return None
+        return self._if_there(self.path(name).read_bytes, name)
 
     def file(self, name: str) -> OpenFile | None:
         """A published file for as long as anybody has it; None if there is none."""
@@ -214,12 +227,7 @@ class LocalStorage:
     def remove(self, name: str) -> None:
         """Take a file away; nothing if there is none."""
         with storage_errors():
-            while True:
-                try:
-                    return self.path(name).unlink()
-                except FileNotFoundError:
-                    if self.lacks(name):
-                        return None
+            self._if_there(self.path(name).unlink, name)
 
     def discard(self, incoming: tuple[int, Path]) -> None:
         """Close a file that was on its way in, and drop it unless it was published."""
@@ -284,12 +292,8 @@ class LocalStorage:
         StorageBroken if it cannot be read.
         """
         with storage_errors():
-            while True:
-                try:
-                    return os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    if self.lacks(name):
-                        return None
+            flags = os.O_RDONLY | os.O_CLOEXEC
+            return self._if_there(lambda: os.open(self.path(name), flags), name)
 
     def quarantine(self, file: Path, label: str) -> None:
         """Keep a wrong file for the operator to look at, the newest few of them."""
@@ -326,7 +330,7 @@ def _read_mark(root: int) -> str | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
-            return os.read(descriptor, _LONGEST_MARK).decode("ascii", "replace").strip()
+            return os.read(descriptor, _LONGEST_MARK).decode("ascii", "replace").strip() or None
         finally:
             os.close(descriptor)
 
