@@ -1,17 +1,20 @@
-"""Trouble of one upstream is not trouble of another (findings, group 5)."""
+"""Trouble of one upstream, or of one client, is not trouble of another (findings, group 5)."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import pytest
 from aiohttp import web
 
 from tests.tools.cache import Entry, entry
-from tests.tools.narseal import UPSTREAM, narseal
+from tests.tools.narseal import UPSTREAM, Client, narseal
 from tests.tools.upstream import FakeCache, Fault, fake_cache
+from tests.tools.waiting import PATIENCE
 
 BIG = entry("big", bytes(range(256)) * (20 << 10), compression="none").signed(UPSTREAM)
 
@@ -191,3 +194,50 @@ async def test_an_upstream_that_hangs_holds_up_no_others_narinfos(
         found = await asyncio.gather(*(client.narinfo(item.hash) for item in wanted))
         assert [info.nar_hash for info in found] == [item.info.nar_hash for item in wanted]
         let_go.set()
+
+
+@asynccontextmanager
+async def neighbour(client: Client) -> AsyncIterator[Client]:
+    """Another client, who comes from an address of its own."""
+    connector = aiohttp.TCPConnector(local_addr=("127.0.0.2", 0))
+    timeout = aiohttp.ClientTimeout(total=PATIENCE)
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=timeout, auto_decompress=False
+    ) as session:
+        yield Client(client.url, session, client.storage)
+
+
+@pytest.mark.parametrize("kind", ["narinfos", "NARs"])
+async def test_a_client_who_asks_for_much_leaves_room_for_another(
+    kind: str, tmp_path: Path, caches: tuple[FakeCache, FakeCache]
+) -> None:
+    """Of one upstream, which hangs: the slots for it went to whoever came first."""
+    cache, _ = caches
+    greedy = [entry(f"g{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(12)]
+    wanted = entry("wanted", b"w", compression="none").signed(UPSTREAM)
+    cache.add(*greedy, wanted)
+    let_go = asyncio.Event()
+
+    async def hang(_: web.Request) -> web.StreamResponse:
+        await let_go.wait()
+        return web.Response(status=404)
+
+    there = {"url": cache.url, "timeout": "300s", "stall_timeout": "300s"}
+    async with (
+        narseal(tmp_path, there, limits={"lookups": 4, "transfers": 4}) as client,
+        neighbour(client) as other,
+    ):
+        names = [f"{item.hash}.narinfo" for item in greedy]
+        if kind == "NARs":
+            names = [(await client.narinfo(item.hash)).url for item in greedy]
+        asked = [item.info.url if kind == "NARs" else f"{item.hash}.narinfo" for item in greedy]
+        for name in asked:
+            cache.fault(name, hang, times=10)
+        before = cache.asked.total()
+        asking = [asyncio.create_task(client.get(name)) for name in names]
+        await client.until(lambda: cache.asked.total() - before == 2)  # half of them
+        info = await other.narinfo(wanted.hash)
+        assert (await other.get(info.url))[1] == wanted.file
+        assert not any(task.done() for task in asking)
+        let_go.set()
+        await asyncio.gather(*asking)

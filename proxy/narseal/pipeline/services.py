@@ -16,6 +16,7 @@ from narseal.pipeline.trust.countersign import Countersigner
 from narseal.pipeline.trust.policy import Policy
 from narseal.pipeline.trust.sigstore import SigstoreSetup
 from narseal.runtime.leadership import Leadership
+from narseal.runtime.slots import FairSlots
 from narseal.runtime.tasks import BackgroundTasks
 from narseal.runtime.threads import ThreadPools
 from narseal.storage import Epoch, Folder, Index, LocalStorage, index_file
@@ -39,6 +40,8 @@ class Services:
     policy: Policy
     sigstore: SigstoreSetup
     hot: HotMap
+    #: For finding what is not in memory, of paths and realisations.
+    turns: FairSlots
 
     def leadership(self, of: str) -> Leadership:
         """The lock of what only one worker does."""
@@ -48,6 +51,8 @@ class Services:
 _log = logging.getLogger(__name__)
 _LOOK = 0.25  # seconds between two looks at the index's file, and at the folder's mark
 
+#: Questions that are worked on at the same time; those that wait for an upstream are not counted.
+_TURNS = 64
 #: Threads for long work on files that are here.
 _LOCAL = 8
 
@@ -90,6 +95,7 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
         sigstore=SigstoreSetup(config.cosign),
         # who may read is asked each time where reading needs a token: nothing is kept then
         hot=HotMap(max_bytes=0 if config.upload.private else config.limits.hot_map, epoch=epoch),
+        turns=FairSlots(_TURNS),
     )
     async with asyncio.TaskGroup() as group:
         # without the index nothing can be served: if this ends, the worker ends

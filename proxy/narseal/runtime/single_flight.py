@@ -21,6 +21,10 @@ class SingleFlight(Generic[K, V]):
         self._on_joined = on_joined
         self._running: dict[K, asyncio.Future[V]] = {}
 
+    def __contains__(self, key: K) -> bool:
+        """Whether the flight of a key is under way."""
+        return key in self._running
+
     async def join(self, key: K, work: Callable[[], Coroutine[Any, Any, V]]) -> V:
         """The result, or the error, of `work` or of the flight that is already under way."""
         future = self._running.get(key)

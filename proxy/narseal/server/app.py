@@ -14,6 +14,7 @@ from aiohttp.typedefs import Middleware
 from narseal.errors import NarsealError
 from narseal.nix.base32 import CHARS
 from narseal.nix.compression import COMPRESSIONS
+from narseal.runtime.slots import asker
 from narseal.server.auth import Gate
 from narseal.server.failure import failure
 from narseal.server.file_answers import Broken
@@ -143,6 +144,7 @@ def accounting(tally: Tally) -> Middleware:
         name = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         token = request_id.set(name)
         request[_ID] = name
+        asker.set(request.remote or "")
         route = (request.match_info.route.name or "other").removeprefix(UPLOAD)
         status = 499  # the client left, as nginx has it
         try:

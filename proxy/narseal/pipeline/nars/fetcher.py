@@ -14,6 +14,7 @@ from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.nars.recompress import Recompression
 from narseal.pipeline.nars.transfer import Origin, Reader, Sink, Transfer
 from narseal.pipeline.services import Services
+from narseal.runtime.slots import aside
 from narseal.storage import NarRecord, file_name
 from narseal.storage.folder import Incoming
 from narseal.telemetry import metrics
@@ -30,6 +31,7 @@ class Fetcher:
 
     def __init__(self, services: Services, publisher: Publisher) -> None:
         self._config = services.config
+        limits = self._config.limits
         self._folder = services.folder
         self._index = services.index
         self._hot = services.hot
@@ -37,7 +39,7 @@ class Fetcher:
         self._threads = services.threads
         #: What puts the files where they can be seen.
         self.publisher = publisher
-        self._slots = Slots(services.config.limits.transfers)
+        self._slots = Slots(limits.transfers, least_rate=limits.least_rate)
         self._running: dict[str, Transfer] = {}
 
     def join(self, file: str) -> Reader | None:
@@ -103,16 +105,16 @@ class Fetcher:
         scan: bool = False,
         is_awaited: bool = False,
     ) -> Transfer:
-        return Transfer(
+        transfer = Transfer(
             info,
             incoming=incoming,
             threads=self._threads,
             slots=self._slots,
-            least_rate=self._config.limits.least_rate,
             sink=sink,
             scan=scan,
-            is_awaited=is_awaited,
         )
+        transfer.readers += is_awaited  # we do
+        return transfer
 
     async def _publish(self, record: NarRecord, transfer: Transfer, measured: Measured) -> None:
         known = record.file_hash in (None, measured.file_hash)
@@ -165,7 +167,8 @@ class Fetcher:
             )
         transfer = self._transfer(info, incoming, sink=recompression, scan=scan, is_awaited=True)
         try:
-            measured = await transfer.run(_once(origin), on_wrong=_leave_to_caller)
+            async with aside():
+                measured = await transfer.run(_once(origin), on_wrong=_leave_to_caller)
             await check(measured)
             nar = NarRecord.of(info, origin.upstream.config.url)
             if recompression:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from time import monotonic
 
 from narseal.errors import NarsealError
+from narseal.runtime.slots import FairSlots
 from narseal.upstream import Upstream
 
 #: What nobody reads any more has to come so many times faster.
@@ -14,15 +15,17 @@ _UNREAD = 64
 
 
 class Slots:
-    """Each upstream has its own, so that one that hangs holds up no other's NARs."""
+    """Each upstream has its own, so that one that hangs holds up no other's; each asker half of them."""
 
-    def __init__(self, each: int) -> None:
+    def __init__(self, each: int, *, least_rate: int = 0) -> None:
         self._each = each
-        self._by_url: dict[str, asyncio.Semaphore] = {}
+        #: Bytes a second below which who has a slot loses it (`Pace`).
+        self.least_rate = least_rate
+        self._by_url: dict[str, FairSlots] = {}
 
-    def of(self, upstream: Upstream) -> asyncio.Semaphore:
+    def of(self, upstream: Upstream) -> AbstractAsyncContextManager[None]:
         """Those of an upstream; to be entered."""
-        return self._by_url.setdefault(upstream.config.url, asyncio.Semaphore(self._each))
+        return self._by_url.setdefault(upstream.config.url, FairSlots(self._each)).taken()
 
 
 class Pace:

@@ -112,10 +112,8 @@ class Transfer:
         incoming: tuple[int, Path],
         threads: ThreadPools,
         slots: Slots,
-        least_rate: int,
         sink: Sink | None = None,
         scan: bool = False,
-        is_awaited: bool = False,
     ) -> None:
         self.info = info
         self.descriptor, self.path = incoming
@@ -129,10 +127,7 @@ class Transfer:
         self._sink = sink
         self._scan = scan
         self._slots = slots
-        self._least_rate = least_rate
-        #: Somebody waits for the whole of it, whether anybody reads along or not.
-        self._is_awaited = is_awaited
-        #: How many read along.
+        #: How many read along, or wait for the whole.
         self.readers = 0
         #: Who gave bytes since it was begun, or begun anew.
         self._sources: set[Origin] = set()
@@ -263,11 +258,11 @@ class Transfer:
         with origin.upstream.open(origin.url, self._written) as body, self._inspecting() as inspect:
             self._agree(body.size)
             window = origin.upstream.config.stall_timeout
-            pace = Pace(least=self._least_rate, window=window, error=UpstreamTooSlow)
+            pace = Pace(least=self._slots.least_rate, window=window, error=UpstreamTooSlow)
             while data := body.read(_CHUNK):
                 if self._given_up:
                     raise UpstreamTrouble("the transfer was given up")
-                pace.took(len(data), is_read=self._is_awaited or self.readers > 0)
+                pace.took(len(data), is_read=self.readers > 0)
                 self._sources.add(origin)
                 self._write(data)
                 inspect(data)

@@ -19,6 +19,7 @@ from narseal.pipeline.nars.transfer import Origin
 from narseal.pipeline.paths.lookup import Lookup
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.evidence import Evidence, weigh
+from narseal.runtime.slots import aside
 from narseal.storage import Admitted, NarRecord, PathRecord
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
@@ -139,7 +140,7 @@ class Finder:
 
     async def _ask(self, upstream: Upstream, hash_part: str) -> Candidate:
         """One upstream's narinfo, parsed and weighed."""
-        async with self._lookups.of(upstream):
+        async with aside(), self._lookups.of(upstream):
             data = await upstream.get(f"{hash_part}.narinfo", limit=narinfo.MAX_BYTES)
         if data is None:
             raise NotFound(f"{upstream.config.url} has no {hash_part}.narinfo")

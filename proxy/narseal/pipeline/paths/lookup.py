@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from time import monotonic
 from typing import Generic, TypeVar
 
@@ -19,6 +20,7 @@ from narseal.errors import (
 from narseal.pipeline.caches import Negatives
 from narseal.pipeline.services import Services
 from narseal.runtime.single_flight import SingleFlight
+from narseal.runtime.slots import Turn
 from narseal.telemetry import metrics
 
 R = TypeVar("R")
@@ -30,6 +32,8 @@ class Lookup(Generic[R]):
 
     Finding one takes time, in which keys may be revoked and paths withdrawn. So an answer only
     leaves if nothing was withdrawn since it was begun; else it is found again.
+
+    Finding has its turn, of all that is found at the same time: who asks for much leaves room.
     """
 
     def __init__(self, services: Services, find: Callable[[str], Awaitable[R]]) -> None:
@@ -37,6 +41,7 @@ class Lookup(Generic[R]):
         self._find = find
         self._epoch = services.epoch
         self._hold = limits.content_hold
+        self._turns = services.turns
         self._flights: SingleFlight[str, tuple[int, R]] = SingleFlight(
             services.tasks, on_joined=metrics.flights_joined.inc
         )
@@ -58,7 +63,7 @@ class Lookup(Generic[R]):
         try:
             async with asyncio.timeout(self._hold):
                 for _ in range(_TRIES):
-                    mark, found = await self._flights.join(key, lambda: self._fly(key))
+                    mark, found = await self._ask(key)
                     if mark == self._epoch.read():
                         return found
         except TimeoutError as error:
@@ -72,6 +77,16 @@ class Lookup(Generic[R]):
         if isinstance(verdict, NotFound | Refused | Malformed | Denied):
             self._negatives.put(key, verdict)
 
-    async def _fly(self, key: str) -> tuple[int, R]:
-        mark = self._epoch.read()
-        return mark, await self._find(key)
+    async def _ask(self, key: str) -> tuple[int, R]:
+        turn = None
+        if key not in self._flights:
+            turn = await Turn.begin(self._turns)
+            if turn and key in self._flights:  # somebody else's turn came first
+                turn.end()
+                turn = None
+        return await self._flights.join(key, lambda: self._fly(key, turn))
+
+    async def _fly(self, key: str, turn: Turn | None) -> tuple[int, R]:
+        with turn.work() if turn else nullcontext():
+            mark = self._epoch.read()
+            return mark, await self._find(key)

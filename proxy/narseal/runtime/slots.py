@@ -1,0 +1,150 @@
+"""Slots for what is bounded, shared out by who asks: whoever asks for much leaves room for others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
+
+#: On whose behalf a task works: a client's address. Tasks that it starts inherit it.
+asker: ContextVar[str] = ContextVar("asker", default="")
+
+
+class FairSlots:
+    """A number of slots, of which one asker holds at most half.
+
+    A slot that becomes free goes to the one who holds the fewest; among the same asker's, to who
+    came first.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._most = max(1, count // 2)
+        self._held: Counter[str] = Counter()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+
+    @asynccontextmanager
+    async def taken(self) -> AsyncIterator[None]:
+        """A slot of the present asker's."""
+        source = asker.get()
+        await self.take(source)
+        try:
+            yield
+        finally:
+            self.give(source)
+
+    async def take(self, source: str) -> None:
+        """Wait for a slot; to be given back."""
+        if self._free and self._held[source] < self._most:
+            self._grant(source)
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(source, deque()).append(future)
+        try:
+            await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                self.give(source)
+            raise
+
+    def give(self, source: str) -> None:
+        """Give a slot back."""
+        self._free += 1
+        self._held[source] -= 1
+        if not self._held[source]:
+            del self._held[source]
+        while self._free and (next_ := self._next()) is not None:
+            queue = self._waiting[next_]
+            future = queue.popleft()
+            if not queue:
+                del self._waiting[next_]
+            if not future.cancelled():
+                self._grant(next_)
+                future.set_result(None)
+
+    def _grant(self, source: str) -> None:
+        self._free -= 1
+        self._held[source] += 1
+
+    def _next(self) -> str | None:
+        """Who gets the next slot; None: nobody who waits may have another."""
+        may = [source for source in self._waiting if self._held[source] < self._most]
+        return min(may, key=lambda source: self._held[source], default=None)
+
+
+class Turn:
+    """A slot that a piece of work has, and gives up while it waits for somebody else."""
+
+    def __init__(self, slots: FairSlots, source: str) -> None:
+        self._slots = slots
+        self._source = source
+        self._has_slot = False
+        self._away = 0
+        #: Its work has ended, or was given up.
+        self.is_over = False
+
+    @classmethod
+    async def begin(cls, slots: FairSlots) -> Turn | None:
+        """Wait for a slot; None within work that has its turn. To be ended, by `work` or `end`."""
+        present = _turn.get()
+        if present and not present.is_over:
+            return None
+        turn = cls(slots, asker.get())
+        await turn._take()
+        return turn
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """What is done within, and what that starts, has this turn; it ends then."""
+        token = _turn.set(self)
+        try:
+            yield
+        finally:
+            _turn.reset(token)
+            self.end()
+
+    def end(self) -> None:
+        """Give the slot back for good."""
+        self.is_over = True
+        self._give()
+
+    async def _take(self) -> None:
+        await self._slots.take(self._source)
+        self._has_slot = True
+        if self.is_over or self._away:  # by now
+            self._give()
+
+    def _give(self) -> None:
+        if self._has_slot:
+            self._has_slot = False
+            self._slots.give(self._source)
+
+    def leave(self) -> None:
+        """See `aside`."""
+        self._away += 1
+        self._give()
+
+    async def come_back(self) -> None:
+        """See `aside`."""
+        self._away -= 1
+        if not self._away and not self.is_over and not self._has_slot:
+            await self._take()
+
+
+_turn: ContextVar[Turn | None] = ContextVar("turn", default=None)
+
+
+@asynccontextmanager
+async def aside() -> AsyncIterator[None]:
+    """Give the present work's turn up, if it has one, while somebody else is waited for."""
+    present = _turn.get()
+    if present is None:
+        yield
+        return
+    present.leave()
+    try:
+        yield
+    finally:
+        await present.come_back()

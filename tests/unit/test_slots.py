@@ -1,0 +1,144 @@
+"""Slots that are shared out by who asks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from narseal.runtime.slots import FairSlots, Turn, aside, asker
+
+
+async def _settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@given(
+    count=st.integers(1, 9),
+    steps=st.lists(
+        st.tuples(st.sampled_from(["ask", "give", "leave"]), st.sampled_from("abc")), max_size=60
+    ),
+)
+def test_nobody_has_more_than_half_and_no_slot_is_lost(
+    count: int, steps: list[tuple[str, str]]
+) -> None:
+    async def run() -> None:
+        slots = FairSlots(count)
+        most = max(1, count // 2)
+        asking: dict[str, list[asyncio.Task[None]]] = {"a": [], "b": [], "c": []}
+        for step, who in steps:
+            mine = asking[who]
+            if step == "ask":
+                mine.append(asyncio.create_task(slots.take(who)))
+            elif step == "give" and (done := [task for task in mine if task.done()]):
+                mine.remove(done[0])
+                slots.give(who)
+            elif step == "leave" and mine:  # whether it waits, or has just been given one
+                task = mine.pop()
+                if task.done():
+                    slots.give(who)
+                task.cancel()
+            await _settle()
+            held = Counter({who: sum(task.done() for task in asking[who]) for who in asking})
+            waits = {who for who in asking if any(not task.done() for task in asking[who])}
+            assert held.total() <= count
+            assert max(held.values()) <= most
+            if held.total() < count:  # whoever waits has his half
+                assert all(held[who] == most for who in waits)
+        for who, tasks in asking.items():
+            for task in tasks:
+                if task.done():
+                    slots.give(who)
+                task.cancel()
+        await _settle()
+        for who in ("x", "y")[:count]:
+            for _ in range(most):
+                async with asyncio.timeout(10):
+                    await slots.take(who)
+
+    asyncio.run(run())
+
+
+async def test_who_has_the_fewest_is_next() -> None:
+    slots = FairSlots(4)
+    for who in ("a", "a", "b", "b"):
+        await slots.take(who)
+    order: list[str] = []
+
+    async def ask(who: str) -> None:
+        await slots.take(who)
+        order.append(who)
+
+    tasks = [asyncio.create_task(ask(who)) for who in ("a", "a", "c", "d")]
+    await _settle()
+    for who in ("a", "b"):
+        slots.give(who)
+        await _settle()
+    assert order == ["c", "d"]
+    slots.give("a")
+    await _settle()
+    assert order == ["c", "d", "a"]
+    for task in tasks:
+        task.cancel()
+
+
+async def test_a_cancelled_task_that_was_just_given_a_slot_gives_it_back() -> None:
+    slots = FairSlots(1)
+    await slots.take("a")
+    task = asyncio.create_task(slots.take("a"))
+    await _settle()
+    slots.give("a")  # to the task, which has not run since
+    task.cancel()
+    await _settle()
+    async with asyncio.timeout(10):
+        await slots.take("a")
+
+
+async def test_who_waits_for_somebody_else_has_no_slot_meanwhile() -> None:
+    slots = FairSlots(2)  # one for each asker
+    asker.set("a")
+    let_go = asyncio.Event()
+    seen: list[str] = []
+
+    async def first(turn: Turn) -> None:
+        with turn.work():
+            assert await Turn.begin(slots) is None  # it has one
+            async with aside():
+                await let_go.wait()
+            seen.append("back")
+
+    turn = await Turn.begin(slots)
+    assert turn
+    task = asyncio.create_task(first(turn))
+    await _settle()
+    async with asyncio.timeout(10):
+        second = await Turn.begin(slots)
+    assert second
+    let_go.set()
+    await _settle()
+    assert not seen  # the slot is the second one's
+    second.end()
+    async with asyncio.timeout(10):
+        await task
+        last = await Turn.begin(slots)
+    assert last and seen == ["back"]
+
+
+async def test_a_turn_that_ended_while_it_waited_for_its_slot_leaves_none_taken() -> None:
+    slots = FairSlots(2)
+    asker.set("a")
+    turn = await Turn.begin(slots)
+    assert turn
+    turn.leave()
+    other = await Turn.begin(slots)
+    assert other
+    back = asyncio.create_task(turn.come_back())
+    await _settle()
+    turn.end()
+    other.end()
+    async with asyncio.timeout(10):
+        await back
+        assert await Turn.begin(slots)
