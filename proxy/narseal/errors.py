@@ -23,7 +23,8 @@ NarsealError
         ├── StorageFull
         ├── StorageBroken       a stored file cannot be read, or is not what was verified
         ├── TokensUnusable      the tokens file cannot be read, or is none
-        └── IndexGone           the index is not the file any more that was opened
+        ├── IndexGone           the index is not the file any more that was opened
+        └── StorageGone         the storage folder is not the one that the index is of
 """
 
 from __future__ import annotations
@@ -248,3 +249,9 @@ class IndexGone(Unavailable):
     """The index was deleted or replaced while it was in use: pins and revocations are not known."""
 
     reason = "index-gone"
+
+
+class StorageGone(Unavailable):
+    """The storage folder is not there, or not the index's: what it holds is not known."""
+
+    reason = "storage-gone"

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from narseal.custody import write_private
 from narseal.nix.content_address import ContentAddress, Method
+from narseal.nix.keys import SecretKey
+from narseal.nix.narinfo import NarInfo
+from tests.faults.test_process import fetch
 from tests.faults.test_schedules import revoke
 from tests.tools.cache import Entry, addressed, entry, key
 from tests.tools.command import narseal_command
-from tests.tools.narseal import UPSTREAM, narseal, render_toml, settings
+from tests.tools.narseal import (
+    OPERATOR,
+    UPSTREAM,
+    narseal,
+    narseal_process,
+    render_toml,
+    settings,
+)
 from tests.tools.upstream import FakeCache
 
 OTHER = key("upstream-2")
@@ -30,10 +44,16 @@ async def filled(folder: Path, upstream: dict[str, Any], *items: Entry) -> None:
 
 async def rebuilt(folder: Path, upstream: dict[str, Any]) -> tuple[str, str]:
     """What `narseal index rebuild` says: of all, and of what it did not put back."""
-    file = folder / "narseal.toml"
-    file.write_text(render_toml(settings(folder, upstream)))
-    done = await asyncio.to_thread(narseal_command, "index", "rebuild", "--config", file)
+    done = await rebuild(folder, upstream)
     return done.stdout, done.stderr
+
+
+async def rebuild(
+    folder: Path, *upstreams: dict[str, Any], **more: Any
+) -> subprocess.CompletedProcess[str]:
+    file = folder / "narseal.toml"
+    file.write_text(render_toml(settings(folder, *upstreams, **more)))
+    return await asyncio.to_thread(narseal_command, "index", "rebuild", "--config", file)
 
 
 async def test_what_a_rebuilt_index_has_ends_with_the_upstreams_key(
@@ -76,3 +96,169 @@ async def test_a_rebuilt_index_holds_a_path_to_its_content_address(
     async with narseal(tmp_path, there) as client:
         assert (await client.narinfo(honest.hash)).ca == honest.info.ca
         assert (await client.get(f"{item.hash}.narinfo"))[0] == 502
+
+
+ONE, TWO = (entry(name, name.encode(), compression="zstd") for name in ("one", "two"))
+SECOND, THIRD = key("operator-2"), key("operator-3")
+
+
+def signing(folder: Path, *keys: SecretKey) -> dict[str, Any]:
+    """The configuration of some keys of the operator's."""
+    files = []
+    for secret in keys:
+        file = folder / f"{secret.public.name}.secret"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_private(file, secret.render())
+        files.append({"url": f"file:{file}"})
+    return {"signing": {"key": files}}
+
+
+def refused(folder: Path) -> set[str]:
+    return {file.name for file in (folder / "storage/.narseal/refused").glob("*")}
+
+
+def names(*items: Entry) -> set[str]:
+    return {f"{item.hash}.narinfo" for item in items}
+
+
+async def brought(folder: Path, upstream: FakeCache, *keys: SecretKey) -> None:
+    """A folder with ONE and TWO, which only the operator's keys signed, and no index."""
+    upstream.add(ONE, TWO)
+    there = {"url": upstream.url, "public_keys": [], "verify": "content"}
+    async with narseal(folder, there, **signing(folder, *keys)) as client:
+        for item in (ONE, TWO):
+            status, body, _ = await client.get(f"{item.hash}.narinfo")
+            assert status == 200
+            assert (await client.get(NarInfo.parse(body).url))[0] == 200
+        await client.until(lambda: names(ONE, TWO) <= client.published())
+    for file in folder.glob("index.*"):
+        file.unlink()
+
+
+async def test_what_was_refused_is_seen_no_more_and_comes_back_with_the_right_key(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    await brought(tmp_path, upstream, OPERATOR)
+    done = await rebuild(tmp_path, **signing(tmp_path, SECOND))
+    assert done.returncode == 1
+    assert done.stdout.startswith("put back no paths, 2 could not be")
+    assert f"{tmp_path}/storage/.narseal/refused" in done.stdout
+    assert "[[signing.key]]" in done.stderr and done.stderr.count("not put back: ") == 2
+    assert refused(tmp_path) == names(ONE, TWO)
+    again = await rebuild(tmp_path, **signing(tmp_path, SECOND))  # neither forgotten nor put back
+    assert again.stdout == done.stdout and refused(tmp_path) == names(ONE, TWO)
+    with narseal_process(tmp_path, **signing(tmp_path, SECOND)) as proxy:  # it can begin
+        assert (await asyncio.to_thread(fetch, f"{proxy.url}/{ONE.hash}.narinfo"))[0] == 404
+    assert not list((tmp_path / "storage").glob("*.narinfo"))
+    done = await rebuild(tmp_path, **signing(tmp_path, OPERATOR))
+    assert (done.returncode, done.stdout) == (0, "put back 2 paths, 0 could not be\n")
+    assert refused(tmp_path) == set()
+    async with narseal(tmp_path) as client:
+        assert names(ONE, TWO) <= client.published()
+        for item in (ONE, TWO):
+            assert (await client.narinfo(item.hash)).nar_hash == item.info.nar_hash
+
+
+async def test_only_what_was_refused_is_set_aside(tmp_path: Path, upstream: FakeCache) -> None:
+    await brought(tmp_path, upstream, OPERATOR)
+    file = tmp_path / "storage" / f"{TWO.hash}.narinfo"
+    nar = tmp_path / "storage" / NarInfo.parse(file.read_bytes()).url
+    nar.write_bytes(nar.read_bytes()[:-1])
+    done = await rebuild(tmp_path)
+    assert done.returncode == 1 and done.stdout.startswith("put back 1 paths, 1 could not be")
+    assert refused(tmp_path) == names(TWO) and not file.exists()
+    async with narseal(tmp_path) as client:
+        await client.narinfo(ONE.hash)
+        assert await client.refusal(f"{TWO.hash}.narinfo") == "absent"
+        assert names(ONE) <= client.published()
+
+
+async def test_the_folder_shows_what_was_verified(tmp_path: Path, upstream: FakeCache) -> None:
+    """Not what else stood in the file: signatures that are not good, a name that is not the NAR's."""
+    await brought(tmp_path, upstream, OPERATOR)
+    file = tmp_path / "storage" / f"{ONE.hash}.narinfo"
+    good = file.read_bytes()
+    forged = SECOND.sign(b"another text")
+    file.write_bytes(good + f"Sig: {forged}\n".encode())
+    done = await rebuild(tmp_path, **signing(tmp_path, OPERATOR, SECOND))
+    assert done.returncode == 0, done.stderr
+    assert file.read_bytes() == good
+
+
+async def test_there_is_nothing_to_put_back(tmp_path: Path, upstream: FakeCache) -> None:
+    done = await rebuild(tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("nothing to put back: ") and "has no narinfos" in done.stdout
+    await brought(tmp_path, upstream, OPERATOR)
+    await asyncio.to_thread((tmp_path / "storage/.narseal/refused").mkdir, exist_ok=True)
+    assert (await rebuild(tmp_path)).stdout == "put back 2 paths, 0 could not be\n"
+    done = await rebuild(tmp_path)
+    assert done.returncode == 0 and "the index has all 2 paths" in done.stdout
+
+
+async def test_a_path_of_two_keys_is_withdrawn_with_the_last_of_them(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    await brought(tmp_path, upstream, OPERATOR, SECOND)
+    both = signing(tmp_path, OPERATOR, SECOND, THIRD)
+    assert (await rebuild(tmp_path, **both)).returncode == 0
+    for file in (tmp_path / "storage").glob("*.narinfo"):
+        signers = {s.key_name for s in NarInfo.parse(file.read_bytes()).signatures}
+        assert signers == {OPERATOR.name, SECOND.name}
+    async with narseal(tmp_path, **both) as client:
+        await revoke(tmp_path, OPERATOR.name, **both)()
+        for item in (ONE, TWO):
+            status, body, _ = await client.get(f"{item.hash}.narinfo")
+            assert status == 200
+            signers = {s.key_name for s in NarInfo.parse(body).signatures}
+            assert SECOND.name in signers and OPERATOR.name not in signers
+        assert names(ONE, TWO) <= client.published()
+        await revoke(tmp_path, SECOND.name, **both)()
+        for item in (ONE, TWO):
+            assert (await client.get(f"{item.hash}.narinfo"))[0] == 404
+        assert not names(ONE, TWO) & client.published()
+
+
+async def test_a_revoked_key_bars_nothing_that_another_signed(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """An index from a backup knows what was revoked; the narinfo still bears both signatures."""
+    await brought(tmp_path, upstream, OPERATOR, SECOND)
+    both = signing(tmp_path, OPERATOR, SECOND)
+    files = {file: file.read_bytes() for file in (tmp_path / "storage").glob("*.narinfo")}
+    assert (await rebuild(tmp_path, **both)).returncode == 0
+    await revoke(tmp_path, OPERATOR.name, **both)()
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as index:
+        index.execute("DELETE FROM path")
+        index.execute("DELETE FROM nar")
+        index.commit()
+    for file, data in files.items():
+        file.write_bytes(data)
+    done = await rebuild(tmp_path, **both)
+    assert (done.returncode, done.stdout) == (0, "put back 2 paths, 0 could not be\n"), done.stderr
+    for file in files:
+        signers = {s.key_name for s in NarInfo.parse(file.read_bytes()).signatures}
+        assert signers == {SECOND.name}
+    await revoke(tmp_path, SECOND.name, **signing(tmp_path, SECOND, THIRD))()
+    async with narseal(tmp_path, **signing(tmp_path, SECOND, THIRD)) as client:
+        assert (await client.get(f"{ONE.hash}.narinfo"))[0] == 404
+
+
+async def test_what_was_withdrawn_is_not_put_back(tmp_path: Path, upstream: FakeCache) -> None:
+    """On whose word it was is not known any more: ours may have been given for another's."""
+    item = entry("app", b"1", compression="zstd").signed(UPSTREAM)
+    upstream.add(item)
+    there = {"url": upstream.url}
+    file = tmp_path / "storage" / f"{item.hash}.narinfo"
+    async with narseal(tmp_path, there) as client:
+        info = await client.narinfo(item.hash)
+        assert (await client.get(info.url))[0] == 200
+        await client.until(file.exists)
+        data = file.read_bytes()
+    await revoke(tmp_path, UPSTREAM.name, there)()
+    assert not file.exists()
+    file.write_bytes(data)  # a crash, or a backup of the folder
+    done = await rebuild(tmp_path, there)
+    assert done.returncode == 1 and "was withdrawn" in done.stderr
+    assert refused(tmp_path) == names(item) and not file.exists()

@@ -128,7 +128,7 @@ def test_no_start_on_a_new_index_beside_a_full_folder(how: str, tmp_path: Path) 
     assert "narseal index rebuild" in refused.stderr and "docs/recovery.md" in refused.stderr
     assert (index.stat().st_size if index.exists() else None) == size
     assert run("index", "rebuild", "--config", config).stdout.startswith(f"put back {len(ITEMS)} ")
-    assert run("revoke", "up-9", "--reason", "x", "--config", config).returncode == 0
+    assert run("revoke", "up-9", "--unknown", "--reason", "x", "--config", config).returncode == 0
     with narseal_process(tmp_path, upstream) as proxy:
         for item in ITEMS:
             assert fetch(f"{proxy.url}/{item.info.url}") == (200, item.file)

@@ -23,7 +23,7 @@ from narseal.custody import write_private
 from narseal.nix.cache_info import CacheInfo
 from narseal.nix.narinfo import NarInfo
 from narseal.server.worker import Stop, work
-from narseal.storage import Epoch, LocalStorage, migrate
+from narseal.storage import Epoch, LocalStorage, join
 from tests.tools.cache import key
 from tests.tools.waiting import PATIENCE, eventually
 
@@ -115,9 +115,8 @@ async def narseal(folder: Path, *upstreams: dict[str, Any], **more: Any) -> Asyn
     """A worker in this process, on a socket of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     config = Config(**settings(folder, *upstreams, **more))
-    migrate(config.storage.index)
     storage = LocalStorage(config.storage.url)
-    storage.prepare(CacheInfo(config.store_dir))
+    join(config.storage.index, storage, CacheInfo(config.store_dir))
     sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
     sock.setblocking(False)
     ready, stop = asyncio.Event(), Stop()

@@ -14,9 +14,11 @@ import click
 
 from narseal.cli.load import config_option, load
 from narseal.config import Config
+from narseal.errors import NarsealError
 from narseal.nix.keys import PublicKey
 
 if TYPE_CHECKING:
+    from narseal.nix.cache_info import CacheInfo
     from narseal.storage import Index
 
 
@@ -47,13 +49,46 @@ def rebuild(config_file: Path) -> None:
     """Put back into the index what the storage folder has and the index has not.
 
     For a lost index, or one from an older backup; narseal must not run. Each file is hashed; a path is
-    taken on the word of a key of yours that is not revoked.
+    taken on the word of keys of yours that are not revoked. The narinfos of what is refused are moved
+    to .narseal/refused in the folder, and looked at again the next time. Exit code 1 if there are any.
     """
-    done, failed = asyncio.run(_rebuild(load(config_file)))
+    config = load(config_file)
+    done, failed, there = asyncio.run(_rebuild(config))
     for name, why in failed:
         click.echo(f"not put back: {name}: {why}", err=True)
-    click.echo(f"put back {done} paths, {len(failed)} could not be")
+    folder = config.storage.url.removeprefix("file://")
+    if failed:
+        click.echo(
+            f"put back {done or 'no'} paths, {len(failed)} could not be; their narinfos are in"
+            f" {folder}/.narseal/refused"
+        )
+        if not done:
+            click.echo(
+                "are the [[signing.key]] those that signed them? then run it again", err=True
+            )
+    elif done:
+        click.echo(f"put back {done} paths, 0 could not be")
+    elif there:
+        click.echo(f"nothing to put back: the index has all {there} paths of {folder}")
+    else:
+        click.echo(f"nothing to put back: {folder} has no narinfos. Is that the right folder?")
     sys.exit(1 if failed else 0)
+
+
+@index.command()
+@config_option
+def join(config_file: Path) -> None:
+    """Let the index have the storage folder as it is: its files were lost, or moved without .narseal.
+
+    narseal must not run. What the folder lacks is fetched again when it is asked for; uploads that it
+    lacks are withdrawn then.
+    """
+    from narseal.storage import LocalStorage, take
+
+    config = load(config_file)
+    storage = LocalStorage(config.storage.url)
+    there, stored = take(config.storage.index, storage, _cache_info(config))
+    click.echo(f"joined: {there} of {stored} stored NARs are in {storage.root}")
 
 
 @index.command()
@@ -68,16 +103,23 @@ def backup(file: Path, config_file: Path) -> None:
 
 
 @asynccontextmanager
-async def _opened(config: Config) -> AsyncIterator[Index]:
-    from narseal.storage import Index
+async def _opened(config: Config) -> AsyncIterator[tuple[Index, str]]:
+    """The index, and the mark of its folder."""
+    from narseal.storage import Epoch, Index
 
-    opened = Index(config.storage.index, config.store_dir)
+    epoch = Epoch.of(config.storage.index)
+    opened = Index(config.storage.index, config.store_dir, epoch=epoch)
+    failure: NarsealError | None = None
     async with asyncio.TaskGroup() as group:
         group.create_task(opened.run())
         try:
-            yield opened
+            yield opened, epoch.mark
+        except NarsealError as error:  # the group would wrap it
+            failure = error
         finally:
             await opened.close()
+    if failure:
+        raise failure
 
 
 async def _check(config: Config, *, content: bool) -> list[str]:
@@ -86,25 +128,25 @@ async def _check(config: Config, *, content: bool) -> list[str]:
 
     migrate_present(config.storage.index)
     keys = _public_keys(config)
-    async with _opened(config) as opened:
-        storage = LocalStorage(config.storage.url)
+    async with _opened(config) as (opened, mark):
+        storage = LocalStorage(config.storage.url, mark or None)  # None: it was not joined yet
         return [sentence async for sentence in problems(opened, storage, keys, content=content)]
 
 
-async def _rebuild(config: Config) -> tuple[int, list[tuple[str, str]]]:
-    from narseal.nix.cache_info import CacheInfo
+async def _rebuild(config: Config) -> tuple[int, list[tuple[str, str]], int]:
+    """How many paths were put back, which were not, and how many narinfos there are."""
     from narseal.nix.keyring import KeyRing
     from narseal.pipeline.upkeep.rebuild import Rebuilding
     from narseal.runtime.threads import ThreadPools
-    from narseal.storage import LocalStorage, migrate
+    from narseal.storage import LocalStorage, join_for_rebuild
 
-    storage = LocalStorage(config.storage.url)
-    storage.prepare(CacheInfo(config.store_dir, want_mass_query=True, priority=config.priority))
+    keys = _public_keys(config)
+    locked = LocalStorage(config.storage.url)  # for as long as it lives
+    join_for_rebuild(config.storage.index, locked, _cache_info(config))
     threads = ThreadPools(transfers=2)
     done, failed = 0, []
-    keys = _public_keys(config)
-    migrate(config.storage.index)
-    async with _opened(config) as opened:
+    async with _opened(config) as (opened, mark):
+        storage = LocalStorage(config.storage.url, mark)
         pinned = KeyRing.of(
             *(upstream.public_keys for upstream in config.upstream), config.upload.trusted_keys
         )
@@ -116,7 +158,13 @@ async def _rebuild(config: Config) -> tuple[int, list[tuple[str, str]]]:
             else:
                 done += 1
     threads.close()
-    return done, failed
+    return done, failed, len(locked.narinfos())
+
+
+def _cache_info(config: Config) -> CacheInfo:
+    from narseal.nix.cache_info import CacheInfo
+
+    return CacheInfo(config.store_dir, want_mass_query=True, priority=config.priority)
 
 
 def _public_keys(config: Config) -> dict[str, PublicKey]:

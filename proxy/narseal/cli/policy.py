@@ -92,9 +92,9 @@ async def _statuses(
 ) -> list[tuple[StorePath, dict[str, Any] | NarsealError]]:
     """Of each path its status, or why there is none: one says nothing of the others."""
     from narseal.pipeline.substituter import Substituter
-    from narseal.storage import Epoch, migrate_present
+    from narseal.storage import Epoch, LocalStorage, join_if_known
 
-    migrate_present(config.storage.index)
+    join_if_known(config.storage.index, LocalStorage(config.storage.url))
     epoch = Epoch.of(config.storage.index)
     async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
         found: list[tuple[StorePath, dict[str, Any] | NarsealError]] = []

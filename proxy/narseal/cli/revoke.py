@@ -119,9 +119,9 @@ async def _revoke(
     shown: bool,
 ) -> Outcome:
     from narseal.pipeline.substituter import Substituter
-    from narseal.storage import Epoch, migrate_present
+    from narseal.storage import Epoch, LocalStorage, join_if_known
 
-    migrate_present(config.storage.index)
+    join_if_known(config.storage.index, LocalStorage(config.storage.url))
     epoch = Epoch.of(config.storage.index)
     with progress(of_bytes=False, shown=shown) as bar:
         task = bar.add_task("looking at", total=None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from narseal.config import Config
 from narseal.custody.operator import OperatorKey
-from narseal.errors import ConfigError, IndexGone
+from narseal.errors import ConfigError, IndexGone, Unavailable
 from narseal.pipeline.caches import HotMap
 from narseal.pipeline.trust.countersign import Countersigner
 from narseal.pipeline.trust.policy import Policy
@@ -49,7 +49,7 @@ class Services:
 
 
 _log = logging.getLogger(__name__)
-_LOOK = 0.25  # seconds between two looks at the index's file
+_LOOK = 0.25  # seconds between two looks at the index's file, and at the folder's mark
 
 #: Questions that are worked on at the same time; those that wait for an upstream are not counted.
 _TURNS = 64
@@ -71,7 +71,7 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
     # as many for each upstream: one that hangs takes none of another's
     threads = ThreadPools(transfers=config.limits.transfers * max(1, len(upstreams)) + _LOCAL)
     tasks = BackgroundTasks()
-    folder = Folder(LocalStorage(config.storage.url), threads)
+    folder = Folder(LocalStorage(config.storage.url, epoch.mark), threads)
     attest = config.cosign.mode != "off"
     index = Index(config.storage.index, config.store_dir, attest=attest, epoch=epoch)
     countersigner = Countersigner(keys, index.revocations)
@@ -100,7 +100,10 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
     async with asyncio.TaskGroup() as group:
         # without the index nothing can be served: if this ends, the worker ends
         group.create_task(index.run(), name="index")
-        watching = group.create_task(_watch(services), name="watch the index")
+        watching = [
+            group.create_task(_watch(services), name="watch the index"),
+            group.create_task(_watch_folder(services), name="watch the folder"),
+        ]
         try:
             yield services
         finally:
@@ -109,7 +112,8 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
                 await upstream.close()
             for key in keys:
                 key.custodian.close()
-            watching.cancel()
+            for task in watching:
+                task.cancel()
             await index.close()
             threads.close()
 
@@ -133,6 +137,27 @@ async def _watch(services: Services) -> None:
                 metrics.index_present.set(1)
                 _log.warning("the index is in its place again")
             was_there = True
+        await asyncio.sleep(_LOOK)
+
+
+async def _watch_folder(services: Services) -> None:
+    """Until cancelled: say it when the folder is not the index's, and when it is again."""
+    was_there = True
+    while True:
+        try:
+            await services.folder.check()
+        except Unavailable as error:
+            if was_there:
+                metrics.storage_errors.labels("gone").inc()
+                _log.error("what is stored is not served: %s", error)
+            is_there = False
+        else:
+            if not was_there:
+                _log.warning("the storage folder is in its place again")
+            is_there = True
+        if is_there != was_there:
+            metrics.storage_present.set(is_there)
+        was_there = is_there
         await asyncio.sleep(_LOOK)
 
 

@@ -23,6 +23,7 @@ class Status:
 
     def __init__(self, services: Services) -> None:
         self._index = services.index
+        self._folder = services.folder
         self._countersigner = services.countersigner
         self._mode = services.config.cosign.mode
         self._looking: SingleFlight[str, dict[str, Any]] = SingleFlight(
@@ -59,8 +60,9 @@ class Status:
         }
 
     async def ready(self) -> None:
-        """Raises Unavailable if the index cannot be read."""
+        """Raises Unavailable if the index cannot be read, or the folder is not there."""
         await self._index.stored_bytes()
+        await self._folder.check()
 
     async def public_keys(self) -> list[PublicKey]:
         """The operator's, less revoked ones."""

@@ -31,7 +31,7 @@ from narseal.runtime.sockets import listen, notify_systemd
 from narseal.runtime.watching import Watch
 from narseal.server.check import check, check_change, named_files
 from narseal.server.worker import Stop, work
-from narseal.storage import Epoch, LocalStorage, check_founded, migrate
+from narseal.storage import Epoch, LocalStorage, join
 from narseal.telemetry import metrics
 from narseal.telemetry.logs import configure
 
@@ -83,10 +83,8 @@ class Supervisor:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         self._storage = LocalStorage(config.storage.url)
-        check_founded(config.storage.index, self._storage)
-        migrate(config.storage.index)
         info = CacheInfo(config.store_dir, want_mass_query=True, priority=config.priority)
-        self._storage.prepare(info)  # holds the folder's lock from now on
+        join(config.storage.index, self._storage, info)  # holds the folder's lock from now on
         self._epoch = Epoch.of(config.storage.index)
         self.sockets = listen(config.listen, config.workers)
         metrics_address = config.metrics.listen

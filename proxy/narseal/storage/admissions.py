@@ -15,7 +15,6 @@ from narseal.errors import Refused
 from narseal.nix.hashes import Hash
 from narseal.storage import schema
 from narseal.storage.attestations import enqueue, enqueue_again, forget_path, leave
-from narseal.storage.claims import revoked_keys
 from narseal.storage.records import (
     PATHS,
     Admitted,
@@ -25,13 +24,14 @@ from narseal.storage.records import (
     admitted_of,
     conflict,
     file_name,
-    key_of,
+    is_void,
     nar_of,
     nar_values,
     path_values,
     realisation_of,
     realisation_values,
 )
+from narseal.storage.revocations import revoked_keys
 
 
 def among(column: Column[Any]) -> ColumnElement[bool]:
@@ -255,14 +255,14 @@ class Admissions:
 
 
 def _is_void(pinned: PathRecord | RealisationRecord, revoked: frozenset[str]) -> bool:
-    """Whether a pin rests on a revoked key alone: then it holds nobody to it."""
-    return pinned.withdrawn and key_of(pinned.evidence) in revoked
+    """Whether a pin rests on revoked keys alone: then it holds nobody to it."""
+    return pinned.withdrawn and is_void(pinned.evidence, revoked)
 
 
 def _check_not_revoked(record: PathRecord | RealisationRecord, revoked: frozenset[str]) -> None:
     """Refused if a key was revoked since the record was weighed and signed: it is done again."""
     names = {signature.key_name for signature in record.signatures}
-    if revoked and (key_of(record.evidence) in revoked or names & revoked):
+    if revoked and (is_void(record.evidence, revoked) or names & revoked):
         raise Refused("revoked", f"a key was revoked meanwhile: {', '.join(sorted(revoked))[:200]}")
 
 

@@ -15,10 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from narseal.errors import BadUpload, NotFound
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MAX_SIGNATURES, MOST_BUT_OURS
-from narseal.storage import schema
 from narseal.storage.engine import Engines
 from narseal.storage.epoch import Epoch
 from narseal.storage.records import names_of, signatures_of
+from narseal.storage.revocations import revoked_keys
 
 #: Signatures, and the names of the operator's keys whose are among them.
 Signed = tuple[tuple[Signature, ...], frozenset[str]]
@@ -133,10 +133,3 @@ class Claims:
     ) -> list[str]:
         query: Select[Any] = select(self._key.label("key")).where(*conditions, self._key > after)
         return [row.key for row in await self._ask(query.order_by(self._key).limit(limit))]
-
-
-async def revoked_keys(connection: AsyncConnection) -> frozenset[str]:
-    """The names of revoked substituter keys, as a transaction sees them."""
-    table = schema.revocation.c
-    rows = await connection.execute(select(table.name).where(table.kind == "key"))
-    return frozenset(row.name for row in rows)

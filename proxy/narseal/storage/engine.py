@@ -18,7 +18,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from narseal.errors import ConfigError, NarsealError, NoIndex, Unavailable
 from narseal.runtime.batching import Batcher
-from narseal.storage.local import LocalStorage
 from narseal.storage.presence import Presence, index_file
 
 Write = Callable[[AsyncConnection], Awaitable[Any]]
@@ -67,32 +66,6 @@ def _check_present(url: str) -> None:
         f"storage.index {file}: there is no index. `narseal serve` makes one beside an empty folder,"
         " `narseal index rebuild` one of what the folder has (docs/recovery.md)"
     )
-
-
-def check_founded(url: str, storage: LocalStorage) -> None:
-    """ConfigError if the index is not there, or knows nothing, beside a folder that holds paths.
-
-    An index that begins anew would pin other content, and serve what was revoked.
-    """
-    file = index_file(url)
-    try:
-        is_there = file.exists() and file.stat().st_size > 0
-        if is_there:
-            with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True)) as index:
-                tables = index.execute("SELECT 1 FROM sqlite_master WHERE name = 'path'").fetchone()
-                if tables and index.execute("SELECT 1 FROM path LIMIT 1").fetchone():
-                    return
-        # after a crash a NAR can be there of which the index knows nothing yet, a narinfo cannot
-        held = storage.holds(nars=not is_there)
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"storage.index {file}: {error}") from error
-    if held:
-        raise ConfigError(
-            f"storage.index {file} is {'empty' if is_there else 'missing'}, and {storage.root} holds"
-            f" {held}: what was pinned and revoked is not known. Put a backup of the index back, or"
-            " run `narseal index rebuild` and revoke again what was revoked (docs/recovery.md);"
-            " to begin with nothing, empty the folder"
-        )
 
 
 def backup(url: str, target: Path) -> None:

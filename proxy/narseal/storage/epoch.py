@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from narseal.errors import Unavailable
+from narseal.storage.marks import read_mark
 from narseal.storage.presence import Presence, epoch_file, index_file
 
 T = TypeVar("T")
@@ -32,6 +33,8 @@ class Epoch:
             os.close(descriptor)
         #: Whether both files are still those that all workers share.
         self.presence = Presence(index, file)
+        #: What the storage folder of this index bears; empty, which none bears, if it was not joined.
+        self.mark = read_mark(index).joined or ""
         #: The number, in a view that costs no call to look at.
         self.cell = memoryview(self._map).cast("Q")
 

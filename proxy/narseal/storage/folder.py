@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from narseal.runtime.files import OpenFile
 from narseal.runtime.threads import ThreadPools
 from narseal.storage.local import LocalStorage
 
@@ -22,6 +23,14 @@ class Folder:
     def path(self, name: str) -> Path:
         """Where a published file lies."""
         return self.local.path(name)
+
+    async def check(self) -> None:
+        """StorageGone unless it is there, and the index's."""
+        await self._threads.run(self.local.check)
+
+    async def file(self, name: str) -> OpenFile | None:
+        """A published file for as long as anybody has it; None if there is none."""
+        return await self._threads.run(self.local.file, name)
 
     async def read(self, name: str) -> bytes | None:
         """A small file's bytes, None if there is none."""

@@ -3,6 +3,9 @@
 Below the root: nix-cache-info, <hash>.narinfo, nar/, log/, debuginfo/, realisations/,
 build-trace-v2/. What is not part of it is below `.narseal/`: files on their way in, and
 what was found wrong. All methods block; call them off the loop.
+
+That a file is not there is said only of the folder that bears the index's mark: where another is
+mounted, or none, everything looks lost and nothing is.
 """
 
 from __future__ import annotations
@@ -13,28 +16,40 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
-from narseal.errors import ConfigError, StorageBroken, StorageFull, Unavailable
+from narseal.errors import ConfigError, StorageBroken, StorageFull, StorageGone, Unavailable
 from narseal.nix.cache_info import CacheInfo
+from narseal.runtime.files import OpenFile
 
 #: What a disk says of bytes that it cannot give back (EUCLEAN: of a whole file system).
 _BROKEN = frozenset((errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG, errno.EREMOTEIO))
 _QUARANTINED = 20  # files kept for a look, the newest
+_IDENTITY = ".narseal/identity"
+_REFUSED = ".narseal/refused"
+_LONGEST_MARK = 128
+_TRIES = 3
+
+T = TypeVar("T")
 
 
 class LocalStorage:
     """The folder of a `file://` URL."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, mark: str | None = None) -> None:
+        """With the index's `mark` no other folder is taken for this one; None: whichever is there."""
         self.root = Path(url.removeprefix("file://"))
+        self._expected = mark
         self._incoming = self.root / ".narseal" / "incoming"
         self._quarantine = self.root / ".narseal" / "quarantine"
         #: What waits for a narinfo.
         self.uploads = self.root / ".narseal" / "uploads"
         self._arriving = self.root / ".narseal" / "arriving"
+        #: Narinfos that were set aside.
+        self.refused = self.path(_REFUSED)
 
     def prepare(self, info: CacheInfo) -> None:
         """Make the folders, sweep what a crash left, write nix-cache-info.
@@ -65,17 +80,74 @@ class LocalStorage:
             for file in folder.glob(f"{pid}-*"):
                 file.unlink(missing_ok=True)
 
+    def mark(self) -> str | None:
+        """What the folder is marked with; None if with nothing, or if it is not there."""
+        try:
+            return (
+                self.path(_IDENTITY).read_text("ascii", "replace").strip()[:_LONGEST_MARK] or None
+            )
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def bear(self, mark: str) -> None:
+        """Mark the folder, durably."""
+        self.write(_IDENTITY, f"{mark}\n".encode())
+
+    def check(self) -> None:
+        """StorageGone unless the folder is there and bears the index's mark."""
+        if self._expected is not None:
+            with self._pinned():
+                pass
+
+    def lacks(self, name: str) -> bool:
+        """Whether a file is surely not there: StorageGone if it is not the index's folder that says so."""
+        if self.path(name).exists():
+            return False
+        if self._expected is None:
+            return True
+        with self._pinned() as root, storage_errors():
+            try:
+                os.stat(name, dir_fd=root)
+            except FileNotFoundError:
+                return True
+            return False
+
+    def _if_there(self, act: Callable[[], T], name: str) -> T | None:
+        """What `act` makes of a file; None if it is surely not there. Unavailable if nobody can tell."""
+        for _ in range(_TRIES):
+            try:
+                return act()
+            except FileNotFoundError:
+                if self.lacks(name):
+                    return None
+        raise Unavailable(f"storage fails: {name} is there and cannot be found")
+
+    @contextmanager
+    def _pinned(self) -> Iterator[int]:
+        """The folder with the index's mark, open: what is asked below it is asked of this very one."""
+        with storage_errors():
+            try:
+                root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise StorageGone(f"{self.root} is not there; {_GONE}") from error
+        try:
+            if _read_mark(root) != self._expected:
+                raise StorageGone(f"{self.root} does not bear the mark of the index; {_GONE}")
+            yield root
+        finally:
+            os.close(root)
+
     def path(self, name: str) -> Path:
         """The file of a name that narseal made itself (never a client's or upstream's text)."""
         return self.root / name
 
     def incoming(self) -> tuple[int, Path]:
-        """A new file to write and read, and its path."""
-        return _create(self._incoming)
+        """A new file to write and read, and its path. StorageGone if the folder is not the index's."""
+        return self._create(self._incoming)
 
     def arriving(self) -> tuple[int, Path]:
         """A new file for an uploaded NAR; what it is given by `reserve` counts as waiting."""
-        return _create(self._arriving)
+        return self._create(self._arriving)
 
     def publish(self, descriptor: int, incoming: Path, name: str) -> None:
         """Give a complete file its name: fsync, rename, fsync of the folder, in that order."""
@@ -84,11 +156,7 @@ class LocalStorage:
             os.fsync(descriptor)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(incoming, target)
-            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            _sync(target.parent)
 
     def link(self, name: str, other: str) -> None:
         """Give a published file another name, too."""
@@ -117,10 +185,14 @@ class LocalStorage:
 
     def read(self, name: str) -> bytes | None:
         """A small file's bytes, None if there is none."""
-        try:
-            return self.path(name).read_bytes()
-        except FileNotFoundError:
-            return None
+        return self._if_there(self.path(name).read_bytes, name)
+
+    def file(self, name: str) -> OpenFile | None:
+        """A published file for as long as anybody has it; None if there is none."""
+        descriptor = self.open(name)
+        return (
+            OpenFile(descriptor, os.fstat(descriptor).st_size) if descriptor is not None else None
+        )
 
     def holds(self, *, nars: bool) -> str | None:
         """A narinfo, or with `nars` a NAR, that is in the folder."""
@@ -132,9 +204,30 @@ class LocalStorage:
         """The names of all narinfo files, in order."""
         return sorted(path.name for path in self.root.glob("*.narinfo"))
 
+    def refused_narinfos(self) -> list[str]:
+        """The names of narinfo files that were set aside, in order."""
+        return sorted(path.name for path in self.refused.glob("*.narinfo"))
+
+    def set_aside(self, name: str) -> None:
+        """Take a narinfo out of the binary cache, for the operator to look at; durably."""
+        with storage_errors():
+            self.refused.mkdir(exist_ok=True)
+            os.replace(self.path(name), self.refused / name)
+            for folder in (self.refused, self.root):
+                _sync(folder)
+
+    def read_refused(self, name: str) -> bytes | None:
+        """A narinfo that was set aside."""
+        return self.read(f"{_REFUSED}/{name}")
+
+    def forget_refused(self, name: str) -> None:
+        """Drop a narinfo that was set aside, if it was."""
+        (self.refused / name).unlink(missing_ok=True)
+
     def remove(self, name: str) -> None:
         """Take a file away; nothing if there is none."""
-        self.path(name).unlink(missing_ok=True)
+        with storage_errors():
+            self._if_there(self.path(name).unlink, name)
 
     def discard(self, incoming: tuple[int, Path]) -> None:
         """Close a file that was on its way in, and drop it unless it was published."""
@@ -156,6 +249,7 @@ class LocalStorage:
         try:
             os.link(self.uploads / file, path)
         except FileNotFoundError:
+            self.check()
             return None
         return os.open(path, os.O_RDWR | os.O_CLOEXEC), path
 
@@ -198,10 +292,8 @@ class LocalStorage:
         StorageBroken if it cannot be read.
         """
         with storage_errors():
-            try:
-                return os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                return None
+            flags = os.O_RDONLY | os.O_CLOEXEC
+            return self._if_there(lambda: os.open(self.path(name), flags), name)
 
     def quarantine(self, file: Path, label: str) -> None:
         """Keep a wrong file for the operator to look at, the newest few of them."""
@@ -211,12 +303,50 @@ class LocalStorage:
             for old in kept[:-_QUARANTINED]:
                 old.unlink(missing_ok=True)
 
+    def _create(self, folder: Path) -> tuple[int, Path]:
+        """A file that cannot be published in another folder: there it is not, under this name."""
+        path = folder / f"{os.getpid()}-{secrets.token_hex(16)}"
+        with storage_errors():
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                descriptor = os.open(path, flags, 0o644)
+            except FileNotFoundError:
+                self.check()
+                raise
+        try:
+            self.check()
+        except Unavailable:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
+        return descriptor, path
 
-def _create(folder: Path) -> tuple[int, Path]:
-    path = folder / f"{os.getpid()}-{secrets.token_hex(16)}"
+
+def _read_mark(root: int) -> str | None:
+    """The mark of an open folder; None if it has none."""
     with storage_errors():
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        return os.open(path, flags, 0o644), path
+        try:
+            descriptor = os.open(_IDENTITY, os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            return os.read(descriptor, _LONGEST_MARK).decode("ascii", "replace").strip() or None
+        finally:
+            os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+_GONE = (
+    "is it mounted? What is in it is not served until it is there again; if it is lost, or you put"
+    " another in its place, stop narseal and run `narseal index join` (docs/recovery.md)"
+)
 
 
 @contextmanager

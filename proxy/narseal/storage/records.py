@@ -118,14 +118,20 @@ class RealisationRecord:
         return replace(self, entry=self.entry.with_signatures(signatures), ours=ours)
 
 
-def key_of(evidence: str) -> str | None:
-    """The name of the key on whose signature an admission rests, if it rests on one.
+def keys_of(evidence: str) -> frozenset[str]:
+    """The names of the keys on whose signatures an admission rests; each of them is enough.
 
-    Evidence ends in `signature NAME` then: of an upstream, of an uploader, of the operator (in a
-    rebuilt index).
+    Evidence ends in `signature NAME…` then: of an upstream, of an uploader, of the operator (in a
+    rebuilt index, where there may be several).
     """
-    _, word, name = evidence.rpartition("signature ")
-    return name if word else None
+    _, word, names = evidence.rpartition("signature ")
+    return frozenset(names.split(" ")) if word else frozenset()
+
+
+def is_void(evidence: str, revoked: frozenset[str]) -> bool:
+    """Whether an admission rests on revoked keys alone."""
+    keys = keys_of(evidence)
+    return bool(keys) and keys <= revoked
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Column, ColumnElement, Row, Select, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, Table, literal, or_, select, update
 from sqlalchemy.dialects.sqlite import insert as insert_or
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from narseal.storage import schema
 from narseal.storage.engine import Engines
 from narseal.storage.epoch import Epoch
+from narseal.storage.records import is_void
 
 Kind = Literal["key", "cosign", "identity"]
 
@@ -86,7 +87,7 @@ class Revocations:
         """Revoke, in one transaction with the withdrawal of what had no other evidence.
 
         What is withdrawn is admitted anew, if at all, on other evidence. Returns the hash parts of
-        the paths among it.
+        the paths among it, those of before included: it may be done again after it broke off.
         """
 
         async def work(connection: AsyncConnection) -> list[str]:
@@ -105,21 +106,27 @@ class Revocations:
                     keys, set_={"since": revocation.since, "reason": revocation.reason}
                 )
             )
-            paths = select(schema.path.c.hash_part).where(
-                _rests_on(revocation, schema.path.c.evidence), ~schema.path.c.withdrawn
-            )
-            found = [str(row.hash_part) for row in await connection.execute(paths)]
+            found: list[str] = []
             for table in (schema.path, schema.realisation):
-                rests = _rests_on(revocation, table.c.evidence)
-                await connection.execute(
-                    update(table).where(rests, ~table.c.withdrawn).values(withdrawn=True)
-                )
+                rests = await _resting_on(connection, revocation, table)
+                if table is schema.path:
+                    paths = select(schema.path.c.hash_part).where(rests)
+                    found = [str(row.hash_part) for row in await connection.execute(paths)]
+                change = update(table).where(rests, ~table.c.withdrawn).values(withdrawn=True)
+                await connection.execute(change)
             return found
 
         withdrawn: list[str] = await self._engines.write(work)
         self._epoch.advance()
         self._epoch.arrive()
         return withdrawn
+
+
+async def revoked_keys(connection: AsyncConnection) -> frozenset[str]:
+    """The names of revoked substituter keys, as a transaction sees them."""
+    table = schema.revocation.c
+    rows = await connection.execute(select(table.name).where(table.kind == "key"))
+    return frozenset(row.name for row in rows)
 
 
 async def revoked_by_now(connection: AsyncConnection) -> Revoked:
@@ -131,11 +138,18 @@ def _revocations(rows: list[Row[Any]]) -> list[Revocation]:
     return [Revocation(r.kind, r.name, r.issuer, r.since, r.reason) for r in rows]
 
 
-def _rests_on(revocation: Revocation, evidence: Column[str]) -> ColumnElement[bool]:
-    """Rows that were admitted on the word of what is revoked."""
+async def _resting_on(
+    connection: AsyncConnection, revocation: Revocation, table: Table
+) -> ColumnElement[bool]:
+    """Rows that were admitted on the word of what is revoked, and of nobody else who is not."""
+    evidence = table.c.evidence
     if revocation.kind == "key":
         rests = f"signature {revocation.name}"
-        return or_(evidence == rests, evidence.endswith(f" {rests}", autoescape=True))
+        alone = or_(evidence == rests, evidence.endswith(f" {rests}", autoescape=True))
+        among = (evidence + literal(" ")).contains(f" {revocation.name} ", autoescape=True)
+        texts = await connection.execute(select(evidence).where(among, ~alone).distinct())
+        revoked = await revoked_keys(connection)
+        return or_(alone, evidence.in_([t for t in texts.scalars() if is_void(t, revoked)]))
     of = f" of {revocation.issuer}" if revocation.kind == "identity" else ""
     rests = f"bundle {revocation.name}{of}"
     return or_(evidence == rests, evidence.startswith(f"{rests} ", autoescape=True))

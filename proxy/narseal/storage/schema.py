@@ -97,6 +97,16 @@ total = Table(
     Column("nar_bytes", BigInteger, nullable=False),
 )
 
+#: The one row of what the storage folder of this index is marked with.
+folder = Table(
+    "folder",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("mark", String(64), nullable=False),
+    #: False until the folder bears it.
+    Column("settled", Boolean, nullable=False),
+)
+
 #: Store paths whose verified content waits for its Sigstore signature.
 waiting = Table(
     "waiting",

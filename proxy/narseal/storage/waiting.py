@@ -40,7 +40,7 @@ class WaitingFiles:
     def publish(self, path: Path, name: str) -> None:
         """Give a file that waited its name, unless there is one."""
         with storage_errors():
-            if self._local.path(name).exists():
+            if not self._local.lacks(name):
                 path.unlink(missing_ok=True)
                 return
             file = OpenFile.at(path)

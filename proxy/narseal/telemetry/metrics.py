@@ -72,7 +72,7 @@ ROUTES = (
 VERIFICATIONS = ("nix", "content", "bundle", "rekor")
 SIGNATURES = ("nix", "batch", "file")
 #: Values of `kind` of narseal_storage_errors_total.
-STORAGE_ERRORS = ("wrong-content", "unreadable", "lost")
+STORAGE_ERRORS = ("wrong-content", "unreadable", "lost", "gone")
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SLOW = (*_FAST, 5, 10, 30, 60, 120, 300)
@@ -178,6 +178,11 @@ index_present = Gauge(
     "1, or 0 while the index is not the file that was opened at the start.",
     multiprocess_mode="mostrecent",
 )
+storage_present = Gauge(
+    "narseal_storage_present",
+    "1, or 0 while the storage folder is not there, or not the index's.",
+    multiprocess_mode="mostrecent",
+)
 build_info = Gauge(
     "narseal_build_info", "Always 1; the version is a label.", ["version"], multiprocess_mode="max"
 )
@@ -204,6 +209,7 @@ def prepare(upstreams: Sequence[str]) -> None:
     for result in ("good", "bad"):
         scrubbed.labels(result)
     index_present.set(1)
+    storage_present.set(1)
     for result in ("signed", "kept-back", "refused"):
         resigned.labels(result)
     build_info.labels(__version__).set(1)

@@ -316,3 +316,20 @@ async def test_index_from_a_backup(machine: Machine, upstream: FakeCache) -> Non
     for item in (late, UPLOADED, *ITEMS):
         assert "cache.example.org-3" in await signers(machine, item)
         assert "cache.example.org-1" not in await signers(machine, item)
+
+
+async def test_lost_folder(machine: Machine, upstream: FakeCache) -> None:
+    await begin(machine, upstream)
+    await asyncio.to_thread(machine.run, "systemctl stop narseal")
+    (machine.folder / "cache").rename(machine.folder / "lost")
+    said = await machine.section("The storage folder is not there, or was lost")
+    assert "1 problems" in said[0]
+    assert "joined: 0 of 7 stored NARs" in said[1]
+    for item in ITEMS:
+        assert (await get(machine, item.info.url))[1] == item.file
+
+    async def withdrawn() -> bool:
+        return (await get(machine, f"{UPLOADED.hash}.narinfo"))[0] == 404
+
+    await get(machine, UPLOADED.info.url)
+    await eventually(withdrawn)

@@ -27,7 +27,7 @@ from narseal.errors import NarsealError, Refused, Unavailable
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
 from narseal.storage import Admitted, Revoked, SignedBatch, bundle_name
-from narseal.storage.records import key_of
+from narseal.storage.records import is_void
 from narseal.telemetry import metrics
 
 T = TypeVar("T")
@@ -180,7 +180,7 @@ class Attester:
         for path, nar in waiting:
             names = {signature.key_name for signature in path.signatures}
             # what bears a revoked key's signature is held to its evidence first (`Renewal`)
-            unheld = bool(revoked) and (key_of(path.evidence) in revoked or names & revoked)
+            unheld = bool(revoked) and (is_void(path.evidence, revoked) or names & revoked)
             digests = content_digests(path.info, nar)
             if not unheld and await self._policy.passes(path.info, digests):
                 passing.append((path, nar))

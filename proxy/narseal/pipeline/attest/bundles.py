@@ -180,13 +180,10 @@ class Signatures:
 
     def _present(self, names: list[bytes]) -> list[bytes]:
         """In a thread."""
-        return [name for name in names if self._folder.path(bundle_name(name)).exists()]
+        return [name for name in names if not self._folder.local.lacks(bundle_name(name))]
 
     async def _open(self, name: bytes) -> OpenFile | None:
-        try:
-            return await self._threads.run(OpenFile.at, self._folder.path(bundle_name(name)))
-        except FileNotFoundError:
-            return None
+        return await self._folder.file(bundle_name(name))
 
     async def _absence(self, name: str, thing: str) -> NotFound:
         """What to say if nothing is found; made before one looks, for it may be signed meanwhile."""

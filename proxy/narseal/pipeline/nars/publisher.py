@@ -68,9 +68,10 @@ class Publisher:
         """Hash a path's file in storage again; Refused or Malformed if it is not what it was."""
         if not nar.stored:
             raise Refused("unsigned", f"{info.store_path}: its content is not in storage")
-        path = self._folder.path(f"nar/{nar.file}")
         found = replace(info, compression=nar.compression)
-        measured = await self._threads.run_transfer(inspect_stored, found, path)
+        measured = await self._threads.run_transfer(
+            inspect_stored, found, self._folder.local, nar.file
+        )
         if measured.file_hash != nar.file_hash:
             raise Refused("content-mismatch", f"nar/{nar.file}: its hash is {measured.file_hash}")
 

@@ -100,8 +100,10 @@ class StoredFiles:
 
         It goes into quarantine. What came from no upstream is withdrawn. Without an `error` it
         just was not there. False if it was published, hashed or struck off since `record` was
-        read: that file is another one.
+        read: that file is another one. StorageGone if the folder is not the index's: that says
+        nothing of the file.
         """
+        await self._folder.check()
         now = await self._index.nar(record.file)
         if now != record or now.verified_at != record.verified_at:
             return False

@@ -27,7 +27,7 @@ from narseal.pipeline.paths.lookup import Lookup
 from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
 from narseal.storage import RealisationRecord
-from narseal.storage.records import key_of, says
+from narseal.storage.records import is_void, says
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 from narseal.upstream.race import Answers, in_order
@@ -117,7 +117,7 @@ class Realisations:
                 if error.reason != "revoked":
                     raise
                 revoked = (await self._index.revocations.now()).keys
-                if key_of(record.evidence) in revoked:
+                if is_void(record.evidence, revoked):
                     raise
                 record = replace(record, entry=self._kept(record.entry, self._own, revoked))
         raise Unavailable(f"{record.key}: keys are being revoked; ask again")

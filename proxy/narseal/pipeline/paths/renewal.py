@@ -25,6 +25,7 @@ class Renewal:
 
     def __init__(self, services: Services, publisher: Publisher) -> None:
         self._index = services.index
+        self._folder = services.folder
         self._policy = services.policy
         self._countersigner = services.countersigner
         self._publisher = publisher
@@ -109,6 +110,8 @@ class Renewal:
         names = {signature.key_name for signature in record.signatures}
         key = request_key(request)
         if names & revoked:
+            # before the row loses the signature by which the narinfo in the folder is found
+            await self._folder.check()
             await self._hold(claims, record, key, verify, revoked)
         active = {operator.public.name for operator in await self._countersigner.active()}
         if active and active <= record.ours and not names & revoked:

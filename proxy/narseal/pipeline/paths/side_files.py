@@ -94,10 +94,7 @@ class SideFiles:
 
     def _kept(self, name: str) -> OpenFile | None:
         """In a thread: what an uploader brought, or an upstream said before."""
-        try:
-            return OpenFile.at(self._folder.path(name))
-        except FileNotFoundError:
-            return self._unverified.open(name)
+        return self._folder.local.file(name) or self._unverified.open(name)
 
     async def _fetch(self, name: str) -> OpenFile:
         answers = Answers()

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from narseal.errors import Malformed
+from narseal.errors import Malformed, StorageGone
 from narseal.nix.keys import PublicKey
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.nars.publisher import served
@@ -18,7 +18,15 @@ _PAGE = 500
 async def problems(
     index: Index, storage: LocalStorage, keys: dict[str, PublicKey], *, content: bool
 ) -> AsyncIterator[str]:
-    """A sentence for each thing that is wrong. With `content`, every NAR file is hashed too."""
+    """A sentence for each thing that is wrong. With `content`, every NAR file is hashed too.
+
+    Of a folder that is not the index's it is one sentence: that says nothing of the files.
+    """
+    try:
+        storage.check()
+    except StorageGone as error:
+        yield str(error)
+        return
     total = 0
     async for nar in _nars(index):
         total += nar.file_size or 0

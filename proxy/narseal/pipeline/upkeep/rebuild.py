@@ -1,22 +1,39 @@
 """Putting back into the index what the storage folder has and the index has not.
 
-For an index that was lost, or restored from an older backup. A path is taken on the word of an
-operator's key that is not revoked, and after its file was hashed; nothing is signed.
+For an index that was lost, or restored from an older backup. A path is taken on the word of the
+operator's keys that are not revoked, and after its file was hashed; nothing is signed. The narinfo
+that the folder shows afterwards is the one that was held to all that; what was refused is shown no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 
-from narseal.errors import Malformed, NarsealError, Refused
+from narseal.errors import Malformed, NarsealError, Refused, StorageBroken, Unavailable
 from narseal.nix.addressing import check_content_address
 from narseal.nix.compression import is_file_name
 from narseal.nix.keyring import KeyRing
+from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MAX_SIGNATURES, NarInfo
 from narseal.pipeline.nars.inspect import inspect_stored
+from narseal.pipeline.nars.publisher import served
 from narseal.runtime.threads import ThreadPools
-from narseal.storage import Index, LocalStorage, NarRecord, PathRecord
+from narseal.storage import Admitted, Index, LocalStorage, NarRecord, PathRecord
+
+_TRIES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """Who speaks for a narinfo, of those who are not revoked."""
+
+    #: The signatures that are worth keeping.
+    signatures: tuple[Signature, ...]
+    #: Names of the operator's keys that signed it.
+    own: frozenset[str]
+    #: Names on whom the path rests from now on.
+    keys: frozenset[str]
 
 
 class Rebuilding:
@@ -38,32 +55,47 @@ class Rebuilding:
         self._threads = threads
 
     async def run(self) -> AsyncIterator[tuple[str, NarsealError | None]]:
-        """Each path that was put back, or that could not be, with why."""
-        for name in await self._threads.run(self._storage.narinfos):
-            if await self._index.path(name.removesuffix(".narinfo")) is None:
-                error: NarsealError | None = None
-                try:
-                    await self._put_back(name)
-                except (Refused, Malformed) as caught:
-                    error = caught
-                yield name, error
+        """Each path that was put back, or that could not be, with why.
 
-    async def _put_back(self, name: str) -> None:
-        data = await self._threads.run(self._storage.read, name)
-        info = NarInfo.parse(data or b"", store_dir=self._index.store_dir)
+        Narinfos that an earlier run set aside are looked at again: the configuration may be another.
+        """
+        names = await self._threads.run(self._storage.narinfos)
+        for name in names:
+            present = await self._index.path(name.removesuffix(".narinfo"))
+            if present is None or present[0].withdrawn:
+                error = await self._try(name, self._storage.read, present)
+                if error:
+                    await self._threads.run(self._storage.set_aside, name)
+                yield name, error
+        for name in sorted(set(await self._threads.run(self._storage.refused_narinfos)) - {*names}):
+            if await self._index.path(name.removesuffix(".narinfo")) is None:
+                yield name, await self._try(name, self._storage.read_refused)
+
+    async def _try(
+        self,
+        name: str,
+        read: Callable[[str], bytes | None],
+        present: Admitted | None = None,
+    ) -> NarsealError | None:
+        """Put a path back, or say why not."""
+        try:
+            if present:  # what it rested on may have been taken back, whoever else signed it since
+                raise Refused("revoked", f"{present[0].info.store_path} was withdrawn")
+            data = await self._threads.run(read, name)
+            await self._put_back(name, NarInfo.parse(data or b"", store_dir=self._index.store_dir))
+        except (Refused, Malformed, StorageBroken) as error:
+            return error
+        return None
+
+    async def _put_back(self, name: str, info: NarInfo) -> None:
         folder, _, file = info.url.partition("/")
         if f"{info.store_path.hash_part}.narinfo" != name or folder != "nar":
             raise Refused("wrong-path", f"{name} is of {info.store_path} at {info.url[:100]!r}")
         if not is_file_name(file, info.compression):
             raise Refused("wrong-compression", f"{name}: {info.url} is not {info.compression}")
         check_content_address(info)
-        signer = await self._signer(info)
-        known = KeyRing.of(self._keys.keys, self._pinned.keys)
-        info = info.with_signatures(
-            known.kept(info.fingerprint(), info.signatures, most=MAX_SIGNATURES)
-        )
-        path = self._storage.path(info.url)
-        measured = await self._threads.run_transfer(inspect_stored, info, path)
+        await self._word(info)  # before a large file is read for nothing
+        measured = await self._threads.run_transfer(inspect_stored, info, self._storage, file)
         record = NarRecord.from_file(
             info, file, file_hash=measured.file_hash, file_size=measured.file_size
         )
@@ -72,18 +104,41 @@ class Rebuilding:
             raise Refused("conflict", f"{info.url} already stands for another NAR")
         stored = replace(record, stored=True)
         await self._index.publish(bound, stored)
-        await self._index.admit(PathRecord(info, stored.file, f"folder signature {signer}"), stored)
+        admitted = await self._admit(info, stored)
+        await self._threads.run(self._storage.write, name, served(admitted, stored).render())
+        await self._threads.run(self._storage.forget_refused, name)
 
-    async def _signer(self, info: NarInfo) -> str:
-        """On whose word the path rests: a pinned key's if one signed, else ours. Ours must have.
+    async def _admit(self, info: NarInfo, stored: NarRecord) -> PathRecord:
+        """Pin a measured path; if a key is revoked meanwhile, on the word of the others."""
+        for _ in range(_TRIES):
+            word = await self._word(info)
+            path = PathRecord(
+                info.with_signatures(word.signatures),
+                stored.file,
+                f"folder signature {' '.join(sorted(word.keys))}",
+                ours=word.own,
+            )
+            try:
+                return (await self._index.admit(path, stored))[0]
+            except Refused as error:
+                if error.reason != "revoked":
+                    raise
+        raise Unavailable(f"{info.store_path}: keys are being revoked; run it again")
 
-        So that what is revoked later takes away what it spoke for.
+    async def _word(self, info: NarInfo) -> _Word:
+        """On whose word the path rests: of all pinned keys that signed, else of all of ours.
+
+        Ours must have. So that what is revoked later takes away what it spoke for, and no more.
         """
         revoked = (await self._index.revocations.now()).keys
         message = info.fingerprint()
-        own = self._keys.without(revoked).signer(message, info.signatures)
-        if own is None:
+        signatures = [s for s in info.signatures if s.key_name not in revoked]
+        own = {s.key_name for s in self._keys.verified(message, signatures)}
+        if not own:
             raise Refused(
                 "unsigned", f"{info.store_path}: no good signature by a key of the operator's"
             )
-        return self._pinned.without(revoked).signer(message, info.signatures) or own
+        pinned = {s.key_name for s in self._pinned.verified(message, signatures)}
+        known = KeyRing.of(self._keys.keys, self._pinned.keys)
+        kept = known.kept(message, signatures, most=MAX_SIGNATURES)
+        return _Word(kept, frozenset(own), frozenset(pinned or own))

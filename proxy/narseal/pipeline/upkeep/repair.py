@@ -51,4 +51,4 @@ class Repair:
 
 
 def _without_file(storage: LocalStorage, hash_parts: list[str]) -> set[str]:
-    return {part for part in hash_parts if not storage.path(f"{part}.narinfo").exists()}
+    return {part for part in hash_parts if storage.lacks(f"{part}.narinfo")}

@@ -82,10 +82,12 @@ class Revoking:
 
         `cosign_key` is the revoked key itself, where it is one: what bears its signature is found
         by verifying it, for a bundle may name any key.
-        When this returns, no answer carries them. Unavailable if the index cannot be had: what is
-        revoked is revoked then, and running it again goes on.
+        When this returns, no answer carries them. Unavailable if index or folder cannot be had:
+        what is revoked is revoked then, and running it again goes on.
         """
         rested = await self._index.revocations.add(revocation)
+        # before a row loses the signature by which the narinfo in the folder is found
+        await self._folder.check()
         started = time.monotonic()
         stripped = signed = 0
         withdrawn: list[tuple[str, str]] = []

@@ -43,6 +43,7 @@ from narseal.pipeline.uploads.side_files import SideFileUploads
 from narseal.runtime.portions import in_portions
 from narseal.storage import (
     Admitted,
+    LocalStorage,
     NarRecord,
     PathRecord,
     still_says,
@@ -232,8 +233,8 @@ class Uploads:
         """The NAR that a narinfo claims, uploaded or in storage already, held to the narinfo."""
         file = info.url.removeprefix("nar/")
         if record := await self._stored(file, info):
-            path = self._folder.path(f"nar/{record.file}")
-            measured = await self._threads.run_transfer(_inspect_stored, info, path)
+            storage = self._folder.local
+            measured = await self._threads.run_transfer(_inspect_stored, info, storage, record.file)
             self._check(info, measured)
             return _Arrived(record, None)
         incoming = await self._folder.open_upload(file)
@@ -341,5 +342,5 @@ def _inspect(info: NarInfo, descriptor: int) -> Measured:
         return inspect_file(info, file, scan=True)
 
 
-def _inspect_stored(info: NarInfo, path: Path) -> Measured:
-    return inspect_stored(info, path, scan=True)
+def _inspect_stored(info: NarInfo, storage: LocalStorage, file: str) -> Measured:
+    return inspect_stored(info, storage, file, scan=True)

@@ -86,11 +86,10 @@ class SideFileUploads:
         if not names or not nar.stored:
             return frozenset()
         members = {_member(name).encode(): name for name in names}
-        path = self._folder.path(f"nar/{nar.file}")
         try:
             async with self._looking:
                 found = await self._threads.run_transfer(
-                    stored_files, nar, path, frozenset(members)
+                    stored_files, nar, self._folder.local, frozenset(members)
                 )
         except (Refused, Malformed) as error:
             _log.warning("nar/%s cannot be looked into: %s", nar.file, error)
