@@ -15,6 +15,7 @@ from narseal.pipeline.caches import HotMap
 from narseal.pipeline.trust.countersign import Countersigner
 from narseal.pipeline.trust.policy import Policy
 from narseal.pipeline.trust.sigstore import SigstoreSetup
+from narseal.runtime.budget import Budget
 from narseal.runtime.leadership import Leadership
 from narseal.runtime.tasks import BackgroundTasks
 from narseal.runtime.threads import ThreadPools
@@ -39,6 +40,8 @@ class Services:
     policy: Policy
     sigstore: SigstoreSetup
     hot: HotMap
+    #: For small files while they come and are looked at: of who sends, and of upstreams.
+    memory: Budget
 
     def leadership(self, of: str) -> Leadership:
         """The lock of what only one worker does."""
@@ -47,6 +50,11 @@ class Services:
 
 _log = logging.getLogger(__name__)
 _LOOK = 0.25  # seconds between two looks at the index's file
+
+#: Bytes of small files, coded and decoded, that may be on their way at a time; and those of one
+#: address or one upstream. What a narinfo is while it is admitted is some five times as much.
+_MEMORY = 24 << 20
+_MEMORY_OF_EACH = 8 << 20
 
 #: Threads for long work on files that are here.
 _LOCAL = 8
@@ -90,6 +98,7 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
         sigstore=SigstoreSetup(config.cosign),
         # who may read is asked each time where reading needs a token: nothing is kept then
         hot=HotMap(max_bytes=0 if config.upload.private else config.limits.hot_map, epoch=epoch),
+        memory=Budget(_MEMORY, each=_MEMORY_OF_EACH),
     )
     async with asyncio.TaskGroup() as group:
         # without the index nothing can be served: if this ends, the worker ends

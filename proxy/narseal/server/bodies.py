@@ -12,8 +12,9 @@ from narseal.errors import BadUpload, Refused, UploadTooLarge, UploadTooSlow
 from narseal.nix.encoded import EncodedBody
 from narseal.pipeline.nars.pace import Pace
 from narseal.pipeline.services import Services
+from narseal.runtime.budget import Claim, counted
 from narseal.runtime.files import OpenFile
-from narseal.runtime.portions import in_portions
+from narseal.runtime.portions import in_portions, in_turns
 from narseal.storage import storage_errors
 from narseal.telemetry import metrics
 
@@ -31,6 +32,7 @@ class Bodies:
         self._threads = services.threads
         self._stall_timeout = services.config.upload.stall_timeout
         self._least_rate = services.config.limits.least_rate
+        self._memory = services.memory
         self._large = asyncio.Semaphore(1)
 
     async def chunks(self, request: web.Request) -> AsyncIterator[bytes]:
@@ -55,12 +57,24 @@ class Bodies:
                 f"the body brought nothing in {window:.0f} s (upload.stall_timeout)"
             ) from error
 
-    async def small(self, request: web.Request, limit: int) -> bytes:
-        """A body of at most 1 MiB, decoded."""
+    @asynccontextmanager
+    async def small(self, request: web.Request, limit: int) -> AsyncIterator[bytes]:
+        """A body of at most 1 MiB, decoded. It has room in memory within the context alone.
+
+        Unavailable if all that come at the same time, or all of one address, are too large.
+        """
         assert limit <= _LARGE
         body = bytearray()
-        await self._take(request, limit, body.extend)
-        return bytes(body)
+        with self._memory.claim(request.remote or "") as room:
+
+            def write(data: bytes) -> None:
+                room.take(len(data))
+                body.extend(data)
+
+            await self._take(request, limit, write, room)
+            data = bytes(body)
+            body.clear()
+            yield data
 
     @asynccontextmanager
     async def large(self, request: web.Request, limit: int) -> AsyncIterator[bytes]:
@@ -84,14 +98,26 @@ class Bodies:
         return file
 
     async def _take(
-        self, request: web.Request, limit: int, write: Callable[[bytes], object]
+        self,
+        request: web.Request,
+        limit: int,
+        write: Callable[[bytes], object],
+        room: Claim | None = None,
     ) -> None:
+        """Give the body to `write`: in a thread, unless it is plain and has `room` in memory."""
         if (request.content_length or 0) > limit:
             raise UploadTooLarge(f"{request.content_length} bytes; {limit} are taken")
         encoding = request.headers.get("Content-Encoding", "identity")
         try:
             body = EncodedBody(encoding, limit=limit, write=write)
-            await in_portions(self.chunks(request), body.feed, self._threads.run)
+            chunks = self.chunks(request)
+            if room and body.is_plain:
+                async for chunk in in_turns(chunks):
+                    body.feed(chunk)
+                return
+            if room:
+                chunks = counted(chunks, room)
+            await in_portions(chunks, body.feed, self._threads.run)
             await self._threads.run(body.finish)
         except Refused as error:
             kind = UploadTooLarge if error.reason == "too-large" else BadUpload

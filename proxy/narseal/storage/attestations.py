@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from narseal.errors import UploadTooLarge
 from narseal.storage import schema
 from narseal.storage.engine import Engines
-from narseal.storage.records import PATHS, Admitted, Attestation, admitted_of
+from narseal.storage.records import PATHS, Admitted, Attestation, admitted_of_all
 
 _Ask = Callable[[Select[Any]], Awaitable[list[Row[Any]]]]
 
@@ -120,7 +120,7 @@ class Attestations:
             .order_by(schema.waiting.c.since, schema.path.c.hash_part)
             .limit(limit)
         )
-        return [admitted_of(row, self._store_dir) for row in await self._ask(query)]
+        return await admitted_of_all(await self._ask(query), self._store_dir)
 
     async def commit(
         self,
