@@ -303,9 +303,12 @@ async def uploaded_narinfo_of_empty_frames(world: World) -> None:
 
 @bomb
 async def uploaded_logs(world: World) -> None:
+    """Of 60 MiB each when they are decoded, where 8 MiB may be on their way."""
     body = zeros(zstd.ZstdCompressor(), 60 * MIB)
+    before = world.on_disk()
     answers = await asyncio.gather(*(world.put(log(400 + n), body, "zstd") for n in range(8)))
-    assert set(answers) == {201}
+    assert set(answers) == {507}
+    await asyncio.to_thread(until, lambda: world.on_disk() <= before + MIB)
 
 
 @bomb
@@ -398,9 +401,11 @@ async def narinfos_of_many_connections_that_do_not_end(world: World) -> None:
         f"Authorization: Bearer {world.token}\r\n\r\n"
     )
     body = head.encode() + bytes(MIB - 10)
+    assert await world.put(f"{'3' * 32}.narinfo", b"x") == 422  # the token is known now
     lines = []
-    for _ in range(10):
-        lines += await asyncio.gather(*(_open(world, body) for _ in range(40)))
+    for _ in range(40):
+        lines += await asyncio.gather(*(_open(world, body) for _ in range(10)))
+        assert (await world.get("healthz"))[0] == 200  # what one read brings is not counted
     assert b"HTTP/1.1 503" in await _statuses(lines)
 
     # what was cut off holds no room
@@ -537,6 +542,32 @@ async def test_with_no_room_for_them_side_files_are_passed_on(
             assert not list((storage / ".narseal").glob("*/log*"))
             # what was passed on goes with its last reader, a moment after the answer
             await asyncio.to_thread(until, lambda: not [*(storage / ".narseal/incoming").iterdir()])
+
+
+async def test_uploaded_logs_are_counted_as_they_lie_on_disk(tmp_path: Path) -> None:
+    """23 KiB on the wire were 756 MiB in storage. Two workers, who know nothing of each other."""
+    token = add(tmp_path)
+    tokens = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
+    upload = tokens | {"quarantine_size": "2M", "side_files": "8M"}
+    with narseal_process(tmp_path, upload=upload, workers=2) as process:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(force_close=True)
+        ) as session:
+            world = World(process, FakeCache(), session, token)
+            before = world.on_disk()
+            large = zeros(zstd.ZstdCompressor(), 3 * MIB)
+            assert await world.put(log(0), large, "zstd") == 507  # more than may be on its way
+            await asyncio.to_thread(until, lambda: world.on_disk() == before)
+            body = zeros(zstd.ZstdCompressor(), MIB)
+            answers = [await world.put(log(n), body, "zstd") for n in range(1, 20)]
+            assert set(answers) == {201, 507}
+            assert 4 <= answers.count(201) <= 8
+            assert world.on_disk() - before <= 8 * MIB + (64 << 10)
+            # what is taken away makes room again
+            for file in (process.folder / "storage/log").iterdir():
+                file.unlink()
+            assert await world.put(log(50), body, "zstd") == 201
+            assert await world.get(log(50)) == (200, MIB)
 
 
 async def test_uploads_that_arrive_together_stay_within_the_quarantine(world: World) -> None:

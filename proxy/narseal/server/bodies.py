@@ -12,10 +12,10 @@ from narseal.errors import BadUpload, Refused, UploadTooLarge, UploadTooSlow
 from narseal.nix.encoded import EncodedBody
 from narseal.pipeline.nars.pace import Pace
 from narseal.pipeline.services import Services
+from narseal.pipeline.uploads.arriving import ArrivingFile
 from narseal.runtime.budget import Claim, counted
 from narseal.runtime.files import OpenFile
 from narseal.runtime.portions import in_portions, in_turns
-from narseal.storage import storage_errors
 from narseal.telemetry import metrics
 
 _LARGE = 1 << 20  # bytes; of more than so many, there is one body in memory at a time
@@ -30,7 +30,8 @@ class Bodies:
     def __init__(self, services: Services) -> None:
         self._folder = services.folder
         self._threads = services.threads
-        self._stall_timeout = services.config.upload.stall_timeout
+        self._upload = services.config.upload
+        self._stall_timeout = self._upload.stall_timeout
         self._least_rate = services.config.limits.least_rate
         self._memory = services.memory
         self._large = asyncio.Semaphore(1)
@@ -87,15 +88,14 @@ class Bodies:
             yield await self._threads.run(file.read)
 
     async def file(self, request: web.Request, limit: int) -> OpenFile:
-        """A body in a file on its way in, decoded."""
-        file = OpenFile.incoming(await self._folder.incoming())
-
-        def write(data: bytes) -> None:
-            with storage_errors():
-                file.write(data)
-
-        await self._take(request, limit, write)
-        return file
+        """A body in a file on its way in, decoded; StorageFull if all uploads are too large."""
+        arriving = await self._threads.run(ArrivingFile, self._folder.local, self._upload)
+        try:
+            await self._take(request, limit, arriving.write)
+            return await self._threads.run(arriving.whole)
+        except BaseException:
+            await self._threads.run(arriving.discard)
+            raise
 
     async def _take(
         self,

@@ -22,6 +22,7 @@ from narseal.nix.cache_info import CacheInfo
 
 #: What a disk says of bytes that it cannot give back (EUCLEAN: of a whole file system).
 _BROKEN = frozenset((errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG, errno.EREMOTEIO))
+_BLOCK = 4096  # bytes that the smallest file takes
 _QUARANTINED = 20  # files kept for a look, the newest
 
 
@@ -210,6 +211,11 @@ class LocalStorage:
             kept = sorted(self._quarantine.iterdir(), key=lambda p: p.stat().st_mtime)
             for old in kept[:-_QUARANTINED]:
                 old.unlink(missing_ok=True)
+
+
+def on_disk(size: int) -> int:
+    """The bytes that a file of a size takes."""
+    return -(-max(size, 1) // _BLOCK) * _BLOCK
 
 
 def _create(folder: Path) -> tuple[int, Path]:

@@ -74,6 +74,7 @@ class Uploads:
         admission: Admission,
         renewal: Renewal,
         publisher: Publisher,
+        side_files: SideFileUploads,
     ) -> None:
         self._config = services.config
         self._upload = services.config.upload
@@ -86,7 +87,7 @@ class Uploads:
         self._admission = admission
         self._renewal = renewal
         self._publisher = publisher
-        self._side_files = SideFileUploads(services)
+        self._side_files = side_files
         self._trusted = KeyRing.of(self._upload.trusted_keys)
         #: What bears one of these names is kept only if it verifies.
         self._known = KeyRing.of(
