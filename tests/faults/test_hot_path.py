@@ -342,5 +342,7 @@ async def test_heads_that_wait_for_their_turn_are_bounded(
         with suppress(ConnectionError):
             for _ in range(4):
                 await wire.send(padded(8000))
-            assert await wire.reader.read() == b""  # the connection ended
+            assert (
+                await asyncio.wait_for(wire.reader.read(), PATIENCE) == b""
+            )  # the connection ended
         goes_on.set()
