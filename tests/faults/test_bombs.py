@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import bz2
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -17,6 +18,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ from aiohttp import web
 
 from narseal.nix.base32 import encode
 from narseal.nix.hashes import Hash
+from narseal.nix.store_path import StorePath
 from tests.faults.test_policy import OTHER, attested, by_ci, digest_of
 from tests.faults.test_uploads import add
 from tests.tools.cache import Entry, entry
 from tests.tools.narseal import UPSTREAM, Process, narseal_process
 from tests.tools.upstream import FakeCache
-from tests.tools.waiting import until
+from tests.tools.waiting import eventually, until
 from tests.tools.watching import Watched, watching
 
 if sys.version_info >= (3, 14):
@@ -110,12 +113,19 @@ class World:
 
 
 @pytest.fixture
+def quarantine_size() -> str:
+    """Room for uploads on their way; a test may have its own."""
+    return "128M"
+
+
+@pytest.fixture
 async def world(
-    tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch, quarantine_size: str
 ) -> AsyncIterator[World]:
     monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # tracing would be measured, too
     token = add(tmp_path)
-    upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens"), "quarantine_size": "8M"}
+    upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
+    upload["quarantine_size"] = quarantine_size
     upstream.add(ITEM)
     with narseal_process(
         tmp_path, {"url": upstream.url}, upload=upload, policy=[by_ci() | {"match": "guarded-*"}],
@@ -164,6 +174,54 @@ narinfo_of_upstream(
     "narinfo of references", "identity",
     lambda: b"StorePath: /nix/store/x\nReferences:" + f" {'0' * 32}-a".encode() * 29_000 + b"\n",
 )  # fmt: skip
+
+
+def with_references(name: str) -> Entry:
+    """A path with as many references as there may be."""
+    references = tuple(
+        StorePath(encode(hashlib.sha256(b"%d" % n).digest()[:20]), "p") for n in range(20_000)
+    )
+    return entry(name, b"x", compression="zstd", references=references)
+
+
+@bomb
+async def good_narinfos_of_20_000_references(world: World) -> None:
+    items = [with_references(f"wide-{n}").signed(UPSTREAM) for n in range(24)]
+    world.upstream.add(*items)
+    names = [f"{item.hash}.narinfo" for item in items]
+
+    async def had(name: str) -> bool:
+        status, _ = await world.get(name)
+        assert status in (200, 503)  # where too many come at a time
+        return status == 200
+
+    for _ in range(2):  # as they come, and as they are kept
+        await asyncio.gather(*(eventually(partial(had, name)) for name in names))
+
+
+@bomb
+async def uploaded_narinfos_of_20_000_references(world: World) -> None:
+    items = [with_references(f"up-{n}") for n in range(8)]
+    for item in items:
+        assert await world.put(item.info.url, item.file) == 201
+    puts = (world.put(f"{item.hash}.narinfo", item.info.render()) for item in items)
+    assert set(await asyncio.gather(*puts)) == {422}  # none of what they refer to is here
+
+
+@bomb
+async def realisations_with_many_dependents(world: World) -> None:
+    body = realisation_with_dependents("b" * 64)
+    name = f"realisations/sha256:{'b' * 64}!out.doi"
+    world.upstream.files[name] = body
+    puts = (world.put(name.replace("!", "%21"), body) for _ in range(16))
+    assert set(await asyncio.gather(*puts)) == {422}  # of a path that is not here
+    assert (await world.get(name.replace("!", "%21")))[0] == 404  # and nobody signed it
+
+
+def realisation_with_dependents(digest: str) -> bytes:
+    dependents = {f"sha256:{n:064x}!out": f"{'0' * 32}-p" for n in range(2200)}
+    tree = {"id": f"sha256:{digest}!out", "outPath": f"{'1' * 32}-x", "signatures": []}
+    return json.dumps(tree | {"dependentRealisations": dependents}).encode()
 
 
 def listing_of_upstream(name: str, body: bytes) -> None:
@@ -252,9 +310,10 @@ async def uploaded_narinfo_of_empty_frames(world: World) -> None:
 
 @bomb
 async def uploaded_logs(world: World) -> None:
+    """Of 60 MiB each when they are decoded, where 128 MiB may be on their way."""
     body = zeros(zstd.ZstdCompressor(), 60 * MIB)
     answers = await asyncio.gather(*(world.put(log(400 + n), body, "zstd") for n in range(8)))
-    assert set(answers) == {201}
+    assert set(answers) <= {201, 507} and 507 in answers
 
 
 @bomb
@@ -299,6 +358,87 @@ async def nar_of_an_upstream_that_is_larger_than_it_says(world: World) -> None:
     assert (await world.get(f"{item.hash}.narinfo"))[0] == 200
     text = (await _text(world, f"{item.hash}.narinfo")).split("URL: ")[1].split("\n")[0]
     assert (await world.get(text))[0] in (404, 502)
+
+
+async def _open(world: World, data: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that brought some bytes, and waits."""
+    host, port = world.process.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(data)
+    with suppress(ConnectionError):
+        await writer.drain()
+    return reader, writer
+
+
+async def _statuses(lines: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> set[bytes]:
+    """What those were answered that were; the others are cut off."""
+    found = set()
+    for reader, writer in lines:
+        with suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(0.01):
+                found.add((await reader.readline())[:12])
+        writer.transport.abort()
+    return found
+
+
+@bomb
+async def large_heads_of_many_connections(world: World) -> None:
+    """Of 240 KiB each; it was 480 MiB."""
+    head = b"GET /x HTTP/1.1\r\nHost: x\r\n" + (b"X-Y: " + b"y" * 4000 + b"\r\n") * 60
+    lines = await asyncio.gather(*(_open(world, head) for _ in range(1000)))
+    assert await _statuses(lines) <= {b"HTTP/1.1 431"}
+
+
+@bomb
+async def heads_of_many_connections_that_do_not_end(world: World) -> None:
+    """As large as may be, with a whole one before it."""
+    fields = (b"X-Y: " + b"y" * 1000 + b"\r\n") * 15
+    head = b"GET /x HTTP/1.1\r\nHost: x\r\n" + fields
+    lines = await asyncio.gather(*(_open(world, head + b"\r\n" + head) for _ in range(1000)))
+    assert await _statuses(lines) <= {b"HTTP/1.1 404", b""}
+
+
+@bomb
+async def narinfos_of_many_connections_that_do_not_end(world: World) -> None:
+    """Of almost 1 MiB each; it was 700 MiB. Who finds no room is told so, and ordinary ones are taken."""
+    head = (
+        f"PUT /{'3' * 32}.narinfo HTTP/1.1\r\nHost: x\r\nContent-Length: {MIB}\r\n"
+        f"Authorization: Bearer {world.token}\r\n\r\n"
+    )
+    body = head.encode() + bytes(MIB - 10)
+    assert await world.put(f"{'3' * 32}.narinfo", b"x") == 422  # the token is known now
+    lines = []
+    for _ in range(40):
+        lines += await asyncio.gather(*(_open(world, body) for _ in range(10)))
+        assert (await world.get("healthz"))[0] == 200  # what one read brings is not counted
+    assert b"HTTP/1.1 503" in await _statuses(lines)
+
+    # what was cut off holds no room
+    async def taken() -> bool:
+        return await world.put(f"{'3' * 32}.narinfo", bytes(1000)) == 422
+
+    await eventually(taken)
+
+
+@bomb
+async def narinfos_of_an_upstream_that_do_not_end(world: World) -> None:
+    held = asyncio.Event()
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(bytes(MIB - 10))
+        await held.wait()
+        return response
+
+    names = [f"{encode(n.to_bytes(20, 'big'))}.narinfo" for n in range(64)]
+    for name in names:
+        world.upstream.fault(name, fault)
+    asking = [asyncio.ensure_future(world.get(name)) for name in names]
+    done, _ = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+    assert {task.result()[0] for task in done} == {503}
+    held.set()
+    assert {status for status, _ in await asyncio.gather(*asking)} <= {404, 503}
 
 
 async def _text(world: World, name: str) -> str:
@@ -405,9 +545,37 @@ async def test_with_no_room_for_them_side_files_are_passed_on(
             assert upstream.asked[log(1)] == 2
             storage = process.folder / "storage"
             assert not list((storage / ".narseal").glob("*/log*"))
-            assert not list((storage / ".narseal/incoming").iterdir())
+            # what was passed on goes with its last reader, a moment after the answer
+            await asyncio.to_thread(until, lambda: not [*(storage / ".narseal/incoming").iterdir()])
 
 
+async def test_uploaded_logs_are_counted_as_they_lie_on_disk(tmp_path: Path) -> None:
+    """23 KiB on the wire were 756 MiB in storage. Two workers, who know nothing of each other."""
+    token = add(tmp_path)
+    tokens = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
+    upload = tokens | {"quarantine_size": "2M", "side_files": "8M"}
+    with narseal_process(tmp_path, upload=upload, workers=2) as process:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(force_close=True)
+        ) as session:
+            world = World(process, FakeCache(), session, token)
+            before = world.on_disk()
+            large = zeros(zstd.ZstdCompressor(), 3 * MIB)
+            assert await world.put(log(0), large, "zstd") == 507  # more than may be on its way
+            await asyncio.to_thread(until, lambda: world.on_disk() == before)
+            body = zeros(zstd.ZstdCompressor(), MIB)
+            answers = [await world.put(log(n), body, "zstd") for n in range(1, 20)]
+            assert set(answers) == {201, 507}
+            assert 4 <= answers.count(201) <= 8
+            assert world.on_disk() - before <= 8 * MIB + (64 << 10)
+            # what is taken away makes room again
+            for file in (process.folder / "storage/log").iterdir():
+                file.unlink()
+            assert await world.put(log(50), body, "zstd") == 201
+            assert await world.get(log(50)) == (200, MIB)
+
+
+@pytest.mark.parametrize("quarantine_size", ["8M"])
 async def test_uploads_that_arrive_together_stay_within_the_quarantine(world: World) -> None:
     """Whether they say how large they are or not; and who only announces much holds no room."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -271,3 +273,76 @@ async def test_any_bytes_leave_the_server_standing(tmp_path: Path, upstream: Fak
         async with Wire(client) as wire:
             await wire.send(request)
             assert (await wire.answer())[2] == good
+
+
+HEAD = 16 << 10
+
+
+def padded(size: int, begin: bytes = b"GET /nix-cache-info HTTP/1.1\r\nHost: x\r\n") -> bytes:
+    """A request whose head has so many bytes, in fields that are short enough each."""
+    head = begin
+    while (left := size - len(head) - 2) > 0:
+        line = min(left, 4000)
+        line = line if left - line == 0 or left - line >= 10 else line - 10
+        head += b"X-Y: ".ljust(line - 2, b"y") + b"\r\n"
+    return head + b"\r\n"
+
+
+@pytest.mark.parametrize("portion", [1 << 18, 4096, 1000, 7])
+async def test_a_head_is_bounded_as_a_whole(
+    portion: int, tmp_path: Path, upstream: FakeCache
+) -> None:
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        good = padded(HEAD)
+        assert len(good) == HEAD
+        for request, expected in ((good, 200), (padded(HEAD + 1), 431), (padded(200_000), 431)):
+            async with Wire(client) as wire:
+                pieces = [request[at : at + portion] for at in range(0, len(request), portion)]
+                await wire.send(*pieces)
+                assert (await wire.answer())[0] == expected
+                if expected == 431:
+                    assert await wire.reader.read() == b""
+                else:  # each of a connection anew
+                    await wire.send(*pieces)
+                    assert (await wire.answer())[0] == expected
+
+
+async def test_bodies_do_not_count_as_heads(tmp_path: Path, upstream: FakeCache) -> None:
+    """Whatever they hold, however they are torn, and with a head behind them."""
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        body = (b"x" * 50 + b"\r\n\r\n") * 3000
+        sized = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        chunked = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        chunked += b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        for request in (sized, chunked):
+            for portion in (1 << 18, 5000):
+                async with Wire(client) as wire:
+                    pieces = [request[at : at + portion] for at in range(0, len(request), portion)]
+                    with suppress(ConnectionError):  # who does not read it says so at once
+                        await wire.send(*pieces)
+                    assert (await wire.answer())[0] == 405
+
+
+async def test_heads_that_wait_for_their_turn_are_bounded(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Behind an answer that takes long, no more than one large head."""
+    upstream.add(ITEM)
+    asked, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def fault(_: web.Request) -> web.StreamResponse:
+        asked.set()
+        await goes_on.wait()
+        return web.Response(status=404)
+
+    upstream.fault(f"{ITEM.hash}.narinfo", fault)
+    async with narseal(tmp_path, {"url": upstream.url}) as client, Wire(client) as wire:
+        await wire.send(get(f"/{ITEM.hash}.narinfo"))
+        await asked.wait()
+        with suppress(ConnectionError):
+            for _ in range(4):
+                await wire.send(padded(8000))
+            assert (
+                await asyncio.wait_for(wire.reader.read(), PATIENCE) == b""
+            )  # the connection ended
+        goes_on.set()

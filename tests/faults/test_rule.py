@@ -16,7 +16,7 @@ from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.realisation import parse_at
-from narseal.nix.store_path import StorePath
+from narseal.nix.store_path import References, StorePath
 from tests.faults.test_uploads import Uploader, uploading
 from tests.tools.cache import addressed, entry, key, pointer, store_path, with_debug_info
 from tests.tools.narseal import OPERATOR, UPSTREAM, narseal
@@ -95,9 +95,12 @@ async def test_an_upload_over_stored_bytes_is_measured_too(
     forged = replace(first, info=replace(first.info, store_path=path, ca=flat))
     refers = replace(
         first,
-        info=replace(first.info, store_path=store_path("refers"), references=(
-            first.info.store_path,)),
-    )  # fmt: skip
+        info=replace(
+            first.info,
+            store_path=store_path("refers"),
+            references=References((first.info.store_path,)),
+        ),
+    )
     async with uploading(tmp_path, references="refuse") as uploader:
         assert (await uploader.path(first))[0] == 201
         for item in (forged, refers):

@@ -126,7 +126,7 @@ async def test_a_path_may_refer_to_itself(tmp_path: Path) -> None:
     item = entry("self", own.full("/nix/store").encode(), references=(own,), compression="zstd")
     async with uploading(tmp_path, references="refuse") as uploader:
         assert await uploader.path(item) == (201, "")
-        assert (await uploader.client.narinfo(item.hash)).references == (own,)
+        assert tuple((await uploader.client.narinfo(item.hash)).references) == (own,)
 
 
 async def test_what_an_upstream_only_announces_is_not_here_yet(

@@ -19,7 +19,7 @@ from narseal.nix.keys import Signature
 from narseal.nix.nar_reader import NarReader, NarSummary
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.references import HashModulo, ReferenceScanner
-from narseal.nix.store_path import StorePath
+from narseal.nix.store_path import References, StorePath
 from narseal.server.conditional import Span, Unsatisfiable, parse_range
 from tests.tools.cache import COMPRESS
 from tests.tools.nar_reader import ReferenceNarReader
@@ -49,7 +49,7 @@ references = st.lists(store_paths, max_size=5, unique_by=lambda path: path.hash_
 def _narinfo(store_path: StorePath, references: tuple[StorePath, ...], **fields: Any) -> NarInfo:
     """One whose references may hold the path itself, but no other of its hash part."""
     kept = [ref for ref in references if ref.hash_part != store_path.hash_part]
-    return NarInfo(store_path=store_path, references=tuple(kept), **fields)
+    return NarInfo(store_path=store_path, references=References(kept), **fields)
 
 
 narinfos = st.builds(
@@ -161,8 +161,8 @@ def test_each_edit_of_what_is_signed_changes_the_fingerprint(
         replace(info, store_path=other),
         replace(info, nar_hash=Hash.sha256(info.nar_hash.digest)),
         replace(info, nar_size=info.nar_size - 1 or 2),
-        replace(info, references=tuple(sorted({*info.references, other}))),
-        replace(info, references=info.references[1:]),
+        replace(info, references=References({*info.references, other})),
+        replace(info, references=References(info.references[1:])),
     ]
     for edit in edits:
         assert (edit.fingerprint() == info.fingerprint()) == (

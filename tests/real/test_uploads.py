@@ -132,11 +132,14 @@ def test_debug_info(client: Nix, proxy: Process) -> None:
 def test_build_log(client: Nix, proxy: Process) -> None:
     path = build(client, "noisy")
     client.run("nix", "copy", "--to", proxy.url, path)
-    client.run(
-        "nix", "store", "copy-log", "--to", proxy.url, "-f", str(client.path("d.nix")), "noisy"
-    )
-    with nix() as other:
-        assert other.run("nix", "log", "--store", proxy.url, path) == "a line of the log"
+    for how in ("none", "br", "zstd", "xz"):
+        to = f"{proxy.url}?log-compression={how}"
+        client.run("nix", "store", "copy-log", "--to", to, "-f", str(client.path("d.nix")), "noisy")
+        [lies] = (proxy.folder / "storage/log").iterdir()
+        assert b"a line of the log" in lies.read_bytes()  # decoded, as Nix reads it from a folder
+        with nix() as other:
+            assert other.run("nix", "log", "--store", proxy.url, path) == "a line of the log"
+        lies.unlink()
 
 
 def test_content_addressed_realisations(client: Nix, proxy: Process) -> None:

@@ -21,7 +21,7 @@ from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import SecretKey
 from narseal.nix.narinfo import NarInfo
-from narseal.nix.store_path import StorePath
+from narseal.nix.store_path import References, StorePath
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -108,6 +108,8 @@ class Entry:
 
     def but(self, **fields: object) -> Entry:
         """With other fields, signatures left as they are."""
+        if "references" in fields:
+            fields["references"] = References(fields["references"])  # type: ignore[arg-type]
         return replace(self, info=replace(self.info, **fields))  # type: ignore[arg-type]
 
     def files(self) -> dict[str, bytes]:
@@ -138,7 +140,7 @@ def entry(
         nar_size=len(plain),
         file_hash=file_hash,
         file_size=len(file),
-        references=references,
+        references=References(references),
         ca=ca,
     )
     return Entry(info, plain, file)

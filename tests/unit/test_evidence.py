@@ -15,6 +15,7 @@ from narseal.nix.hashes import Hash
 from narseal.nix.keyring import MAX_FAILURES, KeyRing
 from narseal.nix.keys import SecretKey, Signature
 from narseal.nix.narinfo import NarInfo
+from narseal.nix.store_path import References
 from narseal.pipeline.trust.evidence import weigh
 from tests.tools.cache import entry, key, store_path
 
@@ -118,7 +119,7 @@ def test_a_signature_over_anything_else_is_no_evidence() -> None:
     ask(good, rules)
     for change in (
         {"nar_hash": Hash.sha256(b"x")}, {"nar_size": PLAIN.nar_size + 1},
-        {"references": (store_path("x"),)},
+        {"references": References((store_path("x"),))},
     ):  # fmt: skip
         from dataclasses import replace
 

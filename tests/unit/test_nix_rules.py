@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from narseal.errors import ContentMismatch, Malformed, MalformedNar, NarsealError, Refused
+from narseal.errors import (
+    ContentMismatch,
+    Malformed,
+    MalformedNar,
+    MalformedNarInfo,
+    MalformedStorePath,
+    NarsealError,
+    Refused,
+)
 from narseal.nix import nar
 from narseal.nix.addressing import check_content_address, check_url, names_nar_hash
 from narseal.nix.content_address import ContentAddress, Method
@@ -18,7 +26,7 @@ from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MAX_SIGNATURES, MAX_SIZE, NarInfo
 from narseal.nix.realisation import BuildTraceEntry, Realisation, parse_at
 from narseal.nix.references import HashModulo
-from narseal.nix.store_path import StorePath, check_store_dir
+from narseal.nix.store_path import References, StorePath, check_store_dir
 from tests.tools.cache import Entry, entry, key, store_path
 
 STORE = "/nix/store"
@@ -137,15 +145,15 @@ def test_an_address_denies_another_path_and_another_nar_hash() -> None:
     for wrong in (
         replace(good, store_path=replace(good.store_path, name="app2")),
         replace(good, store_path=StorePath(A.hash_part, "app")),
-        replace(good, references=(A,)),
+        replace(good, references=References((A,))),
         replace(good, nar_hash=Hash.sha256(b"x")),
         replace(good, store_dir="/gnu/store"),
     ):
         with pytest.raises(Refused, match="CA"):
             check_content_address(wrong)
-    assert not names_nar_hash(replace(good, references=(good.store_path,)))
+    assert not names_nar_hash(replace(good, references=References((good.store_path,))))
     for other in ("0" * 32, "z" * 32):  # a reference to another path is none to itself
-        assert names_nar_hash(replace(good, references=(StorePath(other, "other"),)))
+        assert names_nar_hash(replace(good, references=References((StorePath(other, "other"),))))
     assert not names_nar_hash(addressed(Method.FLAT, Hash.sha256(b"contents"), PLAIN).info)
 
 
@@ -357,7 +365,7 @@ def test_a_self_reference_is_blanked_wherever_it_stands() -> None:
 
 def test_a_reference_that_stands_there_twice_counts_once() -> None:
     twice = text_of(ITEM, "References: ", f"References: {LAST} {FIRST} {LAST}")
-    assert NarInfo.parse(twice).references == (FIRST, LAST)
+    assert tuple(NarInfo.parse(twice).references) == (FIRST, LAST)
 
 
 def test_a_store_folder_is_absolute_and_has_no_end() -> None:
@@ -365,3 +373,38 @@ def test_a_store_folder_is_absolute_and_has_no_end() -> None:
     for wrong in ("", "nix/store", "/nix/store/", "/nix//store", "/nix/../store", "/nix store"):
         with pytest.raises(Malformed):
             check_store_dir(wrong)
+
+
+_PART = "0" * 32
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "x", f"{_PART}x-a", f"{_PART}-", f"{_PART}-.", f"{_PART}-..", f"{_PART}-.-a", f"{_PART}-..-a",
+        f"{_PART}-{'n' * 212}", f"{_PART}-a/b", f"{_PART}-a\n", f"{'e' * 32}-a", f"{_PART}-é",
+    ],
+)  # fmt: skip
+def test_many_references_are_held_to_the_rules_of_one(wrong: str) -> None:
+    """They are matched in one go: what the constructor refuses is refused among others, too."""
+    with pytest.raises(MalformedStorePath):
+        StorePath.parse(wrong)
+    for text in (wrong, f"{A} {wrong}", f"{wrong} {A}"):
+        with pytest.raises(MalformedStorePath):
+            References.parse(text)
+
+
+@pytest.mark.parametrize("name", ["a", "n" * 211, ".a", "..a", "...", "-", "=?+._-"])
+def test_names_that_a_store_path_may_have(name: str) -> None:
+    path = StorePath(_PART, name)
+    assert (path.hash_part, path.name, str(path)) == (_PART, name, f"{_PART}-{name}")
+    assert tuple(References.parse(f" {A}  {path} {path} ")) == tuple(sorted((A, path)))
+    assert References((path, A)).with_hash_part(_PART) == path
+    assert References((A,)).with_hash_part(_PART) is None
+
+
+def test_two_references_of_one_hash_part_are_refused() -> None:
+    with pytest.raises(MalformedStorePath, match="same hash part"):
+        References.parse(f"{_PART}-a {A} {_PART}-b")
+    with pytest.raises(MalformedNarInfo, match="same hash part"):
+        replace(ITEM.info, references=References((StorePath(ITEM.hash, "other"),)))

@@ -234,6 +234,8 @@ class UploadConfig(Section):
     #: Uploaded NARs that wait for their narinfos: bytes of all, and how long.
     quarantine_size: Size = 64 << 30
     quarantine_age: Duration = 86400.0
+    #: Uploaded logs, listings and debug-info pointers: bytes on disk of all that are served.
+    side_files: Size = 4 << 30
     #: A body that brings no byte for so long, or less than limits.least_rate over it, is cut off.
     stall_timeout: Duration = 60.0
     #: What becomes of a path whose NAR does not contain what it refers to.

@@ -12,6 +12,7 @@ from narseal.custody.memory import Locked, decode_base64, read_into
 from narseal.custody.requests import Request
 from narseal.errors import ConfigError, MalformedKey
 from narseal.nix.keys import PublicKey, Signature, check_key_name
+from narseal.runtime.threads import by_size
 
 _MAX_BYTES = 4096
 _CREDENTIALS = "CREDENTIALS_DIRECTORY"
@@ -46,7 +47,8 @@ class FileKey:
 
     async def sign(self, request: Request) -> Signature:
         """The Ed25519 signature over what narseal verified."""
-        return self.sign_message(request.message)
+        message = request.message
+        return await by_size(len(message), self.sign_message, message)
 
     async def note(self, kind: str, name: str, reason: str) -> None:
         """There is no audit log: the index says what is revoked."""

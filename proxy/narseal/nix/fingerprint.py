@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from narseal.nix.hashes import Hash
-from narseal.nix.store_path import StorePath
+from narseal.nix.store_path import References, StorePath
 
 
 def fingerprint(
@@ -16,5 +16,9 @@ def fingerprint(
     references: Iterable[StorePath],
 ) -> bytes:
     """`1;<path>;<sha256:nix32>;<size>;<references>`: full paths, sorted bytewise, each once."""
-    refs = ",".join(sorted({ref.full(store_dir) for ref in references}))
+    if not isinstance(references, References):
+        references = References(set(references))
+    # below one folder, full paths have the order of their base names
+    folder = f"{store_dir}/"
+    refs = folder + references.text.replace(" ", f",{folder}") if references.text else ""
     return f"1;{store_path.full(store_dir)};{nar_hash};{nar_size};{refs}".encode()

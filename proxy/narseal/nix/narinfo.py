@@ -22,7 +22,7 @@ from narseal.nix.content_address import ContentAddress
 from narseal.nix.fingerprint import fingerprint
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature
-from narseal.nix.store_path import StorePath
+from narseal.nix.store_path import References, StorePath
 
 #: Bounds on one narinfo.
 MAX_BYTES = 1 << 20
@@ -66,7 +66,7 @@ class NarInfo:
     nar_size: int
     file_hash: Hash | None = None
     file_size: int | None = None
-    references: tuple[StorePath, ...] = ()
+    references: References = field(default_factory=References)
     deriver: StorePath | None = None
     signatures: tuple[Signature, ...] = ()
     ca: ContentAddress | None = None
@@ -83,9 +83,7 @@ class NarInfo:
             raise MalformedNarInfo(f"{self.nar_size} is no size", field="NarSize")
         if self.file_size is not None and not 0 <= self.file_size <= MAX_SIZE:
             raise MalformedNarInfo(f"{self.file_size} is no size", field="FileSize")
-        parts = {reference.hash_part: reference for reference in self.references}
-        own = parts.get(self.store_path.hash_part, self.store_path)
-        if len(parts) < len(self.references) or own != self.store_path:
+        if self.references.with_hash_part(self.store_path.hash_part) not in (None, self.store_path):
             raise MalformedNarInfo("two paths with the same hash part", field="References")
         if self.compression not in COMPRESSIONS:
             raise MalformedNarInfo(f"unknown: {self.compression[:40]!r}", field="Compression")
@@ -118,7 +116,7 @@ class NarInfo:
             lines.append(f"FileSize: {self.file_size}")
         lines.append(f"NarHash: {self.nar_hash}")
         lines.append(f"NarSize: {self.nar_size}")
-        lines.append("References: " + " ".join(map(str, self.references)))
+        lines.append(f"References: {self.references.text}")
         if self.deriver:
             lines.append(f"Deriver: {self.deriver}")
         lines.extend(f"Sig: {signature}" for signature in sorted(self.signatures))
@@ -234,8 +232,8 @@ class _Parser:
             malformed_signatures=self.malformed_signatures,
         )
 
-    def _references(self) -> tuple[StorePath, ...]:
-        texts = (self._text("References") or "").split(" ")
-        if len(texts) > MAX_REFERENCES:
-            raise self._wrong("References", f"{len(texts)}, over the bound of {MAX_REFERENCES}")
-        return tuple(sorted({StorePath.parse(text) for text in texts if text}))
+    def _references(self) -> References:
+        text = self._text("References") or ""
+        if (count := text.count(" ") + 1) > MAX_REFERENCES:
+            raise self._wrong("References", f"{count}, over the bound of {MAX_REFERENCES}")
+        return References.parse(text)

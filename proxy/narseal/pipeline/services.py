@@ -15,6 +15,7 @@ from narseal.pipeline.caches import HotMap
 from narseal.pipeline.trust.countersign import Countersigner
 from narseal.pipeline.trust.policy import Policy
 from narseal.pipeline.trust.sigstore import SigstoreSetup
+from narseal.runtime.budget import Budget
 from narseal.runtime.leadership import Leadership
 from narseal.runtime.slots import FairSlots
 from narseal.runtime.tasks import BackgroundTasks
@@ -42,6 +43,8 @@ class Services:
     hot: HotMap
     #: For finding what is not in memory, of paths and realisations.
     turns: FairSlots
+    #: For small files while they come and are looked at: of who sends, and of upstreams.
+    memory: Budget
 
     def leadership(self, of: str) -> Leadership:
         """The lock of what only one worker does."""
@@ -53,6 +56,11 @@ _LOOK = 0.25  # seconds between two looks at the index's file, and at the folder
 
 #: Questions that are worked on at the same time; those that wait for an upstream are not counted.
 _TURNS = 64
+#: Bytes of small files, coded and decoded, that may be on their way at a time; and those of one
+#: address or one upstream. What a narinfo is while it is admitted is some five times as much.
+_MEMORY = 24 << 20
+_MEMORY_OF_EACH = 8 << 20
+
 #: Threads for long work on files that are here.
 _LOCAL = 8
 
@@ -96,6 +104,7 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
         # who may read is asked each time where reading needs a token: nothing is kept then
         hot=HotMap(max_bytes=0 if config.upload.private else config.limits.hot_map, epoch=epoch),
         turns=FairSlots(_TURNS),
+        memory=Budget(_MEMORY, each=_MEMORY_OF_EACH),
     )
     async with asyncio.TaskGroup() as group:
         # without the index nothing can be served: if this ends, the worker ends

@@ -88,7 +88,12 @@ class Substituter:
         self.signatures = Signatures(services)
         self.side_file_uploads = SideFileUploads(services)
         self.uploads = Uploads(
-            services, self.everything.finder, admission, self._renewal, self._publisher
+            services,
+            self.everything.finder,
+            admission,
+            self._renewal,
+            self._publisher,
+            self.side_file_uploads,
         )
         self.provenance = Provenance(services, admission, self.everything.finder)
         self.repair = Repair(services, self._publisher)

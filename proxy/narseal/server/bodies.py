@@ -12,9 +12,10 @@ from narseal.errors import BadUpload, Refused, UploadTooLarge, UploadTooSlow
 from narseal.nix.encoded import EncodedBody
 from narseal.pipeline.nars.pace import Pace
 from narseal.pipeline.services import Services
+from narseal.pipeline.uploads.arriving import ArrivingFile
+from narseal.runtime.budget import Claim, counted
 from narseal.runtime.files import OpenFile
-from narseal.runtime.portions import in_portions
-from narseal.storage import storage_errors
+from narseal.runtime.portions import in_portions, in_turns
 from narseal.telemetry import metrics
 
 _LARGE = 1 << 20  # bytes; of more than so many, there is one body in memory at a time
@@ -29,8 +30,10 @@ class Bodies:
     def __init__(self, services: Services) -> None:
         self._folder = services.folder
         self._threads = services.threads
-        self._stall_timeout = services.config.upload.stall_timeout
+        self._upload = services.config.upload
+        self._stall_timeout = self._upload.stall_timeout
         self._least_rate = services.config.limits.least_rate
+        self._memory = services.memory
         self._large = asyncio.Semaphore(1)
 
     async def chunks(self, request: web.Request) -> AsyncIterator[bytes]:
@@ -55,12 +58,24 @@ class Bodies:
                 f"the body brought nothing in {window:.0f} s (upload.stall_timeout)"
             ) from error
 
-    async def small(self, request: web.Request, limit: int) -> bytes:
-        """A body of at most 1 MiB, decoded."""
+    @asynccontextmanager
+    async def small(self, request: web.Request, limit: int) -> AsyncIterator[bytes]:
+        """A body of at most 1 MiB, decoded. It has room in memory within the context alone.
+
+        Unavailable if all that come at the same time, or all of one address, are too large.
+        """
         assert limit <= _LARGE
         body = bytearray()
-        await self._take(request, limit, body.extend)
-        return bytes(body)
+        with self._memory.claim(request.remote or "") as room:
+
+            def write(data: bytes) -> None:
+                room.take(len(data))
+                body.extend(data)
+
+            await self._take(request, limit, write, room)
+            data = bytes(body)
+            body.clear()
+            yield data
 
     @asynccontextmanager
     async def large(self, request: web.Request, limit: int) -> AsyncIterator[bytes]:
@@ -73,25 +88,36 @@ class Bodies:
             yield await self._threads.run(file.read)
 
     async def file(self, request: web.Request, limit: int) -> OpenFile:
-        """A body in a file on its way in, decoded."""
-        file = OpenFile.incoming(await self._folder.incoming())
-
-        def write(data: bytes) -> None:
-            with storage_errors():
-                file.write(data)
-
-        await self._take(request, limit, write)
-        return file
+        """A body in a file on its way in, decoded; StorageFull if all uploads are too large."""
+        arriving = await self._threads.run(ArrivingFile, self._folder.local, self._upload)
+        try:
+            await self._take(request, limit, arriving.write)
+            return await self._threads.run(arriving.whole)
+        except BaseException:
+            await self._threads.run(arriving.discard)
+            raise
 
     async def _take(
-        self, request: web.Request, limit: int, write: Callable[[bytes], object]
+        self,
+        request: web.Request,
+        limit: int,
+        write: Callable[[bytes], object],
+        room: Claim | None = None,
     ) -> None:
+        """Give the body to `write`: in a thread, unless it is plain and has `room` in memory."""
         if (request.content_length or 0) > limit:
             raise UploadTooLarge(f"{request.content_length} bytes; {limit} are taken")
         encoding = request.headers.get("Content-Encoding", "identity")
         try:
             body = EncodedBody(encoding, limit=limit, write=write)
-            await in_portions(self.chunks(request), body.feed, self._threads.run)
+            chunks = self.chunks(request)
+            if room and body.is_plain:
+                async for chunk in in_turns(chunks):
+                    body.feed(chunk)
+                return
+            if room:
+                chunks = counted(chunks, room)
+            await in_portions(chunks, body.feed, self._threads.run)
             await self._threads.run(body.finish)
         except Refused as error:
             kind = UploadTooLarge if error.reason == "too-large" else BadUpload

@@ -2,19 +2,20 @@
 
 It recognises the request in the raw bytes: `GET <target> HTTP/1.1` and a block of harmless
 headers, nothing before, nothing behind. Anything else goes to aiohttp unchanged. It also keeps
-the deadline for a request's head, and the bounds on connections, for both.
+the deadline for a request's head and the bound on its size, and the bounds on connections, for both.
 """
 
 from __future__ import annotations
 
 import asyncio
 import resource
-from collections import Counter
+from collections import Counter, deque
 from email.utils import formatdate
 from time import perf_counter, time
 from typing import Any
 
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.http import RawRequestMessage
 from aiohttp.web_protocol import RequestHandler
 
 from narseal.config import LimitsConfig
@@ -58,6 +59,15 @@ _NO_ROOM = (
     "X-Narseal-Reason: unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
     f"Server: narseal\r\n\r\n{_NO_ROOM_TEXT}"
 ).encode()
+_TOO_LARGE_TEXT = "the head of a request has at most 16 KiB\n"
+_TOO_LARGE = (
+    "HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: text/plain; charset=utf-8\r\n"
+    f"Content-Length: {len(_TOO_LARGE_TEXT)}\r\nCache-Control: no-store\r\n"
+    "X-Narseal-Reason: head-too-large\r\nConnection: close\r\n"
+    f"Server: narseal\r\n\r\n{_TOO_LARGE_TEXT}"
+).encode()
+#: Bytes of a request's head, and of all heads of a connection that wait behind one being answered.
+MAX_HEAD = 16 << 10
 _SWEEP = 1.0
 
 
@@ -127,7 +137,19 @@ _FRESH = 0.5  # seconds in which the first request of a connection is on its way
 class HotProtocol(RequestHandler):
     """One connection."""
 
-    __slots__ = ("_address", "_eligible", "_partial", "_server", "_turned_away", "waits_since")
+    __slots__ = (
+        "_address",
+        "_body",
+        "_body_left",
+        "_deaf",
+        "_eligible",
+        "_head",
+        "_partial",
+        "_server",
+        "_turned_away",
+        "_unanswered",
+        "waits_since",
+    )
 
     def __init__(self, server: HotServer, **options: Any) -> None:
         super().__init__(server, **options)
@@ -137,6 +159,14 @@ class HotProtocol(RequestHandler):
         self._partial = False
         self._eligible = False
         self._turned_away = False
+        #: Bytes of the head that is not whole yet; of those that are, and wait for their turn.
+        self._head = 0
+        self._unanswered: deque[int] = deque()
+        #: The last request's body, and how much of it is to come, if it says so.
+        self._body: StreamReader | None = None
+        self._body_left = 0
+        #: A head was too large: nothing more is read, and the deadline for heads ends it.
+        self._deaf = False
         #: When the head began that is not complete yet; infinity while none is awaited.
         self.waits_since = _NEVER
 
@@ -168,6 +198,8 @@ class HotProtocol(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Answer from memory, or hand on to aiohttp."""
+        if self._deaf:
+            return
         if self._turned_away:
             self._turn_away()
             return
@@ -205,12 +237,57 @@ class HotProtocol(RequestHandler):
     def _hand_on(self, data: bytes) -> None:
         self._eligible = False
         before = self._request_count
-        super().data_received(data)
+        if not data:  # aiohttp's own: it goes on with what it has
+            self._feed(data)
+        rest = data
+        while rest and not self._deaf:
+            size = self._room()
+            self._feed(rest[:size])
+            rest = rest[size:]
         self._partial = self._request_count == before or not data.endswith(_END)
         if not (self._partial and self._is_parked()):
             self.waits_since = _NEVER
         elif self.waits_since == _NEVER:
             self.waits_since = self._loop.time()
+
+    def _room(self) -> int:
+        """How many bytes aiohttp may have at a time: so many that no head in them grows too large."""
+        while len(self._unanswered) > len(self._messages):
+            self._unanswered.popleft()
+        if self._body_left:
+            return self._body_left
+        if self._body is not None and not self._body.is_eof():
+            return MAX_HEAD  # of chunks, whose end may be anywhere
+        return max(1, MAX_HEAD - self._head - sum(self._unanswered))
+
+    def _feed(self, data: bytes) -> None:
+        """Give aiohttp some bytes, and take account of what is a head in them."""
+        is_head = not self._body_left and (self._body is None or self._body.is_eof())
+        self._body_left = max(0, self._body_left - len(data))
+        before = self._request_count
+        super().data_received(data)
+        if self._request_count > before:
+            message, body = self._messages[-1]
+            self._body = body
+            if isinstance(message, RawRequestMessage) and not message.chunked:
+                size = int(message.headers.get("Content-Length", 0))
+                self._body_left = max(0, size - body.total_bytes)
+            self._unanswered.append(self._head + len(data) - body.total_bytes)
+            self._head = 0
+        elif is_head:
+            self._head += len(data)
+            if self._head + sum(self._unanswered) >= MAX_HEAD:
+                self._refuse_head()
+
+    def _refuse_head(self) -> None:
+        """Say that it is too large. What still comes is dropped, so that the answer arrives."""
+        self._deaf = True
+        if not self._is_parked() or self.transport is None:  # another answer is on its way
+            self.force_close()
+            return
+        self.transport.write(_TOO_LARGE)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
 
     def _is_eligible(self) -> bool:
         """Nothing stands between a request and its answer; true until something is handed on."""

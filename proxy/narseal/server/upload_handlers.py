@@ -74,18 +74,19 @@ class UploadHandlers:
     async def narinfo(self, request: web.Request) -> web.Response:
         """A narinfo, which makes its NAR visible."""
         await self._gate.identify(request)
-        data = await self._bodies.small(request, narinfo.MAX_BYTES)
         uploads = self._substituter.uploads
         identify = partial(self._gate.identify, request, anew=True)
-        new = await uploads.put_narinfo(request.match_info["hash"], data, identify)
+        async with self._bodies.small(request, narinfo.MAX_BYTES) as data:
+            new = await uploads.put_narinfo(request.match_info["hash"], data, identify)
         return web.Response(status=201 if new else 200)
 
     async def realisation(self, request: web.Request) -> web.Response:
         """A realisation of either spelling."""
         await self._gate.identify(request)
-        data = await self._bodies.small(request, realisation.MAX_BYTES)
-        token = await self._gate.identify(request, anew=True)
-        await self._substituter.everything.realisations.put(request.match_info["name"], data, token)
+        realisations = self._substituter.everything.realisations
+        async with self._bodies.small(request, realisation.MAX_BYTES) as data:
+            token = await self._gate.identify(request, anew=True)
+            await realisations.put(request.match_info["name"], data, token)
         return web.Response(status=201)
 
     async def side_file(self, request: web.Request) -> web.Response:

@@ -110,11 +110,11 @@ class SignerServer:
 
     async def _hash(self, asked: _Asked, waiting: ToHash) -> None:
         loop = asyncio.get_running_loop()
-        tree = wire.decode(asked.body)
         try:
             approved = await loop.run_in_executor(self._hashing, self._rules.hash, waiting)
         except Exception as error:  # as in _decide
-            answer = self._refusal(waiting.approved.number, tree, asked.line.peer, error)
+            said = waiting.approved.record
+            answer = self._refusal(waiting.approved.number, said, asked.line.peer, error)
             _send({asked.line: [wire.encode(answer)]})
         else:
             await self._approved.put([(asked, approved)])

@@ -21,7 +21,7 @@ from narseal.storage.records import (
     NarRecord,
     PathRecord,
     RealisationRecord,
-    admitted_of,
+    admitted_of_all,
     conflict,
     file_name,
     is_void,
@@ -91,9 +91,10 @@ class Admissions:
         if admitted:
             await connection.execute(_NEW_PATH, [path_values(path) for path, _ in admitted])
         hash_parts = [path.info.store_path.hash_part for path, _ in admitted]
+        there = (await connection.execute(PATHS_BY_HASH, {"among": hash_parts})).all()
         pinned = {
-            row.hash_part: admitted_of(row, self._store_dir)
-            for row in await connection.execute(PATHS_BY_HASH, {"among": hash_parts})
+            pair[0].info.store_path.hash_part: pair
+            for pair in await admitted_of_all(there, self._store_dir)
         }
         pins = [
             outcome

@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from narseal.errors import UploadTooLarge
 from narseal.storage import schema
 from narseal.storage.engine import Engines
-from narseal.storage.records import PATHS, Admitted, Attestation, admitted_of
+from narseal.storage.records import PATHS, Admitted, Attestation, admitted_of_all
 from narseal.storage.revocations import Revoked, revoked_by_now
 
 _Ask = Callable[[Select[Any]], Awaitable[list[Row[Any]]]]
@@ -182,17 +182,19 @@ class Attestations:
 
     async def oldest(self, limit: int) -> list[Admitted]:
         """The paths that wait longest, with their stored NARs."""
-        rows = await self._ask(_ALL_WAITING.limit(limit))
-        return [admitted_of(row, self._store_dir) for row in rows]
+        return await admitted_of_all(await self._ask(_ALL_WAITING.limit(limit)), self._store_dir)
 
     async def still_waiting(self, paths: Sequence[Admitted]) -> list[Admitted]:
         """Those of some paths that wait, and of which the index says what it said."""
         hash_parts = [path.info.store_path.hash_part for path, _ in paths]
         rows = await self._ask(_THOSE_WAITING.params(among=hash_parts))
-        return self._unchanged(paths, rows)
+        return await self._unchanged(paths, rows)
 
-    def _unchanged(self, paths: Sequence[Admitted], rows: Sequence[Row[Any]]) -> list[Admitted]:
-        now = {row.hash_part: admitted_of(row, self._store_dir) for row in rows}
+    async def _unchanged(
+        self, paths: Sequence[Admitted], rows: Sequence[Row[Any]]
+    ) -> list[Admitted]:
+        found = await admitted_of_all(rows, self._store_dir)
+        now = {path.info.store_path.hash_part: (path, nar) for path, nar in found}
         return [old for old in paths if _says(now.get(old[0].info.store_path.hash_part), old)]
 
     async def commit(
@@ -210,7 +212,7 @@ class Attestations:
                 return None
             hash_parts = [path.info.store_path.hash_part for path, _ in batch.paths]
             rows = await connection.execute(_THOSE_WAITING, {"among": hash_parts})
-            covered = self._unchanged(batch.paths, rows.all())
+            covered = await self._unchanged(batch.paths, rows.all())
             if covered:
                 await _record(connection, batch, covered)
             return covered

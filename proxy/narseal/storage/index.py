@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from narseal.errors import Unavailable
 from narseal.nix.hashes import Hash
 from narseal.runtime.batching import Batcher
+from narseal.runtime.threads import by_size
 from narseal.storage import schema
 from narseal.storage.admissions import NARS_BY_FILE, PATHS_BY_HASH, Admissions, among
 from narseal.storage.attestations import Attestations
@@ -30,7 +31,7 @@ from narseal.storage.records import (
     NarRecord,
     PathRecord,
     RealisationRecord,
-    admitted_of,
+    admitted_of_all,
     nar_of,
     realisation_of,
 )
@@ -207,7 +208,7 @@ class Index:
         """The admitted realisation at an address."""
         query = select(schema.realisation).where(schema.realisation.c.key == key)
         rows = await self._queries.ask(query)
-        return realisation_of(rows[0]) if rows else None
+        return await by_size(len(rows[0].body), realisation_of, rows[0]) if rows else None
 
     async def admit_realisation(self, record: RealisationRecord) -> RealisationRecord:
         """Pin a realisation, or find the pin that is there; Refused as by `admit`."""
@@ -223,7 +224,7 @@ class Index:
             .order_by(schema.path.c.hash_part)
             .limit(limit)
         )
-        return [admitted_of(row, self.store_dir) for row in await self._surveys.ask(query)]
+        return await admitted_of_all(await self._surveys.ask(query), self.store_dir)
 
     async def with_stored_nar(self, *, after: str, limit: int) -> list[str]:
         """Hash parts of admitted paths whose NAR is stored, in order, beyond one."""
@@ -265,13 +266,15 @@ class Index:
 
     async def _paths(self, hash_parts: list[str]) -> list[Admitted | Exception | None]:
         rows = await self._query(PATHS_BY_HASH, hash_parts)
-        found = {row.hash_part: admitted_of(row, self.store_dir) for row in rows}
+        admitted = await admitted_of_all(rows, self.store_dir)
+        found = {pair[0].info.store_path.hash_part: pair for pair in admitted}
         return [found.get(hash_part) for hash_part in hash_parts]
 
     async def _paths_of(self, files: list[str]) -> list[list[Admitted] | Exception]:
         found: dict[str, list[Admitted]] = {file: [] for file in files}
-        for row in await self._query(_PATHS_BY_FILE, files):
-            found[row.nar_file].append(admitted_of(row, self.store_dir))
+        rows = await self._query(_PATHS_BY_FILE, files)
+        for path, nar in await admitted_of_all(rows, self.store_dir):
+            found[path.nar_file].append((path, nar))
         return [found[file] for file in files]
 
     async def _nars_named(self, files: list[str]) -> list[NarRecord | Exception | None]:

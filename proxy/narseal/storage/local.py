@@ -27,6 +27,7 @@ from narseal.runtime.files import OpenFile
 
 #: What a disk says of bytes that it cannot give back (EUCLEAN: of a whole file system).
 _BROKEN = frozenset((errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG, errno.EREMOTEIO))
+_BLOCK = 4096  # bytes that the smallest file takes
 _QUARANTINED = 20  # files kept for a look, the newest
 _IDENTITY = ".narseal/identity"
 _REFUSED = ".narseal/refused"
@@ -320,6 +321,11 @@ class LocalStorage:
             path.unlink(missing_ok=True)
             raise
         return descriptor, path
+
+
+def on_disk(size: int) -> int:
+    """The bytes that a file of a size takes."""
+    return -(-max(size, 1) // _BLOCK) * _BLOCK
 
 
 def _read_mark(root: int) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,8 @@ from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.realisation import Entry, parse_at
-from narseal.nix.store_path import StorePath
+from narseal.nix.store_path import References, StorePath
+from narseal.runtime.threads import by_size
 from narseal.storage import schema
 
 
@@ -175,13 +177,22 @@ def admitted_of(row: Row[Any], store_dir: str) -> Admitted:
         nar_size=row.nar_size,
         file_hash=nar.file_hash,
         file_size=nar.file_size,
-        references=tuple(map(StorePath.parse, row.refs.split())),
+        references=References.parse(row.refs),
         deriver=StorePath.parse(row.deriver) if row.deriver else None,
         signatures=signatures_of(row.signatures),
         ca=ContentAddress.parse(row.ca) if row.ca else None,
         extra=tuple((name, value) for name, value in json.loads(row.extra)),
     )
     return PathRecord(info, row.nar_file, row.evidence, row.withdrawn, names_of(row.ours)), nar
+
+
+async def admitted_of_all(rows: Sequence[Row[Any]], store_dir: str) -> list[Admitted]:
+    """Rows of PATHS; in a thread if they say much."""
+
+    def made() -> list[Admitted]:
+        return [admitted_of(row, store_dir) for row in rows]
+
+    return await by_size(sum(len(row.refs) for row in rows), made)
 
 
 def signatures_of(text: str) -> tuple[Signature, ...]:
@@ -279,7 +290,7 @@ def path_values(record: PathRecord) -> dict[str, Any]:
         "name": info.store_path.name,
         "nar_hash": info.nar_hash.digest,
         "nar_size": info.nar_size,
-        "refs": " ".join(map(str, info.references)),
+        "refs": info.references.text,
         "deriver": str(info.deriver) if info.deriver else None,
         "ca": str(info.ca) if info.ca else None,
         "signatures": "\n".join(map(str, info.signatures)),

@@ -13,9 +13,8 @@ import time
 from contextlib import suppress
 
 from narseal.runtime.files import OpenFile
-from narseal.storage.local import LocalStorage
+from narseal.storage.local import LocalStorage, on_disk
 
-_BLOCK = 4096  # bytes that the smallest file takes
 _SLACK = 4  # that part of the bound is for what came since the folder was weighed
 
 
@@ -47,7 +46,7 @@ class UnverifiedFiles:
     def keep(self, file: OpenFile, name: str) -> None:
         """Give a file on its way in a name, if there is room. Unavailable if storage fails."""
         assert file.path is not None
-        size = _on_disk(file.size)
+        size = on_disk(file.size)
         if size > self._share:
             return
         self._storage.publish(file.descriptor, file.path, f".narseal/unverified/{_flat(name)}")
@@ -67,7 +66,7 @@ class UnverifiedFiles:
             for entry in entries:
                 with suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    found.append((status.st_atime_ns, _on_disk(status.st_size), entry.path))
+                    found.append((status.st_atime_ns, on_disk(status.st_size), entry.path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self._weight:
@@ -80,7 +79,3 @@ class UnverifiedFiles:
 def _flat(name: str) -> str:
     """A file name for `log/…` or `debuginfo/…`; no name in a binary cache has a comma."""
     return name.replace("/", ",")
-
-
-def _on_disk(size: int) -> int:
-    return -(-max(size, 1) // _BLOCK) * _BLOCK

@@ -12,6 +12,7 @@ import aiofiles
 
 from narseal.config import UpstreamConfig
 from narseal.errors import NotFound, Refused, UpstreamTrouble
+from narseal.runtime.budget import Claim
 from narseal.upstream.source import Body
 
 _PORTION = 256 << 10
@@ -24,10 +25,16 @@ class FileUpstream:
         self.config = config
         self._root = Path(config.url.removeprefix("file://"))
 
-    async def get(self, name: str, *, limit: int) -> bytes | None:
+    async def get(self, name: str, *, limit: int, claim: Claim | None = None) -> bytes | None:
         """See Upstream.get."""
         body = bytearray()
-        found = await self.save(name, body.extend, limit=limit)
+
+        def write(data: bytes) -> None:
+            if claim:
+                claim.take(len(data))
+            body.extend(data)
+
+        found = await self.save(name, write, limit=limit)
         return None if found is None else bytes(body)
 
     async def save(self, name: str, write: Callable[[bytes], object], *, limit: int) -> int | None:

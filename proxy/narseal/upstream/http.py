@@ -21,6 +21,7 @@ from narseal import __version__
 from narseal.config import UpstreamConfig
 from narseal.errors import Refused, UpstreamTimeout, UpstreamTrouble
 from narseal.nix.encoded import EncodedBody
+from narseal.runtime.budget import Claim, counted
 from narseal.runtime.portions import READ_AHEAD, in_portions, in_turns
 from narseal.upstream.addresses import public_socket
 from narseal.upstream.breaker import Breaker
@@ -49,18 +50,30 @@ class HttpUpstream:
             config, aiohttp.TCPConnector(limit=_CONNECTIONS, socket_factory=public_socket)
         )
 
-    async def get(self, name: str, *, limit: int) -> bytes | None:
+    async def get(self, name: str, *, limit: int, claim: Claim | None = None) -> bytes | None:
         """See Upstream.get."""
         body = bytearray()
-        found = await self._take(name, body.extend, limit=limit, on_loop=True)
+
+        def write(data: bytes) -> None:
+            if claim:
+                claim.take(len(data))
+            body.extend(data)
+
+        found = await self._take(name, write, limit=limit, claim=claim, on_loop=True)
         return None if found is None else bytes(body)
 
     async def save(self, name: str, write: Callable[[bytes], object], *, limit: int) -> int | None:
         """See Upstream.save."""
-        return await self._take(name, write, limit=limit, on_loop=False)
+        return await self._take(name, write, limit=limit)
 
     async def _take(
-        self, name: str, write: Callable[[bytes], object], *, limit: int, on_loop: bool
+        self,
+        name: str,
+        write: Callable[[bytes], object],
+        *,
+        limit: int,
+        claim: Claim | None = None,
+        on_loop: bool = False,
     ) -> int | None:
         """Give a file to `write`, decoded: in a thread unless it is plain and may stay `on_loop`."""
         url = self._base + quote(name, safe="/:+=")
@@ -73,11 +86,13 @@ class HttpUpstream:
                         raise UpstreamTrouble(f"{url}: {response.status} {response.reason or ''}")
                     encoding = response.headers.get("Content-Encoding", "identity")
                     body = EncodedBody(encoding, limit=limit, write=write)
-                    chunks = response.content.iter_any()
+                    chunks: AsyncIterator[bytes] = response.content.iter_any()
                     if body.is_plain and on_loop:
                         async for chunk in in_turns(chunks):
                             body.feed(chunk)
                     else:
+                        if claim:
+                            chunks = counted(chunks, claim)
                         await in_portions(chunks, body.feed, self._in_thread)
                     body.finish()
                     return body.size

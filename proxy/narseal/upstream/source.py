@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from narseal.config import UpstreamConfig
+from narseal.runtime.budget import Claim
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +28,11 @@ class Upstream(Protocol):
     def config(self) -> UpstreamConfig:
         """Its address, keys and bounds."""
 
-    async def get(self, name: str, *, limit: int) -> bytes | None:
+    async def get(self, name: str, *, limit: int, claim: Claim | None = None) -> bytes | None:
         """A small file by its plain name, decoded; None if it is confirmed absent.
 
-        Raises Refused("too-large") beyond `limit` bytes, UpstreamTrouble or UpstreamTimeout.
+        Its bytes are taken from `claim` as they come. Raises Refused("too-large") beyond `limit`
+        bytes, UpstreamTrouble or UpstreamTimeout, Unavailable if there is no room for them.
         """
 
     async def save(self, name: str, write: Callable[[bytes], object], *, limit: int) -> int | None:

@@ -158,7 +158,8 @@ class Attester:
             return False
         await self._check_key()
         heads = await self._heads() if self._config.anchor_audit else []
-        text = statement.render((attested_path(admitted) for admitted in batch), heads)
+        paths = [attested_path(admitted) for admitted in batch]
+        text = await asyncio.to_thread(statement.render, paths, heads)
         self._begun = _Begun(batch, heads, text)
         return True  # it is looked at again before each try, the first one too
 
@@ -269,7 +270,8 @@ def _batch(waiting: list[Admitted], most: int) -> tuple[list[Admitted], bool]:
     facts = 0
     for admitted in waiting:
         more = attested_path(admitted).digests()
-        size = sum(len(reference.name) + 48 for reference in admitted[0].info.references) + 600
+        references = admitted[0].info.references
+        size = len(references.text) + 15 * len(references) + 600
         if len(subjects | more) > most or (batch and facts + size > _MAX_FACTS):
             return batch, True
         subjects |= more

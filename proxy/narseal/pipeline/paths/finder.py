@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from time import monotonic, time
 
 from narseal.errors import Malformed, NotFound, Refused, Trouble
@@ -22,7 +22,9 @@ from narseal.pipeline.paths.lookup import Lookup
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.evidence import Evidence, weigh
 from narseal.pipeline.trust.policy import content_digests
+from narseal.runtime.budget import Claim
 from narseal.runtime.slots import aside
+from narseal.runtime.threads import by_size
 from narseal.storage import Admitted, NarRecord, PathRecord, conflict
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
@@ -40,6 +42,8 @@ class Candidate:
 
     info: NarInfo
     evidence: Evidence
+    #: The room that it takes in memory, for as long as anybody looks at it.
+    room: Claim | None = field(default=None, compare=False)
 
 
 class Finder:
@@ -55,6 +59,7 @@ class Finder:
         self._previewing: Lookup[Admitted] = Lookup(services, self._preview)
         self._policy = services.policy
         self._signing: Lookup[tuple[Signature, ...]] = Lookup(services, self._more_signatures)
+        self._memory = services.memory
         self._lookups = Slots(services.config.limits.lookups)
         self._refusals: tuple[int, dict[tuple[str, str, bytes], tuple[str, float]]] | None = None
 
@@ -192,22 +197,31 @@ class Finder:
 
     async def _ask(self, upstream: Upstream, hash_part: str) -> Candidate:
         """One upstream's narinfo, parsed and weighed."""
+        room = self._memory.claim(upstream.config.url)
         async with aside(), self._lookups.of(upstream):
-            data = await upstream.get(f"{hash_part}.narinfo", limit=narinfo.MAX_BYTES)
+            data = await upstream.get(f"{hash_part}.narinfo", limit=narinfo.MAX_BYTES, claim=room)
         if data is None:
             raise NotFound(f"{upstream.config.url} has no {hash_part}.narinfo")
         revoked = (await self._index.revocations.now()).keys
+        candidate = await by_size(
+            len(data), self._parse_and_weigh, upstream, hash_part, data, revoked
+        )
+        info = candidate.info
+        reason = await self._refusal(upstream.config.url, info.url, info.nar_hash)
+        if reason is not None:
+            raise Refused("refused-source", f"{info.url} had wrong content lately ({reason})")
+        return replace(candidate, room=room)
+
+    def _parse_and_weigh(
+        self, upstream: Upstream, hash_part: str, data: bytes, revoked: frozenset[str]
+    ) -> Candidate:
         with metrics.verifying("nix"):
             info = NarInfo.parse(data, store_dir=self._config.store_dir)
             if info.store_path.hash_part != hash_part:
                 raise Refused(
                     "wrong-path", f"asked for {hash_part}, the narinfo is of {info.store_path}"
                 )
-            candidate = self.weigh(upstream, info, revoked)
-        reason = await self._refusal(upstream.config.url, info.url, info.nar_hash)
-        if reason is not None:
-            raise Refused("refused-source", f"{info.url} had wrong content lately ({reason})")
-        return candidate
+            return self.weigh(upstream, info, revoked)
 
     def weigh(self, upstream: Upstream, info: NarInfo, revoked: frozenset[str]) -> Candidate:
         """What speaks for an upstream's narinfo; Refused if nothing does. See `evidence.weigh`."""

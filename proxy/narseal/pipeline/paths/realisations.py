@@ -26,6 +26,7 @@ from narseal.pipeline.paths.admission import Admission
 from narseal.pipeline.paths.lookup import Lookup
 from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
+from narseal.runtime.threads import by_size
 from narseal.storage import RealisationRecord
 from narseal.storage.records import is_void, says
 from narseal.telemetry import metrics
@@ -44,6 +45,7 @@ class Realisations:
         self._upstreams = services.upstreams
         self._index = services.index
         self._epoch = services.epoch
+        self._memory = services.memory
         self._own = services.countersigner.ring
         self._trusted = KeyRing.of(services.config.upload.trusted_keys)
         self._renewal = renewal
@@ -85,10 +87,16 @@ class Realisations:
         raise verdict
 
     async def _ask(self, upstream: Upstream, name: str) -> RealisationRecord:
-        data = await upstream.get(name, limit=realisation.MAX_BYTES)
-        if data is None:
-            raise NotFound(f"{upstream.config.url} has no {name}")
-        revoked = (await self._index.revocations.now()).keys
+        with self._memory.claim(upstream.config.url) as room:
+            data = await upstream.get(name, limit=realisation.MAX_BYTES, claim=room)
+            if data is None:
+                raise NotFound(f"{upstream.config.url} has no {name}")
+            revoked = (await self._index.revocations.now()).keys
+            return await by_size(len(data), self._parse_and_weigh, upstream, name, data, revoked)
+
+    def _parse_and_weigh(
+        self, upstream: Upstream, name: str, data: bytes, revoked: frozenset[str]
+    ) -> RealisationRecord:
         with metrics.verifying("nix"):
             entry = parse_at(name, data)
             message = entry.fingerprint()
@@ -128,7 +136,7 @@ class Realisations:
         BadUpload, UploadConflict or Forbidden if it is not taken.
         """
         try:
-            entry = parse_at(name, data)
+            entry = await by_size(len(data), parse_at, name, data)
         except Malformed as error:
             raise BadUpload(str(error)) from error
         revoked = (await self._index.revocations.now()).keys

@@ -14,6 +14,7 @@ from narseal.custody.requests import Request
 from narseal.errors import Refused, Unavailable
 from narseal.nix.keyring import KeyRing
 from narseal.nix.keys import Signature
+from narseal.runtime.threads import by_size
 from narseal.storage import Revocations
 from narseal.telemetry import metrics
 
@@ -52,7 +53,8 @@ class Countersigner:
         active.
         """
         revoked = (await self._revocations.now()).keys
-        good = self.ring.without(revoked).verified(request.message, signatures)
+        message, ring = request.message, self.ring.without(revoked)
+        good = await by_size(len(message), ring.verified, message, signatures)
         kept = [s for s in signatures if s.key_name not in self.ring and s.key_name not in revoked]
         ours = {signature.key_name for signature in good}
         made: list[Signature] = []

@@ -1,4 +1,4 @@
-"""An uploaded NAR while it comes in: hashed, and counted before it is written."""
+"""What is uploaded while it comes in: counted as it will lie on disk, before it is written."""
 
 from __future__ import annotations
 
@@ -8,13 +8,71 @@ import os
 from narseal.config import UploadConfig
 from narseal.errors import BadUpload, UploadTooLarge
 from narseal.nix.hashes import Hash
+from narseal.runtime.files import OpenFile
 from narseal.storage import LocalStorage, storage_errors
 
 _STEP = 16 << 20  # bytes that are reserved at a time
+_SMALL_STEP = 256 << 10  # of what is mostly small
 _STEPS = 64  # of which the whole quarantine has at least so many
 
 
-class ArrivingNar:
+class _Arriving:
+    """A file that counts among those that wait, by what was reserved for it. Its methods block."""
+
+    def __init__(
+        self, storage: LocalStorage, upload: UploadConfig, size: int | None, step: int = _STEP
+    ) -> None:
+        self._storage = storage
+        self._upload = upload
+        self._size = size
+        self._step = max(1, min(step, upload.quarantine_size // _STEPS))
+        self._incoming = storage.arriving()
+        self._reserved = 0
+
+    def _reserve_up_to(self, size: int) -> None:
+        if size > self._reserved:
+            wanted = -(-size // self._step) * self._step
+            self._reserve(wanted if self._size is None else min(wanted, self._size))
+            self._reserved = wanted
+
+    def _reserve(self, size: int, *, spare: int = 0) -> None:
+        self._storage.reserve(
+            self._incoming[0],
+            size,
+            max_age=self._upload.quarantine_age,
+            max_bytes=self._upload.quarantine_size - spare,
+        )
+
+
+class ArrivingFile(_Arriving):
+    """A log, a listing, a pointer or a large bundle: in a file until it is whole.
+
+    StorageFull as soon as all uploads together are too large.
+    """
+
+    def __init__(self, storage: LocalStorage, upload: UploadConfig) -> None:
+        super().__init__(storage, upload, None, _SMALL_STEP)
+        self._file = OpenFile.incoming(self._incoming)
+
+    def write(self, data: bytes) -> None:
+        """The next bytes, decoded."""
+        self._reserve_up_to(self._file.size + len(data))
+        with storage_errors():
+            self._file.write(data)
+
+    def whole(self) -> OpenFile:
+        """The file, which goes with its last owner unless it gets a name."""
+        with storage_errors():
+            os.ftruncate(self._file.descriptor, self._file.size)
+        return self._file
+
+    def discard(self) -> None:
+        """Drop it now: an error may own it for longer."""
+        os.ftruncate(self._file.descriptor, 0)
+        self._incoming[1].unlink(missing_ok=True)
+
+
+class ArrivingNar(_Arriving):
     """One file below nar/, of `size` bytes if that was said. Its methods block.
 
     UploadTooLarge or StorageFull as soon as it is, or all uploads together are, too large. To be
@@ -23,14 +81,9 @@ class ArrivingNar:
 
     def __init__(self, storage: LocalStorage, upload: UploadConfig, size: int | None) -> None:
         check_size(size, upload)
-        self._storage = storage
-        self._upload = upload
-        self._size = size
+        super().__init__(storage, upload, size)
         self._hasher = hashlib.sha256()
         self._written = 0
-        self._step = max(1, min(_STEP, upload.quarantine_size // _STEPS))
-        self._incoming = storage.arriving()
-        self._reserved = 0
         try:  # who brings too much is told at once; but what he only announces holds no room
             self._reserve(0, spare=size or 0)
         except BaseException:
@@ -65,20 +118,6 @@ class ArrivingNar:
     def discard(self) -> None:
         """Let go of it, and drop it unless it was kept."""
         self._storage.discard(self._incoming)
-
-    def _reserve_up_to(self, size: int) -> None:
-        if size > self._reserved:
-            wanted = -(-size // self._step) * self._step
-            self._reserve(wanted if self._size is None else min(wanted, self._size))
-            self._reserved = wanted
-
-    def _reserve(self, size: int, *, spare: int = 0) -> None:
-        self._storage.reserve(
-            self._incoming[0],
-            size,
-            max_age=self._upload.quarantine_age,
-            max_bytes=self._upload.quarantine_size - spare,
-        )
 
 
 def check_size(size: int | None, upload: UploadConfig) -> None:

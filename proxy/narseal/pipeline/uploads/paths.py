@@ -41,6 +41,7 @@ from narseal.pipeline.trust.policy import content_digests
 from narseal.pipeline.uploads.arriving import ArrivingNar, check_size
 from narseal.pipeline.uploads.side_files import SideFileUploads
 from narseal.runtime.portions import in_portions
+from narseal.runtime.threads import by_size
 from narseal.storage import (
     Admitted,
     LocalStorage,
@@ -75,6 +76,7 @@ class Uploads:
         admission: Admission,
         renewal: Renewal,
         publisher: Publisher,
+        side_files: SideFileUploads,
     ) -> None:
         self._config = services.config
         self._upload = services.config.upload
@@ -87,7 +89,7 @@ class Uploads:
         self._admission = admission
         self._renewal = renewal
         self._publisher = publisher
-        self._side_files = SideFileUploads(services)
+        self._side_files = side_files
         self._trusted = KeyRing.of(self._upload.trusted_keys)
         #: What bears one of these names is kept only if it verifies.
         self._known = KeyRing.of(
@@ -122,14 +124,14 @@ class Uploads:
         what the narinfo says is BadUpload too, and goes on waiting for one that agrees with it.
         """
         try:
-            info = self._parsed(hash_part, data)
+            info = await by_size(len(data), self._parsed, hash_part, data)
             token = await identify()
             trusted = await self._authorise(info, token)
             found = await self._index.path(hash_part)
             if found and not found[0].withdrawn:
                 await self._merge(found[0], found[1], info, token)
                 return False
-            check_content_address(info)
+            await by_size(len(data), check_content_address, info)
             if not trusted:
                 await self._check_hash_part(info, token)
             await self._check_references(info)
@@ -160,7 +162,8 @@ class Uploads:
         """The trusted upload key that signed it, or None if the token itself covers the path."""
         revoked = (await self._index.revocations.now()).keys
         message = info.fingerprint()
-        if signer := self._trusted.without(revoked).signer(message, info.signatures):
+        ring = self._trusted.without(revoked)
+        if signer := await by_size(len(message), ring.signer, message, info.signatures):
             return signer
         if not token.may(info.store_path.name):
             raise Forbidden(
@@ -176,7 +179,7 @@ class Uploads:
                 f"{info.store_path} is here with NarHash {path.info.nar_hash}, and nothing is"
                 f" overwritten; the upload says {info.nar_hash}"
             )
-        more = set(self._kept(info)) - set(path.info.signatures)
+        more = set(await self._kept(info)) - set(path.info.signatures)
         if not token.may(info.store_path.name):  # a trusted key let it in: strangers' stay out
             more = {signature for signature in more if signature.key_name in self._known}
         if not more:
@@ -192,8 +195,10 @@ class Uploads:
         if nar.stored:
             await self._publisher.narinfo(info.store_path.hash_part)
 
-    def _kept(self, info: NarInfo) -> tuple[Signature, ...]:
-        return self._known.kept(info.fingerprint(), info.signatures, most=MOST_BUT_OURS)
+    async def _kept(self, info: NarInfo) -> tuple[Signature, ...]:
+        message = info.fingerprint()
+        kept = partial(self._known.kept, message, info.signatures, most=MOST_BUT_OURS)
+        return await by_size(len(message), kept)
 
     async def _check_hash_part(self, info: NarInfo, token: Token) -> None:
         """UploadConflict if an upstream has another path of the same hash part.
@@ -311,7 +316,7 @@ class Uploads:
         for _ in range(_TRIES):
             evidence = f"upload {token.id}" + (f" signature {trusted}" if trusted else "")
             revoked = (await self._index.revocations.now()).keys
-            kept = tuple(s for s in self._kept(info) if s.key_name not in revoked)
+            kept = tuple(s for s in await self._kept(info) if s.key_name not in revoked)
             path = PathRecord(info.with_signatures(kept), nar.file, evidence)
             if await self._policy.passes(path.info, content_digests(path.info, nar)):
                 path = await self._renewal.sign(path, path_request(path, nar))

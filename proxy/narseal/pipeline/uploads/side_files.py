@@ -14,13 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from narseal.custody.tokens import Token
-from narseal.errors import BadUpload, Forbidden, Malformed, Refused, UploadConflict
+from narseal.errors import BadUpload, Forbidden, Malformed, Refused, StorageFull, UploadConflict
 from narseal.nix.base32 import CHARS
 from narseal.pipeline.nars.inspect import stored_files
 from narseal.pipeline.paths.side_files import check_listing, pointer
 from narseal.pipeline.services import Services
 from narseal.runtime.files import OpenFile
 from narseal.storage import Admitted, NarRecord
+from narseal.storage.uploaded import UploadedFiles
 from narseal.storage.waiting import WaitingFiles
 
 _ARCHIVE = re.compile(rf"(\.\./)?nar/({CHARS}{{52}}\.nar(\.[a-z0-9]{{2,4}})?)", re.ASCII)
@@ -36,14 +37,19 @@ class SideFileUploads:
         self._index = services.index
         self._folder = services.folder
         self._threads = services.threads
-        self._upload = services.config.upload
         self._waiting = WaitingFiles(services.folder.local)
+        self._uploaded = UploadedFiles(
+            services.folder.local,
+            most=services.config.upload.side_files,
+            workers=services.config.workers,
+        )
         self._looking = asyncio.Semaphore(_LOOKS)
 
     async def put(self, name: str, file: OpenFile, token: Token) -> None:
         """Take a file; BadUpload if it is none, Forbidden if the token does not cover its path.
 
-        UploadConflict if another is there: nobody's file is overwritten.
+        UploadConflict if another is there: nobody's file is overwritten. StorageFull beyond
+        upload.side_files.
         """
         if name.startswith("log/"):
             derivation = name.removeprefix("log/")[33:].removesuffix(".drv")
@@ -52,7 +58,7 @@ class SideFileUploads:
             return
         about, found = await self._about(name, file)
         if not found:
-            await self._threads.run(self._wait, token.id, about, name, file)
+            await self._threads.run(self._waiting.keep, token.id, about, name, file)
             return
         _check_scope(token, [path.info.store_path.name for path, _ in found], name)
         if name.startswith(_DEBUGINFO) and not await self._in_nar([name], found[0][1]):
@@ -79,7 +85,7 @@ class SideFileUploads:
                 if about == file != nar.file:  # an upstream's lie has its name
                     await self._threads.run(_rename_archive, lies, file, nar.file)
                 with suppress(FileNotFoundError):  # another narinfo of the same token was faster
-                    await self._threads.run(self._waiting.publish, lies, name)
+                    await self._threads.run(self._publish_waiting, lies, name)
 
     async def _in_nar(self, names: list[str], nar: NarRecord) -> frozenset[str]:
         """Of some debug-info pointers, those whose build id is in the NAR, which is in storage."""
@@ -109,18 +115,21 @@ class SideFileUploads:
         admitted = await self._index.path(about)
         return about, [admitted] if admitted else []
 
-    def _wait(self, owner: str, about: str, name: str, file: OpenFile) -> None:
-        """In a thread: let a file wait, as far as there is room for it beside the NARs that wait."""
-        upload = self._upload
-        self._folder.local.check_room(
-            max_age=upload.quarantine_age, max_bytes=upload.quarantine_size - file.size
-        )
-        self._waiting.keep(owner, about, name, file)
+    def _publish_waiting(self, path: Path, name: str) -> None:
+        """In a thread: give a file that waited its name, as far as there is room."""
+        try:
+            self._uploaded.count(path.stat().st_size)
+        except StorageFull as error:  # its path was taken, and is served without it
+            _log.warning("dropped: %s: %s", name, error)
+            path.unlink(missing_ok=True)
+        else:
+            self._waiting.publish(path, name)
 
     async def _publish(self, name: str, file: OpenFile) -> None:
         assert file.path is not None  # it is on its way in
         if await self._threads.run(_is_other, file.path, self._folder.path(name)):
             raise UploadConflict(f"{name} is here already, with other content")
+        await self._threads.run(self._uploaded.count, file.size)
         await self._folder.publish((file.descriptor, file.path), name)
 
 
