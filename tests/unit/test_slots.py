@@ -132,13 +132,38 @@ async def test_a_turn_that_ended_while_it_waited_for_its_slot_leaves_none_taken(
     asker.set("a")
     turn = await Turn.begin(slots)
     assert turn
-    turn.leave()
+    let_go = asyncio.Event()
+
+    async def wait() -> None:
+        async with turn.aside():
+            await let_go.wait()
+
+    back = asyncio.create_task(wait())
+    await _settle()
     other = await Turn.begin(slots)
     assert other
-    back = asyncio.create_task(turn.come_back())
+    let_go.set()
     await _settle()
     turn.end()
     other.end()
     async with asyncio.timeout(10):
         await back
         assert await Turn.begin(slots)
+
+
+async def test_who_is_cancelled_waits_for_no_slot() -> None:
+    slots = FairSlots(2)
+    asker.set("a")
+    turn = await Turn.begin(slots)
+    assert turn
+
+    async def wait() -> None:
+        async with turn.aside():
+            await asyncio.Event().wait()
+
+    waiting = asyncio.create_task(wait())
+    await _settle()
+    assert await Turn.begin(slots)  # and it is never given back
+    waiting.cancel()
+    async with asyncio.timeout(10):
+        await asyncio.gather(waiting, return_exceptions=True)

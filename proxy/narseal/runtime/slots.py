@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 #: On whose behalf a task works: a client's address. Tasks that it starts inherit it.
@@ -121,13 +121,23 @@ class Turn:
             self._has_slot = False
             self._slots.give(self._source)
 
-    def leave(self) -> None:
-        """See `aside`."""
+    @asynccontextmanager
+    async def aside(self) -> AsyncIterator[None]:
+        """See below."""
         self._away += 1
         self._give()
+        try:
+            yield
+        except asyncio.CancelledError:
+            self._away -= 1  # who is cancelled waits for nothing; what goes on has no slot then
+            raise
+        except BaseException:
+            await self._come_back()
+            raise
+        else:
+            await self._come_back()
 
-    async def come_back(self) -> None:
-        """See `aside`."""
+    async def _come_back(self) -> None:
         self._away -= 1
         if not self._away and not self.is_over and not self._has_slot:
             await self._take()
@@ -140,11 +150,5 @@ _turn: ContextVar[Turn | None] = ContextVar("turn", default=None)
 async def aside() -> AsyncIterator[None]:
     """Give the present work's turn up, if it has one, while somebody else is waited for."""
     present = _turn.get()
-    if present is None:
+    async with present.aside() if present else nullcontext():
         yield
-        return
-    present.leave()
-    try:
-        yield
-    finally:
-        await present.come_back()

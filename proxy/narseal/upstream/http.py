@@ -23,6 +23,7 @@ from narseal.errors import Refused, UpstreamTimeout, UpstreamTrouble
 from narseal.nix.encoded import EncodedBody
 from narseal.runtime.budget import Claim, counted
 from narseal.runtime.portions import READ_AHEAD, in_portions, in_turns
+from narseal.runtime.slots import aside
 from narseal.upstream.addresses import public_socket
 from narseal.upstream.breaker import Breaker
 from narseal.upstream.bulk import Bulk
@@ -79,7 +80,11 @@ class HttpUpstream:
         url = self._base + quote(name, safe="/:+=")
         with self._watched():
             try:
-                async with asyncio.timeout(self.config.timeout), self._follow(url) as response:
+                async with (
+                    aside(),
+                    asyncio.timeout(self.config.timeout),
+                    self._follow(url) as response,
+                ):
                     if response.status in ABSENT:
                         return None
                     if response.status != 200:
