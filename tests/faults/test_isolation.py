@@ -11,7 +11,10 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from tests.tools.cache import Entry, entry
+from narseal.nix.realisation import parse_at
+from tests.faults.test_bombs import with_references
+from tests.faults.test_rule import trace
+from tests.tools.cache import Entry, entry, store_path
 from tests.tools.narseal import UPSTREAM, Client, narseal
 from tests.tools.upstream import FakeCache, Fault, fake_cache
 from tests.tools.waiting import PATIENCE
@@ -241,3 +244,84 @@ async def test_a_client_who_asks_for_much_leaves_room_for_another(
         assert not any(task.done() for task in asking)
         let_go.set()
         await asyncio.gather(*asking)
+
+
+async def test_realisations_and_their_paths_wait_for_no_turn_of_each_other(
+    tmp_path: Path, caches: tuple[FakeCache, FakeCache]
+) -> None:
+    """More at once than one client has turns; the paths come from the upstream only then."""
+    cache, _ = caches
+    items = [entry(f"p{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(40)]
+    cache.add(*items)
+    addresses = []
+    for item in items:
+        address = f"build-trace-v2/{store_path(f'{item.info.store_path.name}.drv')}/out.doi"
+        told = parse_at(address, trace(item.info.store_path))
+        told = told.with_signatures((UPSTREAM.sign(told.fingerprint()),))
+        cache.files[address] = told.render()
+        addresses.append(address)
+    let_go = asyncio.Event()
+
+    def later(body: bytes) -> Fault:
+        async def fault(_: web.Request) -> web.StreamResponse:
+            await let_go.wait()
+            return web.Response(body=body)
+
+        return fault
+
+    for item in items:
+        name = f"{item.hash}.narinfo"
+        cache.fault(name, later(cache.files[name]), times=10)
+    rules = [{"match": "*", "require": "signature", "keys": ["upstream-1"]}]
+    there = {"url": cache.url, "timeout": "300s"}
+    async with narseal(tmp_path, there, policy=rules) as client:
+        paths = [asyncio.create_task(client.narinfo(item.hash)) for item in items]
+        await client.until(lambda: cache.asked.total() == 40)
+        asking = [asyncio.create_task(client.get(address)) for address in addresses]
+        await client.until(lambda: cache.asked.total() == 80)
+        let_go.set()
+        async with asyncio.timeout(120):  # half of limits.content_hold
+            assert {status for status, _, _ in await asyncio.gather(*asking)} == {200}
+            await asyncio.gather(*paths)
+
+
+async def test_an_upstream_that_hangs_keeps_no_turns(
+    tmp_path: Path, caches: tuple[FakeCache, FakeCache]
+) -> None:
+    """Realisations of two clients were all the questions that a worker answers at a time."""
+    hanging, good = caches
+    wanted = entry("wanted", b"w", compression="none").signed(UPSTREAM)
+    good.add(wanted)
+    let_go = asyncio.Event()
+
+    async def hang(_: web.Request) -> web.StreamResponse:
+        await let_go.wait()
+        return web.Response(status=404)
+
+    names = [f"build-trace-v2/{store_path(f'd{n}.drv')}/out.doi" for n in range(70)]
+    for name in names:
+        hanging.fault(name, hang, times=10)
+    there = ({"url": good.url}, {"url": hanging.url, "timeout": "300s"})
+    async with narseal(tmp_path, *there) as client, neighbour(client) as other:
+        asking = [asyncio.create_task(client.get(name)) for name in names[:35]]
+        asking += [asyncio.create_task(other.get(name)) for name in names[35:]]
+        await client.until(lambda: hanging.asked.total() >= 60)
+        info = await client.narinfo(wanted.hash)
+        assert (await other.get(info.url))[1] == wanted.file
+        let_go.set()
+        await asyncio.gather(*asking)
+
+
+async def test_what_was_refused_holds_no_memory(
+    tmp_path: Path, caches: tuple[FakeCache, FakeCache]
+) -> None:
+    """Twelve narinfos that are denied are more than one upstream may have in memory at a time."""
+    cache, _ = caches
+    denied = [with_references(f"denied-{n}").signed(UPSTREAM) for n in range(12)]
+    wanted = with_references("wanted").signed(UPSTREAM)
+    cache.add(*denied, wanted)
+    rules = [{"match": "wanted", "action": "allow"}]
+    async with narseal(tmp_path, {"url": cache.url}, policy=rules, policy_default="deny") as client:
+        for item in denied:
+            assert (await client.get(f"{item.hash}.narinfo"))[0] == 403
+        assert (await client.get(f"{wanted.hash}.narinfo"))[0] == 200

@@ -13,8 +13,8 @@ from narseal.nix.base32 import CHARS
 
 _MAX_LENGTH = 250
 _NAME_CHARS = r"0-9a-zA-Z+\-._?="
-#: What some name can be matched by; brackets are taken as they are.
-_GLOB = re.compile(rf"(?:[{_NAME_CHARS}*]|\[!?\]?[{_NAME_CHARS}]+\])+", re.ASCII)
+#: What some name can be matched by; what is in brackets is taken as it is.
+_GLOB = re.compile(rf"(?:[{_NAME_CHARS}*]|\[!?\]?[^\]]*\])+", re.ASCII)
 _WITH_HASH = re.compile(rf"(?:{CHARS}{{32}}|\?{{32}})-", re.ASCII)
 
 
@@ -47,8 +47,14 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 def covers(wide: Iterable[str], narrow: Iterable[str]) -> bool:
     """Whether each name that `narrow` matches is plainly matched by `wide`, too.
 
-    False where it is not plain: of globs with `?` or brackets only equal ones are.
+    False where it is not plain: what has brackets is covered by its equals and by `*` alone, and
+    what has `?` or brackets covers its equals alone.
     """
     plain = [glob for glob in wide if "?" not in glob and "[" not in glob]
     equal = frozenset(wide)
-    return all(glob in equal or matches(glob, plain) for glob in narrow)
+
+    def is_covered(glob: str) -> bool:
+        # `*` and `?` stand for themselves: only a `*` matches them, which matches what they do
+        return glob in equal or "*" in equal or ("[" not in glob and matches(glob, plain))
+
+    return all(map(is_covered, narrow))

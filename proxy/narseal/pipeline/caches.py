@@ -108,7 +108,7 @@ class Negatives:
         if found[0] < self._clock():
             del self._known[key]
             return None
-        return found[1]
+        return found[1].with_traceback(None)  # which grows with each raise, and keeps its frames
 
     def put(self, key: str, error: NarsealError) -> None:
         """Remember an absence or a refusal, never trouble."""

@@ -43,8 +43,9 @@ class Services:
     hot: HotMap
     #: For finding what is not in memory, of paths and realisations.
     turns: FairSlots
-    #: For small files while they come and are looked at: of who sends, and of upstreams.
-    memory: Budget
+    #: For small files while they come and are looked at: of upstreams, and of who uploads.
+    memory_of_upstreams: Budget
+    memory_of_uploads: Budget
 
     def leadership(self, of: str) -> Leadership:
         """The lock of what only one worker does."""
@@ -58,7 +59,7 @@ _LOOK = 0.25  # seconds between two looks at the index's file, and at the folder
 _TURNS = 64
 #: Bytes of small files, coded and decoded, that may be on their way at a time; and those of one
 #: address or one upstream. What a narinfo is while it is admitted is some five times as much.
-_MEMORY = 24 << 20
+_MEMORY = 16 << 20
 _MEMORY_OF_EACH = 8 << 20
 
 #: Threads for long work on files that are here.
@@ -75,7 +76,8 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
     for key in keys:
         not_after = key.not_after.timestamp() if key.not_after else 0
         metrics.key_not_after.labels(key.public.name).set(not_after)
-    upstreams = [connect(upstream) for upstream in config.upstream]
+    lookups = config.limits.lookups
+    upstreams = [connect(upstream, lookups=lookups) for upstream in config.upstream]
     # as many for each upstream: one that hangs takes none of another's
     threads = ThreadPools(transfers=config.limits.transfers * max(1, len(upstreams)) + _LOCAL)
     tasks = BackgroundTasks()
@@ -104,7 +106,8 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
         # who may read is asked each time where reading needs a token: nothing is kept then
         hot=HotMap(max_bytes=0 if config.upload.private else config.limits.hot_map, epoch=epoch),
         turns=FairSlots(_TURNS),
-        memory=Budget(_MEMORY, each=_MEMORY_OF_EACH),
+        memory_of_upstreams=Budget(_MEMORY, each=_MEMORY_OF_EACH),
+        memory_of_uploads=Budget(_MEMORY, each=_MEMORY_OF_EACH),
     )
     async with asyncio.TaskGroup() as group:
         # without the index nothing can be served: if this ends, the worker ends

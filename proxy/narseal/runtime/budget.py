@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
 
@@ -50,7 +50,7 @@ class Budget:
 
 
 class Claim:
-    """What somebody holds of a budget: until the context ends, or its last owner goes."""
+    """What somebody holds of a budget, until the context ends."""
 
     __slots__ = ("_budget", "_holder", "_size")
 
@@ -63,6 +63,15 @@ class Claim:
         """Room for more bytes; Unavailable if there is none."""
         self._budget.take(self._holder, size)
         self._size += size
+
+    def counting(self, write: Callable[[bytes], object]) -> Callable[[bytes], None]:
+        """`write`, of bytes for which there is room."""
+
+        def counted_write(data: bytes) -> None:
+            self.take(len(data))
+            write(data)
+
+        return counted_write
 
     def release(self) -> None:
         """Let go of all of it."""
@@ -79,9 +88,6 @@ class Claim:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.release()
-
-    def __del__(self) -> None:
         self.release()
 
 

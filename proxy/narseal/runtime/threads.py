@@ -1,6 +1,7 @@
-"""Where blocking work runs: two bounded pools of threads a worker, never the loop.
+"""Where work runs: what blocks in two bounded pools of threads a worker, never on the loop.
 
-What only computes runs on the loop while it is small: a hand-over to a thread costs more.
+What only computes runs on the loop while it is small, since a hand-over to a thread costs more, and
+in asyncio's own pool while it is large.
 """
 
 from __future__ import annotations

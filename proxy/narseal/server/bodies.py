@@ -33,7 +33,7 @@ class Bodies:
         self._upload = services.config.upload
         self._stall_timeout = self._upload.stall_timeout
         self._least_rate = services.config.limits.least_rate
-        self._memory = services.memory
+        self._memory = services.memory_of_uploads
         self._large = asyncio.Semaphore(1)
 
     async def chunks(self, request: web.Request) -> AsyncIterator[bytes]:
@@ -67,12 +67,7 @@ class Bodies:
         assert limit <= _LARGE
         body = bytearray()
         with self._memory.claim(request.remote or "") as room:
-
-            def write(data: bytes) -> None:
-                room.take(len(data))
-                body.extend(data)
-
-            await self._take(request, limit, write, room)
+            await self._take(request, limit, room.counting(body.extend), room)
             data = bytes(body)
             body.clear()
             yield data

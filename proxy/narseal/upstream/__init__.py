@@ -8,6 +8,8 @@ from narseal.upstream.source import Body, Upstream
 __all__ = ["Body", "FileUpstream", "HttpUpstream", "Upstream", "connect"]
 
 
-def connect(config: UpstreamConfig) -> Upstream:
+def connect(config: UpstreamConfig, *, lookups: int = 256) -> Upstream:
     """The upstream of a configuration; inside a running loop."""
-    return FileUpstream(config) if config.url.startswith("file:") else HttpUpstream(config)
+    if config.url.startswith("file:"):
+        return FileUpstream(config)
+    return HttpUpstream(config, lookups=lookups)

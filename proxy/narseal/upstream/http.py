@@ -23,7 +23,7 @@ from narseal.errors import Refused, UpstreamTimeout, UpstreamTrouble
 from narseal.nix.encoded import EncodedBody
 from narseal.runtime.budget import Claim, counted
 from narseal.runtime.portions import READ_AHEAD, in_portions, in_turns
-from narseal.runtime.slots import aside
+from narseal.runtime.slots import FairSlots, aside
 from narseal.upstream.addresses import public_socket
 from narseal.upstream.breaker import Breaker
 from narseal.upstream.bulk import Bulk
@@ -38,8 +38,10 @@ _FAILURES = (aiohttp.ClientError, OSError, asyncio.IncompleteReadError)
 class HttpUpstream:
     """The cache behind an `http(s)://` URL."""
 
-    def __init__(self, config: UpstreamConfig) -> None:
+    def __init__(self, config: UpstreamConfig, *, lookups: int) -> None:
+        """It is asked for at most `lookups` small files at a time."""
         self.config = config
+        self._lookups = FairSlots(lookups)
         self._base = config.url + "/"
         self._reach = Reach(config)
         self._breaker = Breaker()
@@ -54,13 +56,9 @@ class HttpUpstream:
     async def get(self, name: str, *, limit: int, claim: Claim | None = None) -> bytes | None:
         """See Upstream.get."""
         body = bytearray()
-
-        def write(data: bytes) -> None:
-            if claim:
-                claim.take(len(data))
-            body.extend(data)
-
-        found = await self._take(name, write, limit=limit, claim=claim, on_loop=True)
+        write = claim.counting(body.extend) if claim else body.extend
+        async with aside(), self._lookups.taken():
+            found = await self._take(name, write, limit=limit, claim=claim, on_loop=True)
         return None if found is None else bytes(body)
 
     async def save(self, name: str, write: Callable[[bytes], object], *, limit: int) -> int | None:
@@ -80,11 +78,7 @@ class HttpUpstream:
         url = self._base + quote(name, safe="/:+=")
         with self._watched():
             try:
-                async with (
-                    aside(),
-                    asyncio.timeout(self.config.timeout),
-                    self._follow(url) as response,
-                ):
+                async with asyncio.timeout(self.config.timeout), self._follow(url) as response:
                     if response.status in ABSENT:
                         return None
                     if response.status != 200:

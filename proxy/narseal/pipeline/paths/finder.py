@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from time import monotonic, time
 
 from narseal.errors import Malformed, NotFound, Refused, Trouble
@@ -16,14 +16,12 @@ from narseal.nix.keys import Signature
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.nars.fetcher import REFUSED_SECONDS
-from narseal.pipeline.nars.pace import Slots
 from narseal.pipeline.nars.transfer import Origin
 from narseal.pipeline.paths.lookup import Lookup
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.evidence import Evidence, weigh
 from narseal.pipeline.trust.policy import content_digests
 from narseal.runtime.budget import Claim
-from narseal.runtime.slots import aside
 from narseal.runtime.threads import by_size
 from narseal.storage import Admitted, NarRecord, PathRecord, conflict
 from narseal.telemetry import metrics
@@ -42,8 +40,6 @@ class Candidate:
 
     info: NarInfo
     evidence: Evidence
-    #: The room that it takes in memory, for as long as anybody looks at it.
-    room: Claim | None = field(default=None, compare=False)
 
 
 class Finder:
@@ -59,16 +55,14 @@ class Finder:
         self._previewing: Lookup[Admitted] = Lookup(services, self._preview)
         self._policy = services.policy
         self._signing: Lookup[tuple[Signature, ...]] = Lookup(services, self._more_signatures)
-        self._memory = services.memory
-        self._lookups = Slots(services.config.limits.lookups)
+        self._memory = services.memory_of_upstreams
         self._refusals: tuple[int, dict[tuple[str, str, bytes], tuple[str, float]]] | None = None
 
     def candidates(
         self, hash_part: str, answers: Answers
     ) -> AbstractAsyncContextManager[AsyncIterator[tuple[Upstream, Candidate]]]:
         """Good narinfos of a hash, as they come; what is of no use goes to `answers`."""
-        thing = f"{hash_part}.narinfo"
-        return in_order(self._upstreams, lambda u: self._ask(u, hash_part), answers, thing=thing)
+        return self._asked(self._upstreams, hash_part, answers)
 
     async def namesake(self, store_path: StorePath) -> StorePath | None:
         """Another path of the same hash part that an upstream has, with good evidence.
@@ -175,9 +169,7 @@ class Finder:
         answers = Answers()
         hash_part = info.store_path.hash_part
         others = [upstream for upstream in self._upstreams if upstream is not own]
-        async with in_order(
-            others, lambda u: self._ask(u, hash_part), answers, thing=hash_part
-        ) as found:
+        async with self._asked(others, hash_part, answers) as found:
             async for upstream, candidate in found:
                 if _same_file(record, info, candidate.info):
                     yield Origin(upstream, candidate.info.url)
@@ -195,11 +187,24 @@ class Finder:
                 for_seconds=REFUSED_SECONDS,
             )
 
-    async def _ask(self, upstream: Upstream, hash_part: str) -> Candidate:
+    @asynccontextmanager
+    async def _asked(
+        self, upstreams: Sequence[Upstream], hash_part: str, answers: Answers
+    ) -> AsyncIterator[AsyncIterator[tuple[Upstream, Candidate]]]:
+        """See `candidates`. All that is looked at within has its room in memory until the end."""
+        with ExitStack() as rooms:
+
+            async def ask(upstream: Upstream) -> Candidate:
+                room = rooms.enter_context(self._memory.claim(upstream.config.url))
+                return await self._ask(upstream, hash_part, room)
+
+            thing = f"{hash_part}.narinfo"
+            async with in_order(upstreams, ask, answers, thing=thing) as found:
+                yield found
+
+    async def _ask(self, upstream: Upstream, hash_part: str, room: Claim) -> Candidate:
         """One upstream's narinfo, parsed and weighed."""
-        room = self._memory.claim(upstream.config.url)
-        async with aside(), self._lookups.of(upstream):
-            data = await upstream.get(f"{hash_part}.narinfo", limit=narinfo.MAX_BYTES, claim=room)
+        data = await upstream.get(f"{hash_part}.narinfo", limit=narinfo.MAX_BYTES, claim=room)
         if data is None:
             raise NotFound(f"{upstream.config.url} has no {hash_part}.narinfo")
         revoked = (await self._index.revocations.now()).keys
@@ -210,7 +215,7 @@ class Finder:
         reason = await self._refusal(upstream.config.url, info.url, info.nar_hash)
         if reason is not None:
             raise Refused("refused-source", f"{info.url} had wrong content lately ({reason})")
-        return replace(candidate, room=room)
+        return candidate
 
     def _parse_and_weigh(
         self, upstream: Upstream, hash_part: str, data: bytes, revoked: frozenset[str]

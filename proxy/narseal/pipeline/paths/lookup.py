@@ -20,7 +20,7 @@ from narseal.errors import (
 from narseal.pipeline.caches import Negatives
 from narseal.pipeline.services import Services
 from narseal.runtime.single_flight import SingleFlight
-from narseal.runtime.slots import Turn
+from narseal.runtime.slots import Turn, aside
 from narseal.telemetry import metrics
 
 R = TypeVar("R")
@@ -78,13 +78,13 @@ class Lookup(Generic[R]):
             self._negatives.put(key, verdict)
 
     async def _ask(self, key: str) -> tuple[int, R]:
-        turn = None
+        turn = None if key in self._flights else await Turn.begin(self._turns)
         if key not in self._flights:
-            turn = await Turn.begin(self._turns)
-            if turn and key in self._flights:  # somebody else's turn came first
-                turn.end()
-                turn = None
-        return await self._flights.join(key, lambda: self._fly(key, turn))
+            return await self._flights.join(key, lambda: self._fly(key, turn))
+        if turn:  # somebody else's turn came first
+            turn.end()
+        async with aside():  # who waits for another's flight must not keep it from its turn
+            return await self._flights.join(key, lambda: self._fly(key, None))
 
     async def _fly(self, key: str, turn: Turn | None) -> tuple[int, R]:
         with turn.work() if turn else nullcontext():

@@ -45,7 +45,7 @@ class Realisations:
         self._upstreams = services.upstreams
         self._index = services.index
         self._epoch = services.epoch
-        self._memory = services.memory
+        self._memory = services.memory_of_upstreams
         self._own = services.countersigner.ring
         self._trusted = KeyRing.of(services.config.upload.trusted_keys)
         self._renewal = renewal

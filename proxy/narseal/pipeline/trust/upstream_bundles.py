@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 
 from narseal.cosign.bundle import MAX_BYTES
 from narseal.cosign.statement import contradictions
@@ -12,6 +13,7 @@ from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.trust.evidence import Evidence
 from narseal.pipeline.trust.sigstore import ExpectedSigners, check_not_revoked, verified
+from narseal.runtime.slots import aside
 from narseal.runtime.threads import ThreadPools
 from narseal.storage import Revocations
 from narseal.upstream import Upstream
@@ -28,8 +30,10 @@ class UpstreamBundles:
         self._signers = signers
         self._revocations = revocations
         self._threads = threads
-        # a bundle may have 24 MiB
-        self._reading = asyncio.Semaphore(_AT_ONCE)
+        # a bundle may have 24 MiB; of each upstream, so that one that hangs holds up no other's
+        self._reading: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(_AT_ONCE)
+        )
 
     async def check(
         self, upstream: Upstream, info: NarInfo, evidence: Evidence, file_hash: Hash
@@ -42,7 +46,7 @@ class UpstreamBundles:
         if not; Trouble if it cannot be had.
         """
         verifier = await self._threads.run(self._signers.verifier, upstream.config.who)
-        async with self._reading:
+        async with aside(), self._reading[upstream.config.url]:
             data = await upstream.get(f"{info.url}.sigstore.json", limit=MAX_BYTES)
             if data is None:
                 raise Refused(
