@@ -151,6 +151,47 @@ async def test_a_turn_that_ended_while_it_waited_for_its_slot_leaves_none_taken(
         assert await Turn.begin(slots)
 
 
+@given(
+    works=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), min_size=1, max_size=6),
+    cancelled=st.sets(st.integers(0, 5)),
+)
+def test_no_turn_is_lost_whoever_of_its_work_waits_for_somebody(
+    works: list[list[int]], cancelled: set[int]
+) -> None:
+    """Each piece of work asks several at once, as hedged upstreams are; for so many rounds each."""
+
+    async def run() -> None:
+        slots = FairSlots(4)
+        asker.set("a")
+
+        async def ask(rounds: int) -> None:
+            async with aside():
+                for _ in range(rounds):
+                    await asyncio.sleep(0)
+
+        async def work(rounds: list[int]) -> None:
+            turn = await Turn.begin(slots)
+            assert turn
+            with turn.work():
+                for _ in range(3):
+                    async with asyncio.TaskGroup() as group:
+                        for count in rounds:
+                            group.create_task(ask(count))
+
+        tasks = [asyncio.create_task(work(rounds)) for rounds in works]
+        await _settle()
+        for number in cancelled & set(range(len(tasks))):
+            tasks[number].cancel()
+        async with asyncio.timeout(60):
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for _ in range(2):
+                await slots.take("a")
+            for _ in range(2):
+                await slots.take("b")
+
+    asyncio.run(run())
+
+
 async def test_who_is_cancelled_waits_for_no_slot() -> None:
     slots = FairSlots(2)
     asker.set("a")

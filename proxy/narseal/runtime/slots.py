@@ -81,6 +81,8 @@ class Turn:
         self._slots = slots
         self._source = source
         self._has_slot = False
+        #: One of its tasks waits for the slot: no other has to.
+        self._is_waiting = False
         self._away = 0
         #: Its work has ended, or was given up.
         self.is_over = False
@@ -111,7 +113,11 @@ class Turn:
         self._give()
 
     async def _take(self) -> None:
-        await self._slots.take(self._source)
+        self._is_waiting = True
+        try:
+            await self._slots.take(self._source)
+        finally:
+            self._is_waiting = False
         self._has_slot = True
         if self.is_over or self._away:  # by now
             self._give()
@@ -139,7 +145,7 @@ class Turn:
 
     async def _come_back(self) -> None:
         self._away -= 1
-        if not self._away and not self.is_over and not self._has_slot:
+        if not (self._away or self.is_over or self._has_slot or self._is_waiting):
             await self._take()
 
 

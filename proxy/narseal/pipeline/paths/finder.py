@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from narseal.upstream.race import Answers, in_order
 #: What is refused for reasons that another narinfo of the same file need not share.
 _NOT_BYTES = ("conflict", "bad-bundle", "signer-refused", "wrong-references")
 _REMEMBERED = 30.0  # seconds, of what an upstream said of a path that nobody fetched
-_MOST_PREVIEWS = 1000
+_PREVIEWS = 4 << 20  # bytes of them, references above all
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,8 @@ class Finder:
         self._index = services.index
         self._epoch = services.epoch
         self._own_keys = services.countersigner.ring
-        self._previews: OrderedDict[str, tuple[float, Admitted]] = OrderedDict()
+        self._previews: dict[str, tuple[float, Admitted]] = {}
+        self._previewed = 0  # bytes
         self._previewing: Lookup[Admitted] = Lookup(services, self._preview)
         self._policy = services.policy
         self._signing: Lookup[tuple[Signature, ...]] = Lookup(services, self._more_signatures)
@@ -140,10 +140,18 @@ class Finder:
         if known and known[0] > monotonic():
             return known[1], False
         seen = await self._previewing.get(name)
+        self._forget(name)
         self._previews[name] = monotonic() + _REMEMBERED, seen
-        while len(self._previews) > _MOST_PREVIEWS:
-            self._previews.popitem(last=False)
+        self._previewed += _weight(seen)
+        for old, (until, _) in list(self._previews.items()):  # the oldest first
+            if until > monotonic() and self._previewed <= _PREVIEWS:
+                break
+            self._forget(old)
         return seen, False
+
+    def _forget(self, name: str) -> None:
+        if known := self._previews.pop(name, None):
+            self._previewed -= _weight(known[1])
 
     async def _preview(self, name: str) -> Admitted:
         store_path = StorePath.parse(name)
@@ -247,6 +255,10 @@ class Finder:
             self._refusals = (now, await self._index.refusals())
         reason, until = self._refusals[1].get((upstream, url, nar_hash.digest), (None, 0.0))
         return reason if until > time() else None
+
+
+def _weight(found: Admitted) -> int:
+    return 1024 + len(found[0].info.references.text)
 
 
 def _same_file(record: NarRecord, info: NarInfo, other: NarInfo) -> bool:
