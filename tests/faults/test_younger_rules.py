@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tests.faults.test_policy import guarded
 from tests.tools.cache import Entry, entry, key, store_path
 from tests.tools.narseal import OPERATOR, UPSTREAM, Client, metric, narseal
 from tests.tools.upstream import FakeCache, Gate
+from tests.tools.waiting import eventually
 
 BUILDER, OTHER = key("builder-1"), key("other-1")
 APP = entry("app-1", b"app", compression="zstd")
@@ -228,3 +231,30 @@ async def test_a_realisation_waits_for_its_paths_signatures_and_no_longer(
     upstream.add(APP.signed(UPSTREAM, BUILDER))
     async with narseal(tmp_path, at(upstream), **RULES) as client:
         assert (await client.get(name))[0] == 200
+
+
+async def test_that_signatures_cannot_be_kept_is_our_trouble_for_realisations_too(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    upstream.add(APP.signed(UPSTREAM))
+    name = f"build-trace-v2/{store_path('app.drv')}/out.doi"
+    bare = f'{{"outPath":"{APP.info.store_path}","signatures":[]}}'.encode()
+    parsed = parse_at(name, bare)
+    upstream.files[name] = parsed.with_signatures((UPSTREAM.sign(parsed.fingerprint()),)).render()
+    async with narseal(tmp_path, at(upstream)) as client:
+        await admitted(client)
+        assert (await client.get(name))[0] == 200
+    upstream.add(APP.signed(UPSTREAM, BUILDER))
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as index:
+        index.execute(
+            "CREATE TRIGGER full BEFORE UPDATE ON path BEGIN SELECT RAISE(ABORT, 'disk full'); END"
+        )
+    async with narseal(tmp_path, at(upstream), **RULES, limits={"negative_ttl": "100ms"}) as client:
+        assert (await client.get(name))[0] == 503
+        with closing(sqlite3.connect(tmp_path / "index.sqlite")) as index:
+            index.execute("DROP TRIGGER full")
+
+        async def is_there() -> bool:
+            return (await client.get(name))[0] == 200
+
+        await eventually(is_there)

@@ -66,7 +66,7 @@ class Realisations:
             except Denied as denied:  # its rule may ask for signatures that the path lacks
                 try:
                     await self._admission.path(found.entry.out_path.hash_part)
-                except NarsealError as error:
+                except (Denied, NotFound, Refused, Malformed) as error:
                     raise denied from error
                 await self._renewal.check_out_path(found)
             return await self._renewal.realisation(found)
