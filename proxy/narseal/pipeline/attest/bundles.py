@@ -36,7 +36,7 @@ class Signatures:
     async def bundle_of(self, file: str) -> bytes | OpenFile:
         """A file's own signature if it has one, else the batch that covers it, which may be large."""
         absence = await self._absence(file, f"nar/{file}")
-        single, batch = await self._epoch.settled(lambda: self._of_file(file))
+        single, batch = await self._epoch.unless_withdrawn(lambda: self._of_file(file))
         if single is not None:
             return single
         if batch is not None and (found := await self._open(batch)) is not None:
@@ -73,7 +73,7 @@ class Signatures:
             ours = await self._ours([admitted for admitted in found if admitted])
             return await self._names(ours, subjects)
 
-        if not (names := await self._epoch.settled(find)):
+        if not (names := await self._epoch.unless_withdrawn(find)):
             raise absence
         return names
 
@@ -88,7 +88,7 @@ class Signatures:
                 await self._ours([found]), content_digests(found[0].info, found[1])
             )
 
-        if not (names := await self._epoch.settled(find)):
+        if not (names := await self._epoch.unless_withdrawn(find)):
             raise NotFound(f"there is no attestation of {store_path}")
         return names
 
@@ -137,7 +137,7 @@ class Signatures:
 
     async def _single(self, file: str) -> Bundle:
         absence = await self._absence(file, f"nar/{file}")
-        single, batch = await self._epoch.settled(lambda: self._of_file(file))
+        single, batch = await self._epoch.unless_withdrawn(lambda: self._of_file(file))
         if single is not None:
             return Bundle.parse(single)
         if batch is not None:

@@ -80,7 +80,7 @@ class Provenance:
 
         Of a path that is kept back no more than its 403 says.
         """
-        return await self._epoch.settled(lambda: self._status(store_path))
+        return await self._epoch.unless_withdrawn(lambda: self._status(store_path))
 
     async def _status(self, store_path: StorePath) -> dict[str, Any]:
         (path, nar), admitted = await self._finder.preview(store_path)
