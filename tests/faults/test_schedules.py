@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from narseal.config import Config
 from narseal.cosign import statement
@@ -35,7 +36,8 @@ from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.upkeep import revocation
 from narseal.runtime.batching import Batcher
-from narseal.storage import Epoch, Folder, LocalStorage, Revocation, migrate
+from narseal.storage import Epoch, Folder, LocalStorage, Revocation, attestations, migrate
+from narseal.storage.attestations import Attestations
 from narseal.upstream.http import HttpUpstream
 from tests.faults.test_uploads import Uploader, add
 from tests.tools.cache import Entry, addressed, entry, key, store_path
@@ -552,6 +554,65 @@ async def test_what_is_signed_with_sigstore_is_decided_again_when_it_is_recorded
                 assert not now, "recorded though its key is revoked"
 
     await everywhere(gate, tmp_path, act)
+
+
+async def test_a_path_that_may_pass_while_it_is_judged_waits_on(
+    tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its attestation gets a time, the attester looks at its clock and at the rules, it is committed."""
+    item = entry("app-1", b"app", compression="zstd").signed(UPSTREAM)
+    upstream.add(item)
+    attester = CosignKey.generate()
+    subject = Subject(f"/nix/store/{item.info.store_path}", item.info.nar_hash.digest)
+    bundle = KeySigner(attester, None, timeout=1).sign_statement(
+        render_statement([subject], "https://example.org/built/v1", {})
+    )
+    rule = {"match": ["app-*"], "require": "attestation", "cosign_key": attester.public.render()}
+    write_private(tmp_path / "cosign.key", CosignKey.generate().render(b""))
+    cosign = {"mode": "key", "key": f"file:{tmp_path}/cosign.key", "batch_max_age": "0s"}
+    there = {"url": upstream.url}
+    async with narseal(tmp_path, there):
+        pass  # makes the index and the folder
+    config = Config(**settings(tmp_path, there, cosign=cosign))
+    async with command(config) as substituter:
+        await substituter.everything.narinfo(item.hash)
+        reader = await substituter.everything.nars.get(item.info.url.removeprefix("nar/"))
+        if isinstance(reader, Reader):
+            await reader.whole()
+        reader.close()
+
+    config = Config(**settings(tmp_path, there, cosign=cosign, policy=[rule]))
+    async with command(config) as substituter, command(config) as beside:
+        waiting = substituter.services.index.attestations
+
+        async def waits() -> bool:
+            return (await waiting.queue())[0] == 1
+
+        await eventually(waits)
+        timed, committed = asyncio.Event(), asyncio.Event()
+        enqueue, drop = attestations.enqueue, Attestations.drop
+
+        async def slowly(connection: AsyncConnection, files: Sequence[str]) -> None:
+            await enqueue(connection, files)
+            timed.set()
+            await committed.wait()
+
+        async def at_last(self: Attestations, *judged: Any) -> None:
+            if not committed.is_set():
+                committed.set()
+                assert await bringing
+            await drop(self, *judged)
+
+        monkeypatch.setattr(attestations, "enqueue", slowly)
+        monkeypatch.setattr(Attestations, "drop", at_last)
+        bringing = asyncio.create_task(beside.provenance.put(subject.digest, bundle))
+        await timed.wait()
+        signing = Attester(substituter.services, lambda: True)
+        for _ in range(4):
+            await signing._step()
+        signing._thread.shutdown()
+        assert committed.is_set()
+        assert covered(tmp_path) == [item.hash]
 
 
 async def test_revocation_at_each_wait_of_an_attestation(tmp_path: Path, gate: Gate) -> None:
