@@ -163,7 +163,7 @@ async def signers(machine: Machine, item: Entry) -> set[str]:
 
 
 def test_every_section_has_commands() -> None:
-    assert len(sections()) == 6
+    assert len(sections()) == 7
     assert all(len(blocks) >= 2 for blocks in sections().values())
 
 
