@@ -27,7 +27,7 @@ from narseal.cosign.sign import KeySigner
 from narseal.cosign.statement import AttestedPath, Subject, render_statement
 from narseal.custody import write_private
 from narseal.custody.file import FileKey
-from narseal.errors import BadUpload, Denied, NotFound, Unavailable
+from narseal.errors import BadUpload, Denied, NotFound, Unavailable, UploadTooLarge
 from narseal.nix.cache_info import CacheInfo
 from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
@@ -36,7 +36,7 @@ from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.upkeep import revocation
 from narseal.runtime.batching import Batcher
-from narseal.storage import Epoch, Folder, LocalStorage, Revocation, attestations, migrate
+from narseal.storage import Epoch, Folder, LocalStorage, Revocation, attestations, join
 from narseal.storage.attestations import Attestations
 from narseal.upstream.http import HttpUpstream
 from tests.faults.test_uploads import Uploader, add
@@ -106,6 +106,12 @@ async def command(config: Config) -> AsyncIterator[Substituter]:
     epoch = Epoch.of(config.storage.index)
     async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
         yield substituter
+
+
+def prepare(config: Config) -> None:
+    """Its index and its folder, as `narseal serve` makes them."""
+    storage = LocalStorage(config.storage.url)
+    join(config.storage.index, storage, CacheInfo(config.store_dir))
 
 
 def revoke(folder: Path, name: str, *upstreams: dict[str, Any], **more: Any) -> Any:
@@ -484,8 +490,7 @@ async def test_what_is_signed_with_sigstore_is_decided_again_when_it_is_recorded
         section = {"mode": "key", "key": f"file:{file}", "batch_max_age": "0s", "per_file": "yes"}
         more = {"cosign": section, "policy": rules}
         config = Config(**settings(folder, there, **more))
-        migrate(config.storage.index)
-        LocalStorage(config.storage.url).prepare(CacheInfo(config.store_dir))
+        prepare(config)
         before: list[str] | None = None
         async with command(config) as substituter:
             if rules:
@@ -552,6 +557,8 @@ async def test_what_is_signed_with_sigstore_is_decided_again_when_it_is_recorded
                 assert now == set(before), "recorded under rules that are not in force"
             else:
                 assert not now, "recorded though its key is revoked"
+                assert not list((folder / "storage").glob("attestations/*"))
+                assert signing._begun is None or signing._begun.bundle is None, "tried for ever"
 
     await everywhere(gate, tmp_path, act)
 
@@ -628,8 +635,7 @@ async def test_revocation_at_each_wait_of_an_attestation(tmp_path: Path, gate: G
     async def act(folder: Path, gate: Gate) -> None:
         folder.mkdir(parents=True)
         config = Config(**settings(folder, **accept))
-        migrate(config.storage.index)
-        LocalStorage(config.storage.url).prepare(CacheInfo(config.store_dir))
+        prepare(config)
         async with command(config) as substituter:
 
             async def revoke_it() -> None:
@@ -646,5 +652,49 @@ async def test_revocation_at_each_wait_of_an_attestation(tmp_path: Path, gate: G
                 with pytest.raises(NotFound):
                     await substituter.signatures.attestations_of(Hash("sha256", subject.digest))
                 assert not list((folder / "storage").glob("attestations/*"))
+
+    await everywhere(gate, tmp_path, act)
+
+
+@pytest.mark.parametrize("first", ["who fails", "who is taken"])
+async def test_an_attestation_that_is_brought_twice_has_its_file(
+    tmp_path: Path, gate: Gate, first: str
+) -> None:
+    """Workers with the rules of before take one of a digest, those that come take two."""
+    attester = CosignKey.generate()
+    subject = Subject("app", bytes(32))
+    older, bundle = (
+        KeySigner(attester, None, timeout=1).sign_statement(
+            render_statement([subject], f"https://example.org/{kind}/v1", {})
+        )
+        for kind in ("built", "tested")
+    )
+    accept = {"accept": [{"cosign_key": attester.public.render()}]}
+
+    async def act(folder: Path, gate: Gate) -> None:
+        folder.mkdir(parents=True)
+        before, after = (
+            Config(**settings(folder, attestations=accept | {"per_digest": most}))
+            for most in (1, 2)
+        )
+        prepare(before)
+        async with command(before) as bringing:
+            assert await bringing.provenance.put(subject.digest, older)
+        async with command(before) as failing, command(after) as taking:
+
+            async def fail() -> None:
+                with suppress(UploadTooLarge):
+                    assert not await failing.provenance.put(subject.digest, bundle)
+
+            async def take() -> None:
+                assert await taking.provenance.put(subject.digest, bundle)
+
+            one, other = (fail, take) if first == "who fails" else (take, fail)
+            gate.action = other
+            await one()
+            gate.action = None
+            if first == "who is taken" or gate.done:
+                found = await taking.signatures.attestations_of(Hash("sha256", subject.digest))
+                assert len(found) == 2
 
     await everywhere(gate, tmp_path, act)

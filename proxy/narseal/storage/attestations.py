@@ -266,11 +266,18 @@ class Attestations:
 
         await self._engines.write(work)
 
-    async def has(self, digest: bytes) -> bool:
-        """Whether a bundle is recorded."""
-        named = schema.attestation.c.digest == digest
-        query: Select[Any] = select(schema.attestation.c.digest).where(named)
-        return bool(await self._ask(query))
+    async def discard(self, digest: bytes, remove: Callable[[], Awaitable[None]]) -> None:
+        """Have a bundle's file taken away, unless it is recorded.
+
+        Within a transaction, as `put` looks for the file: no bundle is recorded without one.
+        """
+        query = select(schema.attestation.c.digest).where(schema.attestation.c.digest == digest)
+
+        async def work(connection: AsyncConnection) -> None:
+            if (await connection.execute(query)).first() is None:
+                await remove()
+
+        await self._engines.write(work)
 
     async def digests(self) -> list[bytes]:
         """Of every bundle over a statement."""
@@ -325,10 +332,12 @@ class Attestations:
         subjects: frozenset[bytes],
         *,
         most: int,
+        is_there: Callable[[], Awaitable[bool]],
     ) -> bool | None:
         """Record a bundle that somebody brought; whether it is new.
 
-        None, and nothing is recorded, if anything else is revoked than when it was verified.
+        None, and nothing is recorded, if anything else is revoked than when it was verified, or its
+        file `is_there` no more: who brought it, too, and failed, took it away. See `discard`.
 
         It is not if the same signer's bundle over the same statement is there: however many ways
         there are to write it down. UploadTooLarge if one of its subjects has `most` attestations
@@ -337,7 +346,7 @@ class Attestations:
         """
 
         async def work(connection: AsyncConnection) -> bool | None:
-            if (await revoked_by_now(connection)).all != signed.judged.all:
+            if (await revoked_by_now(connection)).all != signed.judged.all or not await is_there():
                 return None
             table = schema.attestation.c
             known = (table.statement == signed.statement) & (table.signer == signed.signer)

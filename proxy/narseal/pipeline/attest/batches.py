@@ -32,6 +32,12 @@ from narseal.storage.records import is_void
 from narseal.telemetry import metrics
 
 T = TypeVar("T")
+
+
+class _SignerRevoked(Unavailable):
+    """What was signed already is of no use to whoever signs next."""
+
+
 _log = logging.getLogger(__name__)
 _LOOK = 1.0  # seconds between two looks at the queue
 _FIRST_PAUSE = 1.0
@@ -102,7 +108,8 @@ class Attester:
                 if isinstance(error, Refused):
                     metrics.rejected.labels(error.reason).inc()
                 # what was answered for somebody else is not asked for again at once
-                pause = self._pause(_MANY + 1 if isinstance(error, Refused) else failures)
+                hopeless = isinstance(error, Refused | _SignerRevoked)
+                pause = self._pause(_MANY + 1 if hopeless else failures)
                 unknown = None if isinstance(error, NarsealError) else error
                 _log.warning(
                     "%s; the queue is kept, tried again in %.0f s", error, pause, exc_info=unknown
@@ -199,13 +206,13 @@ class Attester:
         return passing
 
     async def _check_key(self) -> None:
-        """Unavailable if the configured key is revoked: what waits, waits for another."""
+        """_SignerRevoked if the configured key is: what waits, waits for another."""
         key = self._sigstore.key
         if key and key.public.hint in (await self._revocations.now()).cosign_keys:
-            raise Unavailable("the cosign key is revoked: configure another (cosign.key)")
+            raise _SignerRevoked("the cosign key is revoked: configure another (cosign.key)")
 
     async def _check_signer(self, bundle: bytes) -> Revoked:
-        """What is revoked; Unavailable if whoever just signed is: what waits, waits for another."""
+        """What is revoked; _SignerRevoked if whoever just signed is: what waits, waits for another."""
         revoked = await self._revocations.now()
         await self._check_key()
         certificate = Bundle.parse(bundle).certificate
@@ -214,11 +221,30 @@ class Attester:
         named = CertificateNames.parse(certificate)
         for identity, issuer in product(named.identities, named.issuers):
             if revoked.bars(identity, issuer, named.began):
-                raise Unavailable(f"{identity} is revoked: let narseal sign as another identity")
+                raise _SignerRevoked(f"{identity} is revoked: let narseal sign as another identity")
         return revoked
 
     async def _finish(self, begun: _Begun) -> None:
         """Sign what of it is not signed yet, keep it, and take its paths off the queue."""
+        try:
+            await self._finish_signed(begun)
+        except _SignerRevoked:  # all of it is signed anew, when somebody else does
+            if begun.bundle is not None:
+                await self._discard(begun.bundle)
+            begun.bundle = None
+            begun.singles.clear()
+            raise
+
+    async def _discard(self, bundle: bytes) -> None:
+        """Take a bundle's file away, if it was written and is not recorded."""
+        digest = hashlib.sha256(bundle).digest()
+
+        async def remove() -> None:
+            await asyncio.to_thread(self._folder.local.remove, bundle_name(digest))
+
+        await self._attestations.discard(digest, remove)
+
+    async def _finish_signed(self, begun: _Begun) -> None:
         await self._check_key()
         bundle = await self._run(self._sign, begun)
         await self._check_signer(bundle)  # revoked while the services were slow: it is not kept
@@ -231,7 +257,7 @@ class Attester:
             subjects = heads.union(*(attested_path(admitted).digests() for admitted in covered))
             metrics.attest_batch_subjects.observe(len(subjects))
         else:  # all of it was withdrawn meanwhile
-            await self._run(self._folder.local.remove, bundle_name(digest))
+            await self._discard(bundle)
         await self._look()
 
     async def _record(self, begun: _Begun, bundle: bytes, digest: bytes) -> Sequence[Admitted]:
