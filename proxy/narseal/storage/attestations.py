@@ -387,15 +387,18 @@ class Attestations:
 
         return await self._engines.write(work)  # type: ignore[no-any-return]
 
-    async def paths_of(self, subjects: frozenset[bytes], *, withdrawn: bool = False) -> list[str]:
-        """The hash parts of the admitted paths that these file and NAR digests are of.
+    async def paths_of(self, subjects: frozenset[bytes]) -> list[str]:
+        """The hash parts of the admitted paths that these file and NAR digests are of."""
+        query: Select[Any] = select(schema.path.c.hash_part)
+        rows = await self._ask(query.where(_of(subjects), ~schema.path.c.withdrawn))
+        return [row.hash_part for row in rows]
 
-        With `withdrawn`, also of those that were withdrawn.
-        """
-        query: Select[Any] = select(schema.path.c.hash_part).where(_of(subjects))
-        if not withdrawn:
-            query = query.where(~schema.path.c.withdrawn)
-        return [row.hash_part for row in await self._ask(query)]
+    async def sharing(self, digests: frozenset[bytes], *, most: int) -> list[Admitted]:
+        """Up to so many paths that these file and NAR digests are of; withdrawn ones last."""
+        ordered = PATHS.where(_of(digests)).order_by(
+            schema.path.c.withdrawn, schema.path.c.hash_part
+        )
+        return await admitted_of_all(await self._ask(ordered.limit(most)), self._store_dir)
 
     async def drop(self, kept_back: Sequence[Waiting]) -> None:
         """Let paths wait no more that policy does not let through, unless they came anew since."""
