@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from narseal.config import Config
 from narseal.cosign.bundle import Bundle, Envelope
 from narseal.cosign.keys import CosignKey
 from narseal.cosign.statement import Statement
+from narseal.nix.narinfo import NarInfo
+from narseal.pipeline.attest import bundles
 from narseal.pipeline.substituter import Substituter
+from narseal.pipeline.trust.policy import Policy, Verdict
 from narseal.storage import Epoch, Revocation
 from tests.faults.test_policy import CI, OTHER, attested, digest_of, guarded
 from tests.tools.cache import Entry, entry, key, store_path
@@ -229,3 +234,33 @@ async def test_a_rotten_upload_takes_what_was_said_of_it_along(tmp_path: Path) -
         assert (await pipeline.path(OTHER))[0] == 201
         await signed(client, OTHER.info.url)
         assert await said(client, OTHER, OTHER.info.url) == [200] * 5
+
+
+async def test_how_many_paths_one_question_has_judged(
+    tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of content that many share."""
+    items = [entry(f"same-{n}", b"same", compression="zstd").signed(UPSTREAM) for n in range(9)]
+    upstream.add(*items)
+    judged: list[str] = []
+    verdict = Policy.verdict
+
+    async def counted(self: Policy, info: NarInfo, digests: frozenset[bytes]) -> Verdict:
+        judged.append(info.store_path.name)
+        return await verdict(self, info, digests)
+
+    monkeypatch.setattr(Policy, "verdict", counted)
+    monkeypatch.setattr(bundles, "_MOST_JUDGED", 4)
+    options: dict[str, Any] = {"cosign": cosign(tmp_path)}
+    options["policy"] = [{"match": "gone-*", "action": "deny"}]
+    async with narseal(tmp_path, there(upstream), **options) as client:
+        urls = [await fetch(client, item) for item in items]
+        await signed(client, urls[-1])
+
+        async def all_are() -> bool:
+            return not json.loads((await client.get("status"))[1])["cosign"]["waiting"]
+
+        await eventually(all_are)
+        judged.clear()
+        assert (await client.get(f"attestations/{digest_of(items[0])}"))[0] == 200
+        assert len(set(judged)) == 4

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from narseal.config import Config
 from narseal.cosign import statement
@@ -26,7 +27,7 @@ from narseal.cosign.sign import KeySigner
 from narseal.cosign.statement import AttestedPath, Subject, render_statement
 from narseal.custody import write_private
 from narseal.custody.file import FileKey
-from narseal.errors import BadUpload, Denied, NotFound, Unavailable
+from narseal.errors import BadUpload, Denied, NotFound, Unavailable, UploadTooLarge
 from narseal.nix.cache_info import CacheInfo
 from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
@@ -35,7 +36,8 @@ from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.upkeep import revocation
 from narseal.runtime.batching import Batcher
-from narseal.storage import Epoch, Folder, LocalStorage, Revocation, migrate
+from narseal.storage import Epoch, Folder, LocalStorage, Revocation, attestations, join
+from narseal.storage.attestations import Attestations
 from narseal.upstream.http import HttpUpstream
 from tests.faults.test_uploads import Uploader, add
 from tests.tools.cache import Entry, addressed, entry, key, store_path
@@ -104,6 +106,12 @@ async def command(config: Config) -> AsyncIterator[Substituter]:
     epoch = Epoch.of(config.storage.index)
     async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
         yield substituter
+
+
+def prepare(config: Config) -> None:
+    """Its index and its folder, as `narseal serve` makes them."""
+    storage = LocalStorage(config.storage.url)
+    join(config.storage.index, storage, CacheInfo(config.store_dir))
 
 
 def revoke(folder: Path, name: str, *upstreams: dict[str, Any], **more: Any) -> Any:
@@ -482,8 +490,7 @@ async def test_what_is_signed_with_sigstore_is_decided_again_when_it_is_recorded
         section = {"mode": "key", "key": f"file:{file}", "batch_max_age": "0s", "per_file": "yes"}
         more = {"cosign": section, "policy": rules}
         config = Config(**settings(folder, there, **more))
-        migrate(config.storage.index)
-        LocalStorage(config.storage.url).prepare(CacheInfo(config.store_dir))
+        prepare(config)
         before: list[str] | None = None
         async with command(config) as substituter:
             if rules:
@@ -550,8 +557,69 @@ async def test_what_is_signed_with_sigstore_is_decided_again_when_it_is_recorded
                 assert now == set(before), "recorded under rules that are not in force"
             else:
                 assert not now, "recorded though its key is revoked"
+                assert not list((folder / "storage").glob("attestations/*"))
+                assert signing._begun is None or signing._begun.bundle is None, "tried for ever"
 
     await everywhere(gate, tmp_path, act)
+
+
+async def test_a_path_that_may_pass_while_it_is_judged_waits_on(
+    tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its attestation gets a time, the attester looks at its clock and at the rules, it is committed."""
+    item = entry("app-1", b"app", compression="zstd").signed(UPSTREAM)
+    upstream.add(item)
+    attester = CosignKey.generate()
+    subject = Subject(f"/nix/store/{item.info.store_path}", item.info.nar_hash.digest)
+    bundle = KeySigner(attester, None, timeout=1).sign_statement(
+        render_statement([subject], "https://example.org/built/v1", {})
+    )
+    rule = {"match": ["app-*"], "require": "attestation", "cosign_key": attester.public.render()}
+    write_private(tmp_path / "cosign.key", CosignKey.generate().render(b""))
+    cosign = {"mode": "key", "key": f"file:{tmp_path}/cosign.key", "batch_max_age": "0s"}
+    there = {"url": upstream.url}
+    async with narseal(tmp_path, there):
+        pass  # makes the index and the folder
+    config = Config(**settings(tmp_path, there, cosign=cosign))
+    async with command(config) as substituter:
+        await substituter.everything.narinfo(item.hash)
+        reader = await substituter.everything.nars.get(item.info.url.removeprefix("nar/"))
+        if isinstance(reader, Reader):
+            await reader.whole()
+        reader.close()
+
+    config = Config(**settings(tmp_path, there, cosign=cosign, policy=[rule]))
+    async with command(config) as substituter, command(config) as beside:
+        waiting = substituter.services.index.attestations
+
+        async def waits() -> bool:
+            return (await waiting.queue())[0] == 1
+
+        await eventually(waits)
+        timed, committed = asyncio.Event(), asyncio.Event()
+        enqueue, drop = attestations.enqueue, Attestations.drop
+
+        async def slowly(connection: AsyncConnection, files: Sequence[str]) -> None:
+            await enqueue(connection, files)
+            timed.set()
+            await committed.wait()
+
+        async def at_last(self: Attestations, *judged: Any) -> None:
+            if not committed.is_set():
+                committed.set()
+                assert await bringing
+            await drop(self, *judged)
+
+        monkeypatch.setattr(attestations, "enqueue", slowly)
+        monkeypatch.setattr(Attestations, "drop", at_last)
+        bringing = asyncio.create_task(beside.provenance.put(subject.digest, bundle))
+        await timed.wait()
+        signing = Attester(substituter.services, lambda: True)
+        for _ in range(4):
+            await signing._step()
+        signing._thread.shutdown()
+        assert committed.is_set()
+        assert covered(tmp_path) == [item.hash]
 
 
 async def test_revocation_at_each_wait_of_an_attestation(tmp_path: Path, gate: Gate) -> None:
@@ -567,8 +635,7 @@ async def test_revocation_at_each_wait_of_an_attestation(tmp_path: Path, gate: G
     async def act(folder: Path, gate: Gate) -> None:
         folder.mkdir(parents=True)
         config = Config(**settings(folder, **accept))
-        migrate(config.storage.index)
-        LocalStorage(config.storage.url).prepare(CacheInfo(config.store_dir))
+        prepare(config)
         async with command(config) as substituter:
 
             async def revoke_it() -> None:
@@ -585,5 +652,49 @@ async def test_revocation_at_each_wait_of_an_attestation(tmp_path: Path, gate: G
                 with pytest.raises(NotFound):
                     await substituter.signatures.attestations_of(Hash("sha256", subject.digest))
                 assert not list((folder / "storage").glob("attestations/*"))
+
+    await everywhere(gate, tmp_path, act)
+
+
+@pytest.mark.parametrize("first", ["who fails", "who is taken"])
+async def test_an_attestation_that_is_brought_twice_has_its_file(
+    tmp_path: Path, gate: Gate, first: str
+) -> None:
+    """Workers with the rules of before take one of a digest, those that come take two."""
+    attester = CosignKey.generate()
+    subject = Subject("app", bytes(32))
+    older, bundle = (
+        KeySigner(attester, None, timeout=1).sign_statement(
+            render_statement([subject], f"https://example.org/{kind}/v1", {})
+        )
+        for kind in ("built", "tested")
+    )
+    accept = {"accept": [{"cosign_key": attester.public.render()}]}
+
+    async def act(folder: Path, gate: Gate) -> None:
+        folder.mkdir(parents=True)
+        before, after = (
+            Config(**settings(folder, attestations=accept | {"per_digest": most}))
+            for most in (1, 2)
+        )
+        prepare(before)
+        async with command(before) as bringing:
+            assert await bringing.provenance.put(subject.digest, older)
+        async with command(before) as failing, command(after) as taking:
+
+            async def fail() -> None:
+                with suppress(UploadTooLarge):
+                    assert not await failing.provenance.put(subject.digest, bundle)
+
+            async def take() -> None:
+                assert await taking.provenance.put(subject.digest, bundle)
+
+            one, other = (fail, take) if first == "who fails" else (take, fail)
+            gate.action = other
+            await one()
+            gate.action = None
+            if first == "who is taken" or gate.done:
+                found = await taking.signatures.attestations_of(Hash("sha256", subject.digest))
+                assert len(found) == 2
 
     await everywhere(gate, tmp_path, act)

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
+import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from narseal.nix.keys import Signature
-from narseal.nix.narinfo import MOST_BUT_OURS
+from narseal.config import Config
+from narseal.nix.keys import PublicKey, Signature
+from narseal.nix.narinfo import MOST_BUT_OURS, NarInfo
 from narseal.nix.realisation import parse_at
+from narseal.pipeline.substituter import Substituter
+from narseal.storage import Epoch, Revocation
 from tests.faults.test_policy import guarded
 from tests.tools.cache import Entry, entry, key, store_path
-from tests.tools.narseal import OPERATOR, UPSTREAM, Client, metric, narseal
+from tests.tools.narseal import OPERATOR, UPSTREAM, Client, metric, narseal, settings
 from tests.tools.upstream import FakeCache, Gate
+from tests.tools.waiting import eventually
 
 BUILDER, OTHER = key("builder-1"), key("other-1")
 APP = entry("app-1", b"app", compression="zstd")
@@ -228,3 +235,71 @@ async def test_a_realisation_waits_for_its_paths_signatures_and_no_longer(
     upstream.add(APP.signed(UPSTREAM, BUILDER))
     async with narseal(tmp_path, at(upstream), **RULES) as client:
         assert (await client.get(name))[0] == 200
+
+
+async def test_that_signatures_cannot_be_kept_is_our_trouble_for_realisations_too(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    upstream.add(APP.signed(UPSTREAM))
+    name = f"build-trace-v2/{store_path('app.drv')}/out.doi"
+    bare = f'{{"outPath":"{APP.info.store_path}","signatures":[]}}'.encode()
+    parsed = parse_at(name, bare)
+    upstream.files[name] = parsed.with_signatures((UPSTREAM.sign(parsed.fingerprint()),)).render()
+    async with narseal(tmp_path, at(upstream)) as client:
+        await admitted(client)
+        assert (await client.get(name))[0] == 200
+    upstream.add(APP.signed(UPSTREAM, BUILDER))
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as index:
+        index.execute(
+            "CREATE TRIGGER full BEFORE UPDATE ON path BEGIN SELECT RAISE(ABORT, 'disk full'); END"
+        )
+    async with narseal(tmp_path, at(upstream), **RULES, limits={"negative_ttl": "100ms"}) as client:
+        assert (await client.get(name))[0] == 503
+        with closing(sqlite3.connect(tmp_path / "index.sqlite")) as index:
+            index.execute("DROP TRIGGER full")
+
+        async def is_there() -> bool:
+            return (await client.get(name))[0] == 200
+
+        await eventually(is_there)
+
+
+async def test_what_is_long_to_verify_is_verified_in_threads(
+    tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    references = tuple(store_path(f"reference-{n}") for n in range(2000))
+    wide = entry("app-1", b"app", compression="zstd", references=references)
+    verifies, where = PublicKey.verifies, set[bool]()
+
+    def watched(key: PublicKey, message: bytes, signature: Signature) -> bool:
+        if len(message) > 64 << 10:
+            where.add(threading.current_thread() is threading.main_thread())
+        return verifies(key, message, signature)
+
+    async def answered(client: Client, names: set[str]) -> None:
+        status, body, _ = await client.get(f"{wide.hash}.narinfo")
+        assert status == 200, body
+        assert {s.key_name for s in NarInfo.parse(body).signatures} == names
+
+    monkeypatch.setattr(PublicKey, "verifies", watched)
+    upstream.add(wide.signed(UPSTREAM))
+    async with narseal(tmp_path, at(upstream)) as client:
+        await answered(client, {"upstream-1", "operator-1"})
+    # a younger rule, and then an upload of one signature more
+    upstream.add(wide.signed(UPSTREAM, BUILDER))
+    async with guarded(tmp_path, at(upstream), policy=[RULE]) as pipeline:
+        await answered(pipeline.client, {"upstream-1", "operator-1", "builder-1"})
+        more = wide.signed(OTHER).info.render()
+        assert (await pipeline.put(f"{wide.hash}.narinfo", more))[0] == 200
+        await answered(pipeline.client, {"upstream-1", "operator-1", "builder-1", "other-1"})
+    # a key that is revoked: what is left is looked for
+    config = Config(**settings(tmp_path, at(upstream), policy=[RULE]))
+    async with Substituter.opened(
+        config, epoch=Epoch.of(config.storage.index), serving=False
+    ) as substituter:
+        await substituter.revoking.revoke(
+            Revocation("key", OTHER.name, "", 0.0, "stolen"), lambda *_: None
+        )
+    async with guarded(tmp_path, at(upstream), policy=[RULE]) as pipeline:
+        await answered(pipeline.client, {"upstream-1", "operator-1", "builder-1"})
+    assert where == {False}

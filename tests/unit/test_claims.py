@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from narseal.errors import BadUpload, NotFound
+from narseal.errors import BadUpload, NotFound, Unavailable
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MAX_SIGNATURES, MOST_BUT_OURS
 from narseal.storage import Epoch, Index, NarRecord, PathRecord, Revocation, still_says
@@ -25,7 +25,7 @@ def by(name: str, number: int = 0) -> Signature:
     return Signature(name, key(name).sign(b"%d" % number).data)
 
 
-def nobody(signatures: Iterable[Signature]) -> tuple[Signature, ...]:
+async def nobody(signatures: Iterable[Signature]) -> tuple[Signature, ...]:
     return ()
 
 
@@ -112,7 +112,7 @@ async def test_how_many_signatures_uploads_may_leave(tmp_path: Path) -> None:
 async def test_an_upload_takes_room_from_strangers_for_who_is_known_and_no_name_of_ours(
     tmp_path: Path,
 ) -> None:
-    def known(signatures: Iterable[Signature]) -> list[Signature]:
+    async def known(signatures: Iterable[Signature]) -> list[Signature]:
         return [signature for signature in signatures if signature.key_name == "z"]
 
     async with index(tmp_path) as found:
@@ -123,6 +123,40 @@ async def test_an_upload_takes_room_from_strangers_for_who_is_known_and_no_name_
         assert {by("a-1"), by("z")} < set(signed) and by("b_1") not in signed
         signed, ours = await found.paths.sign(HASH, [by("a-1", 2)], verified=known)
         assert by("a-1", 2) not in signed and ours == {"a-1"}
+
+
+async def test_what_comes_while_an_upload_is_verified_is_judged_too(tmp_path: Path) -> None:
+    """Nobody holds the index meanwhile: others write."""
+    asked: list[set[Signature]] = []
+    async with index(tmp_path) as found:
+
+        async def known(signatures: Iterable[Signature]) -> list[Signature]:
+            asked.append(set(signatures))
+            if len(asked) == 1:
+                await found.paths.sign(HASH, [by("y"), *strangers])
+            return [signature for signature in signatures if signature.key_name in ("y", "z")]
+
+        strangers = [by("m", n) for n in range(MAX_SIGNATURES - 2)]
+        signed, _ = await found.paths.sign(HASH, [by("z")], verified=known)
+        assert asked == [{by("z")}, {by("y"), *strangers}], "each once"
+        assert {by("a-1"), by("y"), by("z")} < set(signed)
+        assert len(signed) == MAX_SIGNATURES
+
+
+async def test_who_never_comes_to_an_end_of_verifying_is_told_so(tmp_path: Path) -> None:
+    async with index(tmp_path) as found:
+        count = 0
+
+        async def known(signatures: Iterable[Signature]) -> list[Signature]:
+            nonlocal count
+            count += 1
+            await found.paths.sign(HASH, [by("m", count)])
+            return []
+
+        with pytest.raises(Unavailable, match="try again"):
+            await found.paths.sign(HASH, [by("z")], verified=known)
+        admitted = await found.path(HASH)
+        assert admitted and by("z") not in admitted[0].signatures
 
 
 async def test_every_worker_hears_of_a_withdrawal(tmp_path: Path) -> None:

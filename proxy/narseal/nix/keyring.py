@@ -55,6 +55,12 @@ class KeyRing:
         """
         return tuple(self._good(message, signatures))
 
+    def each_verified(
+        self, message: bytes, signatures: Iterable[Signature]
+    ) -> frozenset[Signature]:
+        """The same, however many bad ones are among them: of those that a row has, which are few."""
+        return frozenset(s for s in signatures if self.verified(message, [s]))
+
     def signer(self, message: bytes, signatures: Iterable[Signature]) -> str | None:
         """The name of the first key of this ring that signed the message, None if none did."""
         return next((s.key_name for s in self._good(message, signatures)), None)

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from narseal.errors import Refused
 from narseal.nix.hashes import Hash
 from narseal.storage import schema
-from narseal.storage.attestations import enqueue, enqueue_again, forget_path, leave
+from narseal.storage.attestations import enqueue, forget_path, leave
 from narseal.storage.records import (
     PATHS,
     Admitted,
@@ -63,7 +63,7 @@ class Admissions:
     async def enqueue_path(self, connection: AsyncConnection, hash_part: str) -> None:
         """Let a path wait for its Sigstore signature, if it was not attested."""
         query = select(schema.path.c.nar_file).where(schema.path.c.hash_part == hash_part)
-        await enqueue_again(connection, [(await connection.execute(query)).scalar_one()])
+        await enqueue(connection, [(await connection.execute(query)).scalar_one()])
 
     async def admit_all(
         self, connection: AsyncConnection, group: list[Admitted]

@@ -31,10 +31,16 @@ from narseal.storage.revocations import Revoked, revoked_by_now
 _Ask = Callable[[Select[Any]], Awaitable[list[Row[Any]]]]
 
 
+#: So many seconds later a path waits since, each time it is enqueued again: its row is another one then, and
+#: its place the same. It is some times what a column of Unix times holds apart.
+_ANEW = 1e-6
+
+
 def _enqueue(*conditions: Any, again: bool = False) -> Insert:
     """Paths with a stored NAR, not attested as that file: they wait from now on.
 
-    `again`: those that wait already, too.
+    `again`: those that wait already, too. They keep their place, and are another row to whoever
+    read them before, whatever the clocks of both say.
     """
     done = exists().where(
         schema.attested.c.hash_part == schema.path.c.hash_part,
@@ -48,12 +54,13 @@ def _enqueue(*conditions: Any, again: bool = False) -> Insert:
     fresh = insert_or(schema.waiting).from_select(["hash_part", "since"], rows)
     if not again:
         return fresh.on_conflict_do_nothing()
-    return fresh.on_conflict_do_update(["hash_part"], set_={"since": fresh.excluded.since})
+    return fresh.on_conflict_do_update(
+        ["hash_part"], set_={"since": schema.waiting.c.since + _ANEW}
+    )
 
 
 _OF_FILES = schema.path.c.nar_file.in_(bindparam("among", expanding=True))
-_ENQUEUE = _enqueue(_OF_FILES)
-_ENQUEUE_AGAIN = _enqueue(_OF_FILES, again=True)
+_ENQUEUE = _enqueue(_OF_FILES, again=True)
 # SQLite wants a WHERE before ON CONFLICT in an INSERT from a SELECT, and there is one
 _ENQUEUE_ALL = _enqueue()
 _LEAVE = delete(schema.waiting).where(
@@ -67,16 +74,12 @@ def bundle_name(digest: bytes) -> str:
 
 
 async def enqueue(connection: AsyncConnection, files: Sequence[str]) -> None:
-    """Within a transaction that publishes or admits: the paths of these files wait."""
-    await connection.execute(_ENQUEUE, {"among": files, "now": time.time()})
+    """Within a transaction after which rules may let paths of these files through: they wait.
 
-
-async def enqueue_again(connection: AsyncConnection, files: Sequence[str]) -> None:
-    """Within a transaction after which rules may let paths through that they kept back.
-
-    They wait anew: who judged them before does not take them off the queue.
+    They wait anew: who read them before, and judges them by what held then, does not take them off
+    the queue.
     """
-    await connection.execute(_ENQUEUE_AGAIN, {"among": files, "now": time.time()})
+    await connection.execute(_ENQUEUE, {"among": files, "now": time.time()})
 
 
 async def leave(connection: AsyncConnection, file: str) -> None:
@@ -102,7 +105,8 @@ _WAITING = schema.waiting.join(
     schema.path, schema.path.c.hash_part == schema.waiting.c.hash_part
 ).join(schema.nar, schema.nar.c.file == schema.path.c.nar_file)
 _ALL_WAITING = (
-    PATHS.join(schema.waiting, schema.waiting.c.hash_part == schema.path.c.hash_part)
+    PATHS.add_columns(schema.waiting.c.since)
+    .join(schema.waiting, schema.waiting.c.hash_part == schema.path.c.hash_part)
     .where(*_IN_FORCE)
     .order_by(schema.waiting.c.since, schema.path.c.hash_part)
 )
@@ -122,6 +126,9 @@ _OURS = (
     .where(~schema.path.c.withdrawn)
 )
 _GROUP = 500
+_DROP = delete(schema.waiting).where(
+    schema.waiting.c.hash_part == bindparam("who"), schema.waiting.c.since == bindparam("read")
+)
 
 
 #: So many times as many attestations of a digest by all signers as by one.
@@ -136,6 +143,15 @@ class Signed:
     statement: bytes
     #: What was revoked when it was verified.
     judged: Revoked
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A path that waits, as it was read."""
+
+    admitted: Admitted
+    #: Another one by now, if it was enqueued again.
+    since: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +196,11 @@ class Attestations:
         row = (await self._survey(query))[0]
         return int(row.waiting), row.since
 
-    async def oldest(self, limit: int) -> list[Admitted]:
+    async def oldest(self, limit: int) -> list[Waiting]:
         """The paths that wait longest, with their stored NARs."""
-        return await admitted_of_all(await self._ask(_ALL_WAITING.limit(limit)), self._store_dir)
+        rows = await self._ask(_ALL_WAITING.limit(limit))
+        found = await admitted_of_all(rows, self._store_dir)
+        return [Waiting(path, row.since) for path, row in zip(found, rows, strict=True)]
 
     async def still_waiting(self, paths: Sequence[Admitted]) -> list[Admitted]:
         """Those of some paths that wait, and of which the index says what it said."""
@@ -248,11 +266,18 @@ class Attestations:
 
         await self._engines.write(work)
 
-    async def has(self, digest: bytes) -> bool:
-        """Whether a bundle is recorded."""
-        named = schema.attestation.c.digest == digest
-        query: Select[Any] = select(schema.attestation.c.digest).where(named)
-        return bool(await self._ask(query))
+    async def discard(self, digest: bytes, remove: Callable[[], Awaitable[None]]) -> None:
+        """Have a bundle's file taken away, unless it is recorded.
+
+        Within a transaction, as `put` looks for the file: no bundle is recorded without one.
+        """
+        query = select(schema.attestation.c.digest).where(schema.attestation.c.digest == digest)
+
+        async def work(connection: AsyncConnection) -> None:
+            if (await connection.execute(query)).first() is None:
+                await remove()
+
+        await self._engines.write(work)
 
     async def digests(self) -> list[bytes]:
         """Of every bundle over a statement."""
@@ -307,10 +332,12 @@ class Attestations:
         subjects: frozenset[bytes],
         *,
         most: int,
+        is_there: Callable[[], Awaitable[bool]],
     ) -> bool | None:
         """Record a bundle that somebody brought; whether it is new.
 
-        None, and nothing is recorded, if anything else is revoked than when it was verified.
+        None, and nothing is recorded, if anything else is revoked than when it was verified, or its
+        file `is_there` no more: who brought it, too, and failed, took it away. See `discard`.
 
         It is not if the same signer's bundle over the same statement is there: however many ways
         there are to write it down. UploadTooLarge if one of its subjects has `most` attestations
@@ -319,7 +346,7 @@ class Attestations:
         """
 
         async def work(connection: AsyncConnection) -> bool | None:
-            if (await revoked_by_now(connection)).all != signed.judged.all:
+            if (await revoked_by_now(connection)).all != signed.judged.all or not await is_there():
                 return None
             table = schema.attestation.c
             known = (table.statement == signed.statement) & (table.signer == signed.signer)
@@ -355,27 +382,31 @@ class Attestations:
             await connection.execute(insert_or(schema.subject), covered)
             if self._attest:
                 rows = await connection.execute(select(schema.path.c.nar_file).where(_of(subjects)))
-                await enqueue_again(connection, sorted({row.nar_file for row in rows}))
+                await enqueue(connection, sorted({row.nar_file for row in rows}))
             return True
 
         return await self._engines.write(work)  # type: ignore[no-any-return]
 
-    async def paths_of(self, subjects: frozenset[bytes], *, withdrawn: bool = False) -> list[str]:
-        """The hash parts of the admitted paths that these file and NAR digests are of.
+    async def paths_of(self, subjects: frozenset[bytes]) -> list[str]:
+        """The hash parts of the admitted paths that these file and NAR digests are of."""
+        query: Select[Any] = select(schema.path.c.hash_part)
+        rows = await self._ask(query.where(_of(subjects), ~schema.path.c.withdrawn))
+        return [row.hash_part for row in rows]
 
-        With `withdrawn`, also of those that were withdrawn.
-        """
-        query: Select[Any] = select(schema.path.c.hash_part).where(_of(subjects))
-        if not withdrawn:
-            query = query.where(~schema.path.c.withdrawn)
-        return [row.hash_part for row in await self._ask(query)]
-
-    async def drop(self, hash_parts: Sequence[str], judged_at: float) -> None:
-        """Let paths wait no more that policy does not let through, unless they came anew since."""
-        gone = delete(schema.waiting).where(
-            schema.waiting.c.hash_part.in_(hash_parts), schema.waiting.c.since < judged_at
+    async def sharing(self, digests: frozenset[bytes], *, most: int) -> list[Admitted]:
+        """Up to so many paths that these file and NAR digests are of; withdrawn ones last."""
+        ordered = PATHS.where(_of(digests)).order_by(
+            schema.path.c.withdrawn, schema.path.c.hash_part
         )
-        await self._engines.write(lambda c: c.execute(gone))
+        return await admitted_of_all(await self._ask(ordered.limit(most)), self._store_dir)
+
+    async def drop(self, kept_back: Sequence[Waiting]) -> None:
+        """Let paths wait no more that policy does not let through, unless they came anew since."""
+        gone = [
+            {"who": path.admitted[0].info.store_path.hash_part, "read": path.since}
+            for path in kept_back
+        ]
+        await self._engines.write(lambda c: c.execute(_DROP, gone))
 
     async def single(self, file: str) -> bytes | None:
         """The signature of a single file, as far as a path of it is in force."""

@@ -6,15 +6,17 @@ revocations in its own transaction: what is revoked while somebody still signs i
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Row, Select, Table, func, literal, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from narseal.errors import BadUpload, NotFound
+from narseal.errors import BadUpload, NotFound, Unavailable
+from narseal.nix.keyring import KeyRing
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MAX_SIGNATURES, MOST_BUT_OURS
+from narseal.runtime.threads import by_size
 from narseal.storage.engine import Engines
 from narseal.storage.epoch import Epoch
 from narseal.storage.records import names_of, signatures_of
@@ -23,13 +25,23 @@ from narseal.storage.revocations import revoked_keys
 #: Signatures, and the names of the operator's keys whose are among them.
 Signed = tuple[tuple[Signature, ...], frozenset[str]]
 
-#: Those of some signatures that are by a key that is known.
-Verified = Callable[[Iterable[Signature]], Iterable[Signature]]
+#: Those of some signatures that are by a key that is known. It may take long.
+Verified = Callable[[Collection[Signature]], Awaitable[Collection[Signature]]]
 
 #: Done within the transaction that signed a row.
 OnSigned = Callable[[AsyncConnection, str], Awaitable[None]]
 
 _Ask = Callable[[Select[Any]], Awaitable[list[Row[Any]]]]
+_TRIES = 8
+
+
+def verified_by(ring: KeyRing, message: bytes) -> Verified:
+    """By a key of a ring, over a message."""
+
+    async def verified(signatures: Collection[Signature]) -> Collection[Signature]:
+        return await by_size(len(message), ring.each_verified, message, signatures)
+
+    return verified
 
 
 class Claims:
@@ -66,14 +78,18 @@ class Claims:
         Whoever else adds some at the same time loses none. `ours` are the names of the operator's
         keys whose signatures were made or verified: they have room before others'. Of an upload,
         `verified` says which are by a key that is known here: they have room before strangers', and
-        nothing in a name of the operator's is taken. NotFound if the row is gone, or is not `only`
-        what the signatures were verified for; BadUpload if an upload brings more strangers' than
-        are kept.
+        nothing in a name of the operator's is taken. It is asked outside the transaction, of all that
+        the row has then; if somebody added others meanwhile, it is asked of those. NotFound if the row
+        is gone, or is not `only` what the signatures were verified for; BadUpload if an upload brings
+        more strangers' than are kept.
         """
         table = self._table.c
         named = self._key == key if only is None else (self._key == key) & only
+        asked: set[Signature] = set()
+        known: set[Signature] = set()
 
-        async def work(connection: AsyncConnection) -> Signed:
+        async def work(connection: AsyncConnection) -> Signed | frozenset[Signature]:
+            """What the row has then; or, and nothing is written, what `verified` is to be asked of."""
             query = select(table.signatures, table.ours).where(named)
             row = (await connection.execute(query)).first()
             if row is None:
@@ -89,7 +105,9 @@ class Claims:
             others = [s for s in kept if s.key_name not in names]
             room = max(0, MAX_SIGNATURES - len(own))
             if verified:
-                good = set(verified(others))
+                if more := frozenset(others) - asked:
+                    return more
+                good = known.intersection(others)
                 others.sort(key=lambda s: (s not in good, s not in there, s))
                 room = min(room, max(MOST_BUT_OURS, len(there.intersection(others))))
                 if not good & new and not new.isdisjoint(others[room:]):
@@ -101,7 +119,14 @@ class Claims:
                 await self._on_signed(connection, key)
             return found, names
 
-        return await self._engines.write(work)  # type: ignore[no-any-return]
+        for _ in range(_TRIES):
+            done: Signed | frozenset[Signature] = await self._engines.write(work)
+            if not isinstance(done, frozenset):
+                return done
+            assert verified is not None  # else nothing is asked of it
+            known.update(await verified(done))
+            asked.update(done)
+        raise Unavailable(f"{key}: somebody adds signatures all the time; try again")
 
     async def withdraw(self, key: str) -> None:
         """Stop serving one; its pin stays."""

@@ -47,7 +47,7 @@ class Epoch:
         """The present value; another one than before means: forget what is in memory."""
         return self.cell[0]
 
-    async def settled(self, find: Callable[[], Awaitable[T]]) -> T:
+    async def unless_withdrawn(self, find: Callable[[], Awaitable[T]]) -> T:
         """What `find` finds while nothing is withdrawn; else it is found again.
 
         Unavailable if something is withdrawn all the time.

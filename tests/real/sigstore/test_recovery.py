@@ -163,7 +163,7 @@ async def signers(machine: Machine, item: Entry) -> set[str]:
 
 
 def test_every_section_has_commands() -> None:
-    assert len(sections()) == 6
+    assert len(sections()) == 7
     assert all(len(blocks) >= 2 for blocks in sections().values())
 
 
@@ -261,6 +261,11 @@ async def test_untrusted_key_of_an_upstream(machine: Machine, upstream: FakeCach
     await asyncio.to_thread(machine.run, exchanging)
     assert str(UPSTREAM.public) not in (machine.folder / "narseal.toml").read_text()
     assert await signers(machine, ITEMS[0]) == {"upstream-1", "cache.example.org-1"}
+    # that it was not revoked is not passed over
+    known, machine.environment["UPSTREAM_KEY"] = machine.environment["UPSTREAM_KEY"], "mistyped-1"
+    with pytest.raises(AssertionError, match="no key is called mistyped-1"):
+        await asyncio.to_thread(machine.run, revoking)
+    machine.environment["UPSTREAM_KEY"] = known
     await asyncio.to_thread(machine.run, revoking)
     for item in ITEMS:
         assert (await get(machine, f"{item.hash}.narinfo"))[0] == 404
@@ -311,7 +316,10 @@ async def test_index_from_a_backup(machine: Machine, upstream: FakeCache) -> Non
     assert said.rstrip().endswith("good")
     for item in (late, UPLOADED):
         assert await signers(machine, item) == {"cache.example.org-3"}
-    # and with no backup at all
+    # and with no backup at all, when the stolen key is in no configuration any more
+    removing = sections()["The substituter key was stolen"][3]
+    assert "rm /var/lib/narseal/keys/cache.example.org-1.secret" in removing
+    await asyncio.to_thread(machine.run, removing)
     await asyncio.to_thread(machine.run, blocks[1].replace("cp ", "true ") + blocks[2])
     for item in (late, UPLOADED, *ITEMS):
         assert "cache.example.org-3" in await signers(machine, item)

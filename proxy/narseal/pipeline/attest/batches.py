@@ -27,10 +27,17 @@ from narseal.errors import NarsealError, Refused, Unavailable
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
 from narseal.storage import Admitted, Revoked, SignedBatch, bundle_name
+from narseal.storage.attestations import Waiting
 from narseal.storage.records import is_void
 from narseal.telemetry import metrics
 
 T = TypeVar("T")
+
+
+class _SignerRevoked(Unavailable):
+    """What was signed already is of no use to whoever signs next."""
+
+
 _log = logging.getLogger(__name__)
 _LOOK = 1.0  # seconds between two looks at the queue
 _FIRST_PAUSE = 1.0
@@ -45,11 +52,16 @@ _TRIES = 8
 class _Begun:
     """A batch from its first try until it is recorded: each signature of it is made once."""
 
-    batch: list[Admitted]
+    batch: list[Waiting]
     heads: list[AuditHead]
     statement: bytes
     bundle: bytes | None = None
     singles: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[AttestedPath]:
+        """What it says of which paths."""
+        return [attested_path(path.admitted) for path in self.batch]
 
 
 class Attester:
@@ -96,7 +108,8 @@ class Attester:
                 if isinstance(error, Refused):
                     metrics.rejected.labels(error.reason).inc()
                 # what was answered for somebody else is not asked for again at once
-                pause = self._pause(_MANY + 1 if isinstance(error, Refused) else failures)
+                hopeless = isinstance(error, Refused | _SignerRevoked)
+                pause = self._pause(_MANY + 1 if hopeless else failures)
                 unknown = None if isinstance(error, NarsealError) else error
                 _log.warning(
                     "%s; the queue is kept, tried again in %.0f s", error, pause, exc_info=unknown
@@ -158,47 +171,48 @@ class Attester:
             return False
         await self._check_key()
         heads = await self._heads() if self._config.anchor_audit else []
-        paths = [attested_path(admitted) for admitted in batch]
+        paths = [attested_path(path.admitted) for path in batch]
         text = await asyncio.to_thread(statement.render, paths, heads)
         self._begun = _Begun(batch, heads, text)
         return True  # it is looked at again before each try, the first one too
 
-    async def _still_holds(self, batch: list[Admitted]) -> bool:
+    async def _still_holds(self, batch: list[Waiting]) -> bool:
         """Whether all of a batch waits as it did, and policy lets it through."""
-        if not self._is_current() or await self._attestations.still_waiting(batch) != batch:
+        admitted = [path.admitted for path in batch]
+        if not self._is_current() or await self._attestations.still_waiting(admitted) != admitted:
             return False
         return await self._passing(batch) == batch
 
-    async def _passing(self, waiting: list[Admitted]) -> list[Admitted]:
+    async def _passing(self, waiting: list[Waiting]) -> list[Waiting]:
         """Those that nothing speaks against; the others do not wait any more.
 
         They wait again when somebody attests or signs them, and after each start.
         """
-        began = time.time()
         revoked = (await self._revocations.now()).keys
-        passing: list[Admitted] = []
-        kept_back: list[str] = []
-        for path, nar in waiting:
+        passing: list[Waiting] = []
+        kept_back: list[Waiting] = []
+        for read in waiting:
+            path, nar = read.admitted
             names = {signature.key_name for signature in path.signatures}
             # what bears a revoked key's signature is held to its evidence first (`Renewal`)
             unheld = bool(revoked) and (is_void(path.evidence, revoked) or names & revoked)
             digests = content_digests(path.info, nar)
             if not unheld and await self._policy.passes(path.info, digests):
-                passing.append((path, nar))
+                passing.append(read)
             else:
-                kept_back.append(path.info.store_path.hash_part)
+                kept_back.append(read)
         if kept_back and self._is_current():
-            await self._attestations.drop(kept_back, began)
+            await self._attestations.drop(kept_back)
         return passing
 
     async def _check_key(self) -> None:
-        """Unavailable if the configured key is revoked: what waits, waits for another."""
+        """_SignerRevoked if the configured key is: what waits, waits for another."""
         key = self._sigstore.key
         if key and key.public.hint in (await self._revocations.now()).cosign_keys:
-            raise Unavailable("the cosign key is revoked: configure another (cosign.key)")
+            raise _SignerRevoked("the cosign key is revoked: configure another (cosign.key)")
 
     async def _check_signer(self, bundle: bytes) -> Revoked:
-        """What is revoked; Unavailable if whoever just signed is: what waits, waits for another."""
+        """What is revoked; _SignerRevoked if whoever just signed is: what waits, waits for another."""
         revoked = await self._revocations.now()
         await self._check_key()
         certificate = Bundle.parse(bundle).certificate
@@ -207,11 +221,30 @@ class Attester:
         named = CertificateNames.parse(certificate)
         for identity, issuer in product(named.identities, named.issuers):
             if revoked.bars(identity, issuer, named.began):
-                raise Unavailable(f"{identity} is revoked: let narseal sign as another identity")
+                raise _SignerRevoked(f"{identity} is revoked: let narseal sign as another identity")
         return revoked
 
     async def _finish(self, begun: _Begun) -> None:
         """Sign what of it is not signed yet, keep it, and take its paths off the queue."""
+        try:
+            await self._finish_signed(begun)
+        except _SignerRevoked:  # all of it is signed anew, when somebody else does
+            if begun.bundle is not None:
+                await self._discard(begun.bundle)
+            begun.bundle = None
+            begun.singles.clear()
+            raise
+
+    async def _discard(self, bundle: bytes) -> None:
+        """Take a bundle's file away, if it was written and is not recorded."""
+        digest = hashlib.sha256(bundle).digest()
+
+        async def remove() -> None:
+            await asyncio.to_thread(self._folder.local.remove, bundle_name(digest))
+
+        await self._attestations.discard(digest, remove)
+
+    async def _finish_signed(self, begun: _Begun) -> None:
         await self._check_key()
         bundle = await self._run(self._sign, begun)
         await self._check_signer(bundle)  # revoked while the services were slow: it is not kept
@@ -224,7 +257,7 @@ class Attester:
             subjects = heads.union(*(attested_path(admitted).digests() for admitted in covered))
             metrics.attest_batch_subjects.observe(len(subjects))
         else:  # all of it was withdrawn meanwhile
-            await self._run(self._folder.local.remove, bundle_name(digest))
+            await self._discard(bundle)
         await self._look()
 
     async def _record(self, begun: _Begun, bundle: bytes, digest: bytes) -> Sequence[Admitted]:
@@ -233,7 +266,8 @@ class Attester:
             revoked = await self._check_signer(bundle)
             heads = frozenset(head.digest for head in begun.heads)
             passing = await self._passing(begun.batch)
-            batch = SignedBatch(digest, statement.PREDICATE_TYPE, passing, heads, begun.singles)
+            paths = [path.admitted for path in passing]
+            batch = SignedBatch(digest, statement.PREDICATE_TYPE, paths, heads, begun.singles)
             covered = await self._attestations.commit(batch, revoked, self._is_current)
             if covered is not None:
                 return covered
@@ -248,7 +282,7 @@ class Attester:
         if begun.bundle is None:
             with metrics.signing("batch"):
                 begun.bundle = signer.sign_statement(begun.statement)
-        for path in map(attested_path, begun.batch) if self._sigstore.per_file else ():
+        for path in begun.paths if self._sigstore.per_file else ():
             if path.file not in begun.singles:
                 with metrics.signing("file"):
                     begun.singles[path.file] = signer.sign_digest(path.file_hash.digest)
@@ -263,18 +297,18 @@ def attested_path(admitted: Admitted) -> AttestedPath:
     return AttestedPath(path.info, nar.file, nar.file_hash)
 
 
-def _batch(waiting: list[Admitted], most: int) -> tuple[list[Admitted], bool]:
+def _batch(waiting: list[Waiting], most: int) -> tuple[list[Waiting], bool]:
     """As many of the first as fit into one statement; whether more would not have fitted."""
     subjects: set[bytes] = set()
-    batch: list[Admitted] = []
+    batch: list[Waiting] = []
     facts = 0
-    for admitted in waiting:
-        more = attested_path(admitted).digests()
-        references = admitted[0].info.references
+    for path in waiting:
+        more = attested_path(path.admitted).digests()
+        references = path.admitted[0].info.references
         size = len(references.text) + 15 * len(references) + 600
         if len(subjects | more) > most or (batch and facts + size > _MAX_FACTS):
             return batch, True
         subjects |= more
         facts += size
-        batch.append(admitted)
+        batch.append(path)
     return batch, len(waiting) >= most

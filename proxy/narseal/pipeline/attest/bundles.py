@@ -19,6 +19,9 @@ from narseal.pipeline.trust.policy import content_digests
 from narseal.runtime.files import OpenFile
 from narseal.storage import Admitted, Attestation, bundle_name
 
+#: Paths with the same content that one question may have policy judge.
+_MOST_JUDGED = 500
+
 
 class Signatures:
     """What is known of files and digests. NotFound, or NotYet while a path waits; Denied by policy."""
@@ -36,7 +39,7 @@ class Signatures:
     async def bundle_of(self, file: str) -> bytes | OpenFile:
         """A file's own signature if it has one, else the batch that covers it, which may be large."""
         absence = await self._absence(file, f"nar/{file}")
-        single, batch = await self._epoch.settled(lambda: self._of_file(file))
+        single, batch = await self._epoch.unless_withdrawn(lambda: self._of_file(file))
         if single is not None:
             return single
         if batch is not None and (found := await self._open(batch)) is not None:
@@ -59,7 +62,8 @@ class Signatures:
         """The names, for `bundles`, of all whose statements cover a file's or a NAR's SHA-256.
 
         What others say of it goes where its NAR goes; what we said of a path, only while the path
-        is admitted and policy lets it through.
+        is admitted and policy lets it through. Where more paths share it than anybody is to have
+        judged by one question, what we said of the others is found by their paths.
         """
         absence = await self._absence(f"{digest.nix32}.nar", f"sha256:{digest.digest.hex()}")
         subjects = frozenset((digest.digest,))
@@ -68,12 +72,11 @@ class Signatures:
             if not self._policy.active:  # as many paths as may share an empty file
                 ours = await self._attestations.ours_of(subjects)
                 return await self._names(ours, subjects)
-            hash_parts = await self._attestations.paths_of(subjects, withdrawn=True)
-            found = [await self._index.path(hash_part) for hash_part in hash_parts]
-            ours = await self._ours([admitted for admitted in found if admitted])
+            found = await self._attestations.sharing(subjects, most=_MOST_JUDGED)
+            ours = await self._ours(found)
             return await self._names(ours, subjects)
 
-        if not (names := await self._epoch.settled(find)):
+        if not (names := await self._epoch.unless_withdrawn(find)):
             raise absence
         return names
 
@@ -88,7 +91,7 @@ class Signatures:
                 await self._ours([found]), content_digests(found[0].info, found[1])
             )
 
-        if not (names := await self._epoch.settled(find)):
+        if not (names := await self._epoch.unless_withdrawn(find)):
             raise NotFound(f"there is no attestation of {store_path}")
         return names
 
@@ -137,7 +140,7 @@ class Signatures:
 
     async def _single(self, file: str) -> Bundle:
         absence = await self._absence(file, f"nar/{file}")
-        single, batch = await self._epoch.settled(lambda: self._of_file(file))
+        single, batch = await self._epoch.unless_withdrawn(lambda: self._of_file(file))
         if single is not None:
             return Bundle.parse(single)
         if batch is not None:

@@ -6,7 +6,6 @@ import logging
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 
 from narseal.cosign.verify import Verified
 from narseal.errors import (
@@ -20,7 +19,6 @@ from narseal.errors import (
     Unavailable,
 )
 from narseal.nix.inspection import Measured, check_addressed
-from narseal.nix.keyring import KeyRing
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.nars.fetcher import Fetcher
 from narseal.pipeline.nars.transfer import Origin
@@ -32,6 +30,7 @@ from narseal.pipeline.trust.evidence import CONTENT_ADDRESS
 from narseal.pipeline.trust.sigstore import signer_of
 from narseal.pipeline.trust.upstream_bundles import UpstreamBundles
 from narseal.storage import Admitted, NarRecord, PathRecord, still_says
+from narseal.storage.claims import verified_by
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 from narseal.upstream.race import Answers
@@ -40,12 +39,6 @@ _log = logging.getLogger(__name__)
 _TRIES = 4
 #: Paths that one question may have fetched in advance, however deep they refer to each other.
 _MOST_PREFETCHED = 500
-
-
-def _signed_by(ring: KeyRing, name: str, path: PathRecord) -> bool:
-    """Whether a path has a good signature by a key of a name; each is tried, bad ones before it too."""
-    named = (s for s in path.signatures if s.key_name == name)
-    return any(ring.verified(path.message, [signature]) for signature in named)
 
 
 @dataclass(slots=True)
@@ -117,8 +110,8 @@ class Admission:
         store_path, message = path.info.store_path, path.message
         revoked = (await self._index.revocations.now()).keys
         asked_for = self._policy.signers(store_path).without(revoked)
-        good = {name for name in asked_for.names if _signed_by(asked_for, name, path)}
-        if not self._services.upstreams or good >= set(asked_for.names):
+        good = await verified_by(asked_for, message)(path.signatures)
+        if not self._services.upstreams or set(asked_for.names) <= {s.key_name for s in good}:
             return None
         try:
             more = await self._finder.signatures(path)
@@ -126,20 +119,19 @@ class Admission:
             _log.debug("%s: no more signatures: %s", store_path, error)
             return None
         known = self._finder.known_signers(store_path).without(revoked)
-        has = {name for name in known.names if _signed_by(known, name, path)}
+        good = await verified_by(known, message)(path.signatures)
+        has = {signature.key_name for signature in good}
         new = {signature for signature in more if signature.key_name not in has}
         if not new:
             return None
         # what only bears the name of a key takes no room from what is by it
-        false = [
-            s for s in path.signatures if s.key_name in known and not known.verified(message, [s])
-        ]
+        false = [s for s in path.signatures if s.key_name in known and s not in good]
         with suppress(NotFound):  # it was withdrawn, or is another one by now
             await self._index.paths.sign(
                 store_path.hash_part,
                 new,
                 drop=false,
-                verified=partial(known.verified, message),
+                verified=verified_by(known, message),
                 only=still_says(path),
             )
             return await self._index.path(store_path.hash_part)

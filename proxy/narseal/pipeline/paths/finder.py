@@ -113,7 +113,10 @@ class Finder:
                             error, upstream=upstream.config.url, thing=str(info.store_path)
                         )
                         continue
-                    for signature in known.verified(message, candidate.info.signatures):
+                    by_known = await by_size(
+                        len(message), known.verified, message, candidate.info.signatures
+                    )
+                    for signature in by_known:
                         more.setdefault(signature.key_name, signature)
                     all_of_them = info.with_signatures((*info.signatures, *more.values()))
                     if await self._policy.passes(all_of_them, content_digests(info, nar)):

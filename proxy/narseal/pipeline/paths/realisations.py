@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from narseal.custody.requests import RealisationRequest
 from narseal.custody.tokens import Token
@@ -28,6 +27,7 @@ from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
 from narseal.runtime.threads import by_size
 from narseal.storage import RealisationRecord
+from narseal.storage.claims import verified_by
 from narseal.storage.records import is_void, says
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream
@@ -66,7 +66,7 @@ class Realisations:
             except Denied as denied:  # its rule may ask for signatures that the path lacks
                 try:
                     await self._admission.path(found.entry.out_path.hash_part)
-                except NarsealError as error:
+                except (Denied, NotFound, Refused, Malformed) as error:
                     raise denied from error
                 await self._renewal.check_out_path(found)
             return await self._renewal.realisation(found)
@@ -161,7 +161,7 @@ class Realisations:
             raise kind(str(error)) from error
         if more := set(kept.signatures) - set(admitted.signatures):
             ring = KeyRing.of(self._trusted.keys, self._own.keys)
-            verified = partial(ring.verified, entry.fingerprint())
+            verified = verified_by(ring, entry.fingerprint())
             try:
                 await self._index.realisations.sign(
                     name, more, verified=verified, only=says(record)

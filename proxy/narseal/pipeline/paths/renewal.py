@@ -13,6 +13,7 @@ from narseal.nix.keyring import KeyRing
 from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
+from narseal.runtime.threads import by_size
 from narseal.storage import Admitted, NarRecord, PathRecord, RealisationRecord
 from narseal.storage.claims import Claims
 from narseal.storage.records import says
@@ -135,7 +136,8 @@ class Renewal:
     ) -> None:
         """Hold a record to a signature by a key that is not revoked, or to what `verify` measures."""
         pinned = self._pinned.without(revoked)
-        if pinned.signer(record.message, record.signatures):
+        message = record.message
+        if await by_size(len(message), pinned.signer, message, record.signatures):
             return
         try:
             await verify()

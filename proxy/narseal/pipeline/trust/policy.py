@@ -27,7 +27,7 @@ from narseal.nix.keys import PublicKey
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.trust.sigstore import ExpectedSigners, check_not_revoked, verified
-from narseal.runtime.threads import ThreadPools
+from narseal.runtime.threads import ThreadPools, by_size
 from narseal.storage import (
     Admitted,
     Attestation,
@@ -164,7 +164,7 @@ class Policy:
         self, wanted: RequirementConfig, info: NarInfo, digests: frozenset[bytes]
     ) -> tuple[bool, str]:
         if wanted.require == "signature":
-            return self._is_signed(wanted, info, (await self._revocations.now()).keys)
+            return await self._is_signed(wanted, info, (await self._revocations.now()).keys)
         if wanted.require in ("attestation", "cosign-signature"):
             return await self._is_attested(wanted, info, digests)
         reasons = []
@@ -175,20 +175,18 @@ class Policy:
             reasons.append(why)
         return wanted.require == "all", "; ".join(reasons)
 
-    def _is_signed(
+    async def _is_signed(
         self, wanted: RequirementConfig, info: NarInfo, revoked: frozenset[str]
     ) -> tuple[bool, str]:
         message = info.fingerprint()
-        names = []
-        for text in wanted.keys:
-            key = self._keys[text]
-            if key.name in revoked:
-                names.append(f"{key.name} (revoked)")
-                continue
-            names.append(key.name)
-            for signature in info.signatures:
-                if signature.key_name == key.name and key.verifies(message, signature):
-                    return True, f"signed by {key.name}"
+        keys = [self._keys[text] for text in wanted.keys]
+        ring = KeyRing.of(keys).without(revoked)
+        good = await by_size(len(message), ring.each_verified, message, info.signatures)
+        signers = {signature.key_name for signature in good}
+        for key in keys:
+            if key.name in signers:
+                return True, f"signed by {key.name}"
+        names = [f"{k.name} (revoked)" if k.name in revoked else k.name for k in keys]
         return False, f"it has no signature by {' or '.join(names)}"
 
     async def _is_attested(

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from narseal.config import SIGNATURE
@@ -80,7 +81,7 @@ class Provenance:
 
         Of a path that is kept back no more than its 403 says.
         """
-        return await self._epoch.settled(lambda: self._status(store_path))
+        return await self._epoch.unless_withdrawn(lambda: self._status(store_path))
 
     async def _status(self, store_path: StorePath) -> dict[str, Any]:
         (path, nar), admitted = await self._finder.preview(store_path)
@@ -117,14 +118,12 @@ class Provenance:
         except Malformed as error:
             raise BadUpload(str(error)) from error
         name = hashlib.sha256(brought.bundle).digest()
-        if not await self._attestations.has(name):
-            await self._folder.write(bundle_name(name), brought.bundle)
         new = False
         try:
             new = await self._recorded(name, brought, digest, signed)
         finally:
-            if not new and not await self._attestations.has(name):
-                await self._folder.remove(bundle_name(name))
+            if not new:
+                await self._attestations.discard(name, partial(self._remove, name))
         if new:
             _log.info(
                 "took an attestation of %s",
@@ -138,16 +137,26 @@ class Provenance:
     async def _recorded(
         self, name: bytes, brought: _Brought, digest: bytes, signed: Signed
     ) -> bool:
-        """Record it, whether it is new; verified again if somebody revoked meanwhile."""
+        """Write and record it, whether it is new; verified again if somebody revoked meanwhile."""
+        is_there = partial(self._is_there, name)
         for _ in range(_TRIES):
+            if not await is_there():
+                await self._folder.write(bundle_name(name), brought.bundle)
             new = await self._attestations.put(
-                name, brought.predicate_type, signed, brought.subjects, most=self._config.per_digest
-            )
+                name, brought.predicate_type, signed, brought.subjects,
+                most=self._config.per_digest, is_there=is_there,
+            )  # fmt: skip
             if new is not None:
                 return new
             self._epoch.advance()  # who revoked may not have come to say so
             signed = await self._verify(brought, digest)
-        raise Unavailable("keys are being revoked; bring it again")
+        raise Unavailable("keys are being revoked, or others bring it too; bring it again")
+
+    async def _is_there(self, name: bytes) -> bool:
+        return not await self._threads.run(self._folder.local.lacks, bundle_name(name))
+
+    async def _remove(self, name: bytes) -> None:
+        await self._threads.run(self._folder.local.remove, bundle_name(name))
 
     async def _verify(self, brought: _Brought, digest: bytes) -> Signed:
         """Who signed it, of those who may; BadUpload says why it is nobody."""

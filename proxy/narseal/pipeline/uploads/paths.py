@@ -49,6 +49,7 @@ from narseal.storage import (
     PathRecord,
     still_says,
 )
+from narseal.storage.claims import verified_by
 
 #: The token of who uploads, checked as of now; Unauthorised if it is none any more.
 Identify = Callable[[], Awaitable[Token]]
@@ -174,7 +175,8 @@ class Uploads:
 
     async def _merge(self, path: PathRecord, nar: NarRecord, info: NarInfo, token: Token) -> None:
         """Add good signatures; whatever else the narinfo says stays as it was."""
-        if path.info.fingerprint() != info.fingerprint():
+        message = info.fingerprint()
+        if path.info.fingerprint() != message:
             raise UploadConflict(
                 f"{info.store_path} is here with NarHash {path.info.nar_hash}, and nothing is"
                 f" overwritten; the upload says {info.nar_hash}"
@@ -184,7 +186,7 @@ class Uploads:
             more = {signature for signature in more if signature.key_name in self._known}
         if not more:
             return
-        verified = partial(self._known.verified, info.fingerprint())
+        verified = verified_by(self._known, message)
         try:
             await self._index.paths.sign(
                 info.store_path.hash_part, more, verified=verified, only=still_says(path)
