@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from narseal.config import Config
 from narseal.cosign.keys import CosignKey
@@ -425,6 +426,28 @@ async def test_who_may_leave_attestations_and_how_many(tmp_path: Path) -> None:
         assert (await pipeline.attest(str(OTHER.info.store_path), many))[0] == 404
     async with guarded(tmp_path, policy=[]) as pipeline:
         assert (await pipeline.attest(digest_of(APP), attested(APP)))[0] == 405
+
+
+async def test_a_large_attestation_waits_for_no_upstream_that_another_ones_path_is_asked_of(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Of large ones there is one at a time in memory."""
+    let_go = asyncio.Event()
+
+    async def hang(_: web.Request) -> web.StreamResponse:
+        await let_go.wait()
+        return web.Response(status=404)
+
+    absent = entry("absent-app-1", b"absent")
+    upstream.fault(f"{absent.hash}.narinfo", hang, times=10)
+    there = {"url": upstream.url, "timeout": "300s", "public_keys": [str(UPSTREAM.public)]}
+    async with guarded(tmp_path, there) as pipeline:
+        large = attested(APP, note="x" * (2 << 20))
+        waiting = asyncio.create_task(pipeline.attest(str(absent.info.store_path), large))
+        await pipeline.client.until(lambda: upstream.asked[f"{absent.hash}.narinfo"] == 1)
+        assert (await pipeline.attest(digest_of(APP), large))[0] == 201
+        let_go.set()
+        assert (await waiting)[0] == 404
 
 
 async def test_realisation_of_a_kept_back_path_is_kept_back(tmp_path: Path) -> None:

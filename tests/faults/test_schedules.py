@@ -35,6 +35,7 @@ from narseal.pipeline.attest.batches import Attester
 from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.upkeep import revocation
+from narseal.pipeline.uploads.attestations import Content
 from narseal.runtime.batching import Batcher
 from narseal.storage import Epoch, Folder, LocalStorage, Revocation, attestations, join
 from narseal.storage.attestations import Attestations
@@ -494,7 +495,7 @@ async def test_what_is_signed_with_sigstore_is_decided_again_when_it_is_recorded
         before: list[str] | None = None
         async with command(config) as substituter:
             if rules:
-                assert await substituter.provenance.put(subject.digest, attested)
+                assert await substituter.provenance.put(Content.of(subject.digest), attested)
             for item in (gone, kept):
                 await substituter.everything.narinfo(item.hash)
                 reader = await substituter.everything.nars.get(item.info.url.removeprefix("nar/"))
@@ -612,7 +613,7 @@ async def test_a_path_that_may_pass_while_it_is_judged_waits_on(
 
         monkeypatch.setattr(attestations, "enqueue", slowly)
         monkeypatch.setattr(Attestations, "drop", at_last)
-        bringing = asyncio.create_task(beside.provenance.put(subject.digest, bundle))
+        bringing = asyncio.create_task(beside.provenance.put(Content.of(subject.digest), bundle))
         await timed.wait()
         signing = Attester(substituter.services, lambda: True)
         for _ in range(4):
@@ -646,7 +647,7 @@ async def test_revocation_at_each_wait_of_an_attestation(tmp_path: Path, gate: G
 
             gate.action = revoke_it
             with suppress(BadUpload):
-                await substituter.provenance.put(subject.digest, bundle)
+                await substituter.provenance.put(Content.of(subject.digest), bundle)
             gate.action = None
             if gate.done:
                 with pytest.raises(NotFound):
@@ -679,15 +680,15 @@ async def test_an_attestation_that_is_brought_twice_has_its_file(
         )
         prepare(before)
         async with command(before) as bringing:
-            assert await bringing.provenance.put(subject.digest, older)
+            assert await bringing.provenance.put(Content.of(subject.digest), older)
         async with command(before) as failing, command(after) as taking:
 
             async def fail() -> None:
                 with suppress(UploadTooLarge):
-                    assert not await failing.provenance.put(subject.digest, bundle)
+                    assert not await failing.provenance.put(Content.of(subject.digest), bundle)
 
             async def take() -> None:
-                assert await taking.provenance.put(subject.digest, bundle)
+                assert await taking.provenance.put(Content.of(subject.digest), bundle)
 
             one, other = (fail, take) if first == "who fails" else (take, fail)
             gate.action = other

@@ -73,12 +73,11 @@ class Bodies:
             yield data
 
     @asynccontextmanager
-    async def large(self, request: web.Request, limit: int) -> AsyncIterator[bytes]:
-        """A body of any size, decoded. It is in memory within the context alone.
+    async def in_memory(self, file: OpenFile) -> AsyncIterator[bytes]:
+        """A body of any size that came into a file: in memory within the context alone.
 
-        It waits in a file until it is whole, so that a slow client holds up nobody.
+        Of large ones there is one at a time, so nothing slow is waited for within.
         """
-        file = await self.file(request, limit)
         async with self._large if file.size > _LARGE else nullcontext():
             yield await self._threads.run(file.read)
 

@@ -12,6 +12,7 @@ from narseal.nix import narinfo, realisation
 from narseal.nix.hashes import Hash
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.substituter import Substituter
+from narseal.pipeline.uploads.attestations import Content
 from narseal.server.auth import Gate
 from narseal.server.bodies import Bodies
 from narseal.server.failure import failure
@@ -103,12 +104,12 @@ class UploadHandlers:
         """An attestation of a digest or a store path. Who brings it matters less than who signed."""
         await self._gate.identify(request)
         provenance = self._substituter.provenance
-        async with self._bodies.large(request, provenance.max_bytes) as data:
-            await self._gate.identify(request, anew=True)
-            if "path" in request.match_info:
-                path = StorePath.parse(request.match_info["path"])
-                new = await provenance.put_for_path(path, data)
-            else:
-                digest = Hash.parse(request.match_info["digest"]).digest
-                new = await provenance.put(digest, data)
+        file = await self._bodies.file(request, provenance.max_bytes)
+        await self._gate.identify(request, anew=True)
+        if "path" in request.match_info:
+            content = await provenance.of_path(StorePath.parse(request.match_info["path"]))
+        else:
+            content = Content.of(Hash.parse(request.match_info["digest"]).digest)
+        async with self._bodies.in_memory(file) as data:
+            new = await provenance.put(content, data)
         return web.Response(status=201 if new else 200)

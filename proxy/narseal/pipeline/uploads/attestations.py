@@ -36,6 +36,20 @@ _log = logging.getLogger(__name__)
 _TRIES = 4
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What an attestation is brought for."""
+
+    name: str
+    #: SHA-256 of its content in each form; one of them must be among the statement's subjects.
+    digests: frozenset[bytes]
+
+    @classmethod
+    def of(cls, digest: bytes) -> Content:
+        """A file or NAR by its SHA-256."""
+        return cls(f"sha256:{digest.hex()}", frozenset((digest,)))
+
+
 class Provenance:
     """Takes in-toto statements in Sigstore bundles and shows which there are."""
 
@@ -62,19 +76,44 @@ class Provenance:
         """Of one bundle."""
         return self._config.size
 
-    async def put_for_path(self, store_path: StorePath, data: bytes) -> bool:
-        """Keep an attestation of a store path's NAR or stored file; see `put`."""
+    async def of_path(self, store_path: StorePath) -> Content:
+        """A store path's NAR or stored file; an upstream may be asked. See `Finder.preview`."""
         (path, nar), _ = await self._finder.preview(store_path)
-        return await self._put(content_digests(path.info, nar), str(path.info.store_path), data)
+        return Content(str(path.info.store_path), content_digests(path.info, nar))
 
-    async def put(self, digest: bytes, data: bytes) -> bool:
-        """Keep an attestation of a file or NAR by its SHA-256; returns whether it is new.
+    async def put(self, content: Content, data: bytes) -> bool:
+        """Keep an attestation; returns whether it is new.
 
         BadUpload if the bundle is none, is of another digest, or is not by one of whom the
         configuration names; UploadTooLarge if there are too many. What policy kept back for
         want of it is served from now on.
         """
-        return await self._put(frozenset((digest,)), f"sha256:{digest.hex()}", data)
+        try:
+            brought = await self._threads.run(_parse, data)
+            digest = next((d for d in content.digests if d in brought.subjects), None)
+            if digest is None:
+                raise BadUpload(
+                    f"the attestation is not of {content.name}: that is not among its subjects"
+                )
+            signed = await self._verify(brought, digest)
+        except Malformed as error:
+            raise BadUpload(str(error)) from error
+        name = hashlib.sha256(brought.bundle).digest()
+        new = False
+        try:
+            new = await self._recorded(name, brought, digest, signed)
+        finally:
+            if not new:
+                await self._attestations.discard(name, partial(self._remove, name))
+        if new:
+            _log.info(
+                "took an attestation of %s",
+                content.name,
+                extra={"signer": signed.signer, "predicate_type": brought.predicate_type},
+            )
+            self._epoch.arrive()
+            self._tasks.start(self._renew(brought.subjects), f"attested {content.name}")
+        return new
 
     async def status(self, store_path: StorePath) -> dict[str, Any]:
         """What is known of a path, and what policy says of it; as JSON. See `Finder.preview`.
@@ -105,34 +144,6 @@ class Provenance:
             "digests": sorted(f"sha256:{digest.hex()}" for digest in digests),
             "attestations": [_shown(found) for found in attestations],
         }
-
-    async def _put(self, digests: frozenset[bytes], thing: str, data: bytes) -> bool:
-        try:
-            brought = await self._threads.run(_parse, data)
-            digest = next((d for d in digests if d in brought.subjects), None)
-            if digest is None:
-                raise BadUpload(
-                    f"the attestation is not of {thing}: that is not among its subjects"
-                )
-            signed = await self._verify(brought, digest)
-        except Malformed as error:
-            raise BadUpload(str(error)) from error
-        name = hashlib.sha256(brought.bundle).digest()
-        new = False
-        try:
-            new = await self._recorded(name, brought, digest, signed)
-        finally:
-            if not new:
-                await self._attestations.discard(name, partial(self._remove, name))
-        if new:
-            _log.info(
-                "took an attestation of %s",
-                thing,
-                extra={"signer": signed.signer, "predicate_type": brought.predicate_type},
-            )
-            self._epoch.arrive()
-            self._tasks.start(self._renew(brought.subjects), f"attested {thing}")
-        return new
 
     async def _recorded(
         self, name: bytes, brought: _Brought, digest: bytes, signed: Signed
