@@ -35,7 +35,7 @@ from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.upkeep import revocation
 from narseal.runtime.batching import Batcher
-from narseal.storage import Epoch, Folder, LocalStorage, Revocation, migrate
+from narseal.storage import Epoch, Folder, LocalStorage, Revocation, join_for_rebuild, migrate
 from narseal.upstream.http import HttpUpstream
 from tests.faults.test_uploads import Uploader, add
 from tests.tools.cache import Entry, addressed, entry, key, store_path
@@ -265,6 +265,42 @@ async def test_revocation_at_each_wait_of_a_publication(
         async with narseal(folder, there) as client:  # what was under way has ended
             if gate.done:
                 await check(client, item, UPSTREAM.name, speaks=False)
+
+    await everywhere(gate, tmp_path, act)
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+async def test_revocation_at_each_wait_of_a_rebuild(
+    tmp_path: Path, upstream: FakeCache, gate: Gate, speaks: bool
+) -> None:
+    """It takes no lock of the folder: what was revoked was written into it once more."""
+    item = entry("app", b"1", compression="zstd").signed(UPSTREAM, *([OTHER] if speaks else []))
+    upstream.add(item)
+    there = {"url": upstream.url, "public_keys": [str(UPSTREAM.public), str(OTHER.public)]}
+
+    async def act(folder: Path, gate: Gate) -> None:
+        config = Config(**settings(folder, there))
+        async with narseal(folder, there) as client:
+            info = await client.narinfo(item.hash)
+            assert (await client.get(info.url))[0] == 200
+            await client.until(lambda: f"{item.hash}.narinfo" in client.published())
+        for file in folder.glob("index.*"):
+            file.unlink()
+        storage = LocalStorage(config.storage.url)
+        join_for_rebuild(config.storage.index, storage, CacheInfo(config.store_dir))
+        del storage  # and its lock
+        async with command(config) as substituter:
+            gate.action = revoke(folder, UPSTREAM.name, there)
+            outcome = [error async for _, error in substituter.rebuilding.run()]
+            gate.action = None
+        assert len(outcome) == 1
+        if gate.done:
+            file = folder / "storage" / f"{item.hash}.narinfo"
+            if file.exists():
+                assert speaks
+                assert UPSTREAM.name not in names(file.read_bytes())
+            async with narseal(folder, there) as client:
+                await check(client, item, UPSTREAM.name, speaks=speaks)
 
     await everywhere(gate, tmp_path, act)
 

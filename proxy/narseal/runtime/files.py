@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -53,10 +54,15 @@ class OpenFile:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A file, never what a symbolic link points to; Refused if it cannot be read. Blocks."""
+    """A file, never what a symbolic link points to; Refused if there is no such file. Blocks.
+
+    OSError if that is not known: what cannot be opened now says nothing of what is in it.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
         raise Refused("unsigned", f"{path}: cannot be read: {error.strerror}") from error
     return open(descriptor, "rb", buffering=0)
 
