@@ -279,6 +279,7 @@ async def test_revocation_at_each_wait_of_a_rebuild(
     there = {"url": upstream.url, "public_keys": [str(UPSTREAM.public), str(OTHER.public)]}
 
     async def act(folder: Path, gate: Gate) -> None:
+        folder.mkdir(parents=True)
         config = Config(**settings(folder, there))
         async with narseal(folder, there) as client:
             info = await client.narinfo(item.hash)
