@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.test_process import cache_of, fetch
+from tests.faults.test_process import cache_of, fetch, strace
 from tests.faults.test_storage_faults import (
     ITEMS,
     counted,
@@ -348,3 +348,29 @@ def test_a_folder_by_mistake_is_not_mixed_with_anothers(tmp_path: Path) -> None:
         refused = run(*command, "--config", str(file))
         assert refused.returncode == 2 and "the mark of another index" in refused.stderr
     assert state(tmp_path / "two/storage") == before
+
+
+def test_a_passing_fault_of_the_disk_is_no_folder_that_is_gone(tmp_path: Path) -> None:
+    upstream = cache_of(tmp_path, *ITEMS)
+    with narseal_process(tmp_path, upstream) as proxy:
+        fill(proxy)
+        root = str(tmp_path / "storage")
+        inject = "inject=openat:error=EIO"
+        with strace(proxy, "-P", root, "-e", "trace=openat", "-e", inject, "-o", "/dev/null"):
+            until(lambda: "whether the storage folder is in its place" in proxy.log.read_text())
+        until(lambda: fetch(f"{proxy.url}/readyz")[0] == 200)
+        assert counted(proxy, 'narseal_storage_errors_total{kind="gone"}') == 0
+        assert "what is stored is not served" not in proxy.log.read_text()
+
+
+def test_an_index_that_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
+    """The error was said to be the folder's."""
+    (tmp_path / "file").touch()
+    tree = settings(tmp_path, cache_of(tmp_path, *ITEMS))
+    tree["storage"]["index"] = f"sqlite:///{tmp_path}/file/index.sqlite"
+    file = tmp_path / "narseal.toml"
+    file.write_text(render_toml(tree))
+    for command in (("serve",), ("index", "rebuild")):
+        refused = run(*command, "--config", str(file))
+        assert refused.returncode == 2, refused.stderr
+        assert f"storage.index {tmp_path}/file/index.sqlite: Not a directory" in refused.stderr

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from narseal.custody import write_private
 from narseal.nix.content_address import ContentAddress, Method
@@ -262,3 +265,45 @@ async def test_what_was_withdrawn_is_not_put_back(tmp_path: Path, upstream: Fake
     done = await rebuild(tmp_path, there)
     assert done.returncode == 1 and "was withdrawn" in done.stderr
     assert refused(tmp_path) == names(item) and not file.exists()
+
+
+async def test_what_policy_keeps_back_is_not_shown(tmp_path: Path, upstream: FakeCache) -> None:
+    """It was, until the next start."""
+    await brought(tmp_path, upstream, OPERATOR)
+    denied = {"policy": [{"match": ["one"], "action": "deny"}]}
+    done = await rebuild(tmp_path, **denied)
+    assert (done.returncode, done.stdout) == (0, "put back 2 paths, 0 could not be\n"), done.stderr
+    shown = {file.name for file in (tmp_path / "storage").glob("*.narinfo")}
+    assert shown == names(TWO)
+    async with narseal(tmp_path) as client:  # without the rule it is shown
+        assert (await client.narinfo(ONE.hash)).nar_hash == ONE.info.nar_hash
+        await client.until(lambda: names(ONE, TWO) <= client.published())
+
+
+@pytest.mark.parametrize("error", ["EIO", "EMFILE", "EACCES"])
+async def test_a_fault_of_the_disk_refuses_nothing(
+    error: str, tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Its narinfo was set aside, as if the file were wrong."""
+    await brought(tmp_path, upstream, OPERATOR)
+    file = tmp_path / "storage" / f"{TWO.hash}.narinfo"
+    nar = tmp_path / "storage" / NarInfo.parse(file.read_bytes()).url
+    config = tmp_path / "narseal.toml"
+    config.write_text(render_toml(settings(tmp_path)))
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [
+            *("strace", "-f", "-P", str(nar), "-e", "trace=openat"),
+            *("-e", f"inject=openat:error={error}", "-o", "/dev/null"),
+            *(sys.executable, "-m", "narseal", "index", "rebuild", "--config", str(config)),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == "put back 1 paths, 1 could not be\n"
+    assert f"not put back: {TWO.hash}.narinfo: storage fails" in done.stderr
+    assert "run it again" in done.stderr
+    assert refused(tmp_path) == set() and file.exists()
+    done = await rebuild(tmp_path)
+    assert (done.returncode, done.stdout) == (0, "put back 1 paths, 0 could not be\n")

@@ -37,7 +37,15 @@ from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.upkeep import revocation
 from narseal.pipeline.uploads.attestations import Content
 from narseal.runtime.batching import Batcher
-from narseal.storage import Epoch, Folder, LocalStorage, Revocation, attestations, join
+from narseal.storage import (
+    Epoch,
+    Folder,
+    LocalStorage,
+    Revocation,
+    attestations,
+    join,
+    join_for_rebuild,
+)
 from narseal.storage.attestations import Attestations
 from narseal.upstream.http import HttpUpstream
 from tests.faults.test_uploads import Uploader, add
@@ -274,6 +282,48 @@ async def test_revocation_at_each_wait_of_a_publication(
         async with narseal(folder, there) as client:  # what was under way has ended
             if gate.done:
                 await check(client, item, UPSTREAM.name, speaks=False)
+
+    await everywhere(gate, tmp_path, act)
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+async def test_revocation_at_each_wait_of_a_rebuild(
+    tmp_path: Path, upstream: FakeCache, gate: Gate, speaks: bool
+) -> None:
+    """It takes no lock of the folder: what was revoked was written into it once more."""
+    item = entry("app", b"1", compression="zstd").signed(UPSTREAM, *([OTHER] if speaks else []))
+    upstream.add(item)
+    there = {"url": upstream.url, "public_keys": [str(UPSTREAM.public), str(OTHER.public)]}
+
+    async def act(folder: Path, gate: Gate) -> None:
+        folder.mkdir(parents=True)
+        config = Config(**settings(folder, there))
+        async with narseal(folder, there) as client:
+            info = await client.narinfo(item.hash)
+            assert (await client.get(info.url))[0] == 200
+            await client.until(lambda: f"{item.hash}.narinfo" in client.published())
+        for file in folder.glob("index.*"):
+            file.unlink()
+        storage = LocalStorage(config.storage.url)
+        join_for_rebuild(config.storage.index, storage, CacheInfo(config.store_dir))
+        del storage  # and its lock
+        async with command(config) as substituter:
+            gate.action = revoke(folder, UPSTREAM.name, there)
+            outcome = [error async for _, error in substituter.rebuilding.run()]
+            gate.action = None
+        assert len(outcome) == 1
+        if gate.done:
+            file = folder / "storage" / f"{item.hash}.narinfo"
+            is_shown = file.exists()
+            assert not is_shown or UPSTREAM.name not in names(file.read_bytes())
+            upstream.down = True
+            async with narseal(folder, there) as client:
+                status, body, _ = await client.get(f"{item.hash}.narinfo")
+            upstream.down = False
+            # on our word, if the key was revoked before it was asked who signed
+            assert (status == 200) == is_shown
+            assert not speaks or is_shown
+            assert not is_shown or UPSTREAM.name not in names(body)
 
     await everywhere(gate, tmp_path, act)
 

@@ -296,3 +296,15 @@ def test_the_cosign_key_signs_own_statements_and_digests_if_it_may(tmp_path: Pat
             assert isinstance(found.consider(anchoring(head), PEER), Approved)
             with pytest.raises(NarsealError, match="never had"):
                 found.consider(anchoring(head, AuditHead(head.lines, bytes(32))), PEER)
+
+
+def test_nothing_is_signed_on_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    """Nor is it refused: what the disk says now is no word about the path."""
+    (tmp_path / "nar").touch()  # ENOTDIR
+    with rules(tmp_path, content=["*"]) as found:
+        item = entry("mine", b"1", compression="zstd")
+        request = PathRequest(item.info, item.info.url.removeprefix("nar/"))
+        considered = found.consider({"id": 1, "key": OPERATOR.name, **request.render()}, PEER)
+        assert isinstance(considered, ToHash)
+        with pytest.raises(NotADirectoryError):
+            found.hash(considered)

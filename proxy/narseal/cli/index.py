@@ -14,7 +14,7 @@ import click
 
 from narseal.cli.load import config_option, load
 from narseal.config import Config
-from narseal.errors import NarsealError
+from narseal.errors import NarsealError, Unavailable
 from narseal.nix.keys import PublicKey
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def rebuild(config_file: Path) -> None:
 
     For a lost index, or one from an older backup; narseal must not run. Each file is hashed; a path is
     taken on the word of keys of yours that are not revoked. The narinfos of what is refused are moved
-    to .narseal/refused in the folder, and looked at again the next time. Exit code 1 if there are any.
+    to .narseal/refused in the folder, and looked at again the next time; what cannot be read now stays
+    where it is. Exit code 1 if anything was not put back.
     """
     config = load(config_file)
     done, failed, there = asyncio.run(_rebuild(config))
@@ -58,11 +59,19 @@ def rebuild(config_file: Path) -> None:
         click.echo(f"not put back: {name}: {why}", err=True)
     folder = config.storage.url.removeprefix("file://")
     if failed:
-        click.echo(
-            f"put back {done or 'no'} paths, {len(failed)} could not be; their narinfos are in"
-            f" {folder}/.narseal/refused"
-        )
-        if not done:
+        refused = sum(not isinstance(why, Unavailable) for _, why in failed)
+        click.echo(f"put back {done or 'no'} paths, {len(failed)} could not be")
+        if refused:
+            click.echo(
+                f"the narinfos of {refused} that were refused are in {folder}/.narseal/refused"
+            )
+        if refused < len(failed):
+            click.echo(
+                f"{len(failed) - refused} could not be looked at and stay in the folder: see to what"
+                " is said of them, then run it again",
+                err=True,
+            )
+        if refused and not done:
             click.echo(
                 "are the [[signing.key]] those that signed them? then run it again", err=True
             )
@@ -133,31 +142,22 @@ async def _check(config: Config, *, content: bool) -> list[str]:
         return [sentence async for sentence in problems(opened, storage, keys, content=content)]
 
 
-async def _rebuild(config: Config) -> tuple[int, list[tuple[str, str]], int]:
+async def _rebuild(config: Config) -> tuple[int, list[tuple[str, NarsealError]], int]:
     """How many paths were put back, which were not, and how many narinfos there are."""
-    from narseal.nix.keyring import KeyRing
-    from narseal.pipeline.upkeep.rebuild import Rebuilding
-    from narseal.runtime.threads import ThreadPools
-    from narseal.storage import LocalStorage, join_for_rebuild
+    from narseal.pipeline.substituter import Substituter
+    from narseal.storage import Epoch, LocalStorage, join_for_rebuild
 
-    keys = _public_keys(config)
+    _public_keys(config)  # before anything is written, see that they can be used
     locked = LocalStorage(config.storage.url)  # for as long as it lives
     join_for_rebuild(config.storage.index, locked, _cache_info(config))
-    threads = ThreadPools(transfers=2)
     done, failed = 0, []
-    async with _opened(config) as (opened, mark):
-        storage = LocalStorage(config.storage.url, mark)
-        pinned = KeyRing.of(
-            *(upstream.public_keys for upstream in config.upstream), config.upload.trusted_keys
-        )
-        ring = KeyRing.of(keys.values())
-        work = Rebuilding(index=opened, storage=storage, keys=ring, pinned=pinned, threads=threads)
-        async for name, error in work.run():
+    epoch = Epoch.of(config.storage.index)
+    async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
+        async for name, error in substituter.rebuilding.run():
             if error:
-                failed.append((name, str(error)))
+                failed.append((name, error))
             else:
                 done += 1
-    threads.close()
     return done, failed, len(locked.narinfos())
 
 

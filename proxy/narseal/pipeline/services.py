@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from narseal.config import Config
 from narseal.custody.operator import OperatorKey
-from narseal.errors import ConfigError, IndexGone, Unavailable
+from narseal.errors import ConfigError, IndexGone, StorageGone, Unavailable
 from narseal.pipeline.caches import HotMap
 from narseal.pipeline.trust.countersign import Countersigner
 from narseal.pipeline.trust.policy import Policy
@@ -153,23 +153,32 @@ async def _watch(services: Services) -> None:
 
 
 async def _watch_folder(services: Services) -> None:
-    """Until cancelled: say it when the folder is not the index's, and when it is again."""
-    was_there = True
+    """Until cancelled: say it when the folder is not the index's, and when it is again.
+
+    A fault while it is looked at says neither.
+    """
+    was_there = is_there = True
+    told = ""
     while True:
+        fault = ""
         try:
             await services.folder.check()
-        except Unavailable as error:
+        except StorageGone as error:
             if was_there:
                 metrics.storage_errors.labels("gone").inc()
                 _log.error("what is stored is not served: %s", error)
             is_there = False
+        except Unavailable as error:
+            fault = str(error)
+            if fault != told:
+                _log.error("whether the storage folder is in its place is not known: %s", fault)
         else:
             if not was_there:
                 _log.warning("the storage folder is in its place again")
             is_there = True
         if is_there != was_there:
             metrics.storage_present.set(is_there)
-        was_there = is_there
+        was_there, told = is_there, fault
         await asyncio.sleep(_LOOK)
 
 

@@ -27,6 +27,7 @@ from narseal.pipeline.services import opened as open_services
 from narseal.pipeline.status import Status
 from narseal.pipeline.trust.sigstore import upstream_signers
 from narseal.pipeline.trust.upstream_bundles import UpstreamBundles
+from narseal.pipeline.upkeep.rebuild import Rebuilding
 from narseal.pipeline.upkeep.repair import Repair
 from narseal.pipeline.upkeep.revocation import Revoking
 from narseal.pipeline.upkeep.rotation import Rotation
@@ -98,6 +99,7 @@ class Substituter:
         self.provenance = Provenance(services, admission, self.everything.finder)
         self.repair = Repair(services, self._publisher)
         self.revoking = Revoking(services, self._renewal, self.repair)
+        self.rebuilding = Rebuilding(services, self._publisher)
         self._background: list[asyncio.Task[None]] = []
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -53,11 +54,19 @@ class OpenFile:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A file, never what a symbolic link points to; Refused if it cannot be read. Blocks."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """A file, never what a symbolic link points to; Refused if there is no such file. Blocks.
+
+    OSError if that is not known: what cannot be opened now says nothing of what is in it.
+    """
+    try:  # a pipe must not be waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
         raise Refused("unsigned", f"{path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Refused("unsigned", f"{path}: is not a regular file")
     return open(descriptor, "rb", buffering=0)
 
 

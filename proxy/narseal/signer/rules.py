@@ -238,7 +238,8 @@ class SigningRules:
     def hash(self, waiting: ToHash) -> Approved:
         """Hold the file in storage to the narinfo, here, where the proxy cannot touch it.
 
-        Refused or Malformed if it is not what the narinfo says. Blocks.
+        Refused or Malformed if it is not what the narinfo says, OSError if it cannot be read: then
+        nothing is signed. Blocks.
         """
         info, file = waiting.info, waiting.file
         storage = self._config.storage

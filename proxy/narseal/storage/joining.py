@@ -15,7 +15,7 @@ from narseal.errors import ConfigError, Unavailable
 from narseal.nix.cache_info import CacheInfo
 from narseal.storage.engine import migrate, migrate_present
 from narseal.storage.local import LocalStorage
-from narseal.storage.marks import IndexMark, has_table, read_mark, reading, write_mark
+from narseal.storage.marks import IndexMark, has_table, opened, read_mark, write_mark
 from narseal.storage.presence import index_file
 
 _SAMPLE = 32  # files by which a folder is known that was never marked
@@ -81,7 +81,7 @@ def take(url: str, storage: LocalStorage, info: CacheInfo) -> tuple[int, int]:
     migrate_present(url)
     storage.prepare(info)
     _mark_both(url, storage, secrets.token_hex(16))
-    with reading(index_file(url)) as connection:
+    with opened(index_file(url)) as connection:
         stored = connection.execute("SELECT file, file_size FROM nar WHERE stored").fetchall()
     return sum(_has(storage, file, size) for file, size in stored), len(stored)
 
@@ -98,9 +98,9 @@ def _agreed(url: str, storage: LocalStorage) -> str:
             return mark
         if known.mark.is_settled:
             raise ConfigError(_not_its_own(file, storage, there))
-        if known.has_paths and not _is_known_by_its_files(file, storage):
+        if known.has_paths and not _is_known_by_its_files(file, storage, there):
             raise ConfigError(_not_its_own(file, storage, there))
-    except OSError as error:
+    except (OSError, Unavailable) as error:
         raise ConfigError(f"storage.url {storage.root}: {error}") from error
     return there or mark or secrets.token_hex(16)
 
@@ -139,19 +139,24 @@ def _known(file: Path) -> _Known:
             return _Known(is_there=True)
     except FileNotFoundError:
         return _Known()
-    with reading(file) as connection:
+    except OSError as error:
+        raise ConfigError(f"storage.index {file}: {error.strerror}") from error
+    with opened(file) as connection:
         paths = has_table(connection, "path")
         has_paths = paths and bool(connection.execute("SELECT 1 FROM path LIMIT 1").fetchone())
     return _Known(True, has_paths, read_mark(file))
 
 
-def _is_known_by_its_files(file: Path, storage: LocalStorage) -> bool:
-    """Whether at least half of some files that the index says are stored are in a folder."""
+def _is_known_by_its_files(file: Path, storage: LocalStorage, there: str | None) -> bool:
+    """Whether at least half of some files that the index says are stored are in a folder.
+
+    Where it says of none, the folder's mark must not be `there`: it would be another index's.
+    """
     query = "SELECT file, file_size FROM nar WHERE stored ORDER BY random() LIMIT ?"
-    with reading(file) as connection:
+    with opened(file) as connection:
         sample = connection.execute(query, [_SAMPLE]).fetchall()
     if not sample:  # every folder that a narseal prepared has this
-        return storage.path(".narseal").is_dir()
+        return there is None and storage.path(".narseal").is_dir()
     return 2 * sum(_has(storage, name, size) for name, size in sample) >= len(sample)
 
 

@@ -15,6 +15,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from typing import TypeVar
 
 from narseal.errors import ConfigError, StorageBroken, StorageFull, StorageGone, Unavailable
 from narseal.nix.cache_info import CacheInfo
+from narseal.nix.store_path import is_hash_part
 from narseal.runtime.files import OpenFile
 
 #: What a disk says of bytes that it cannot give back (EUCLEAN: of a whole file system).
@@ -31,6 +33,7 @@ _BLOCK = 4096  # bytes that the smallest file takes
 _QUARANTINED = 20  # files kept for a look, the newest
 _IDENTITY = ".narseal/identity"
 _REFUSED = ".narseal/refused"
+_UPLOADS = ".narseal/uploads"
 _LONGEST_MARK = 128
 _TRIES = 3
 
@@ -47,7 +50,7 @@ class LocalStorage:
         self._incoming = self.root / ".narseal" / "incoming"
         self._quarantine = self.root / ".narseal" / "quarantine"
         #: What waits for a narinfo.
-        self.uploads = self.root / ".narseal" / "uploads"
+        self.uploads = self.path(_UPLOADS)
         self._arriving = self.root / ".narseal" / "arriving"
         #: Narinfos that were set aside.
         self.refused = self.path(_REFUSED)
@@ -79,16 +82,16 @@ class LocalStorage:
         """Remove what a process that died was bringing in."""
         for folder in (self._incoming, self._arriving):
             for file in folder.glob(f"{pid}-*"):
-                file.unlink(missing_ok=True)
+                _drop(file)
 
     def mark(self) -> str | None:
         """What the folder is marked with; None if with nothing, or if it is not there."""
-        try:
-            return (
-                self.path(_IDENTITY).read_text("ascii", "replace").strip()[:_LONGEST_MARK] or None
-            )
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with storage_errors():
+            try:
+                text = self.path(_IDENTITY).read_text("ascii", "replace")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return text.strip()[:_LONGEST_MARK] or None
 
     def bear(self, mark: str) -> None:
         """Mark the folder, durably."""
@@ -102,37 +105,58 @@ class LocalStorage:
 
     def lacks(self, name: str) -> bool:
         """Whether a file is surely not there: StorageGone if it is not the index's folder that says so."""
-        if self.path(name).exists():
-            return False
-        if self._expected is None:
-            return True
-        with self._pinned() as root, storage_errors():
-            try:
-                os.stat(name, dir_fd=root)
-            except FileNotFoundError:
+        with storage_errors():
+            if self.path(name).exists():
+                return False
+            if self._expected is None:
                 return True
-            return False
+            with self._pinned() as root:
+                try:
+                    os.stat(name, dir_fd=root)
+                except FileNotFoundError:
+                    return True
+                return False
 
-    def _if_there(self, act: Callable[[], T], name: str) -> T | None:
-        """What `act` makes of a file; None if it is surely not there. Unavailable if nobody can tell."""
-        for _ in range(_TRIES):
+    def names(self, folder: str = ".") -> list[str]:
+        """What is in a folder below the root, in order; nothing if there surely is no such folder.
+
+        StorageGone if it is not the index's root.
+        """
+        with storage_errors(), self._pinned() as root:
             try:
-                return act()
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+                opened = os.open(folder, flags, dir_fd=root)
             except FileNotFoundError:
-                if self.lacks(name):
-                    return None
+                return []
+            try:
+                return sorted(os.listdir(opened))
+            finally:
+                os.close(opened)
+
+    def if_there(self, act: Callable[[], T], name: str) -> T | None:
+        """What `act` makes of a file; None if it is surely not there. Unavailable if nobody can tell."""
+        with storage_errors():
+            for _ in range(_TRIES):
+                try:
+                    return act()
+                except FileNotFoundError:
+                    if self.lacks(name):
+                        return None
         raise Unavailable(f"storage fails: {name} is there and cannot be found")
 
     @contextmanager
     def _pinned(self) -> Iterator[int]:
-        """The folder with the index's mark, open: what is asked below it is asked of this very one."""
+        """The folder with the index's mark, open: what is asked below it is asked of this very one.
+
+        Without a mark: whichever is there.
+        """
         with storage_errors():
             try:
                 root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise StorageGone(f"{self.root} is not there; {_GONE}") from error
         try:
-            if _read_mark(root) != self._expected:
+            if self._expected is not None and _read_mark(root) != self._expected:
                 raise StorageGone(f"{self.root} does not bear the mark of the index; {_GONE}")
             yield root
         finally:
@@ -152,11 +176,25 @@ class LocalStorage:
 
     def publish(self, descriptor: int, incoming: Path, name: str) -> None:
         """Give a complete file its name: fsync, rename, fsync of the folder, in that order."""
+        self._give_name(descriptor, name, lambda target: os.rename(incoming, target))
+
+    def publish_new(self, descriptor: int, incoming: Path, name: str) -> bool:
+        """The same unless there is a file of that name, whoever was faster; False then."""
+        try:
+            self._give_name(descriptor, name, lambda target: os.link(incoming, target))
+        except Unavailable as error:
+            if isinstance(error.__cause__, FileExistsError):
+                return False
+            raise
+        incoming.unlink(missing_ok=True)
+        return True
+
+    def _give_name(self, descriptor: int, name: str, act: Callable[[Path], None]) -> None:
         target = self.path(name)
         with storage_errors():
             os.fsync(descriptor)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(incoming, target)
+            act(target)
             _sync(target.parent)
 
     def link(self, name: str, other: str) -> None:
@@ -179,14 +217,14 @@ class LocalStorage:
                     file.write(data)
                 self.publish(descriptor, incoming, name)
         except Unavailable:
-            incoming.unlink(missing_ok=True)
+            _drop(incoming)
             raise
         finally:
             os.close(descriptor)
 
     def read(self, name: str) -> bytes | None:
         """A small file's bytes, None if there is none."""
-        return self._if_there(self.path(name).read_bytes, name)
+        return self.if_there(self.path(name).read_bytes, name)
 
     def file(self, name: str) -> OpenFile | None:
         """A published file for as long as anybody has it; None if there is none."""
@@ -203,11 +241,11 @@ class LocalStorage:
 
     def narinfos(self) -> list[str]:
         """The names of all narinfo files, in order."""
-        return sorted(path.name for path in self.root.glob("*.narinfo"))
+        return _narinfos(self.names())
 
     def refused_narinfos(self) -> list[str]:
         """The names of narinfo files that were set aside, in order."""
-        return sorted(path.name for path in self.refused.glob("*.narinfo"))
+        return _narinfos(self.names(_REFUSED))
 
     def set_aside(self, name: str) -> None:
         """Take a narinfo out of the binary cache, for the operator to look at; durably."""
@@ -217,24 +255,32 @@ class LocalStorage:
             for folder in (self.refused, self.root):
                 _sync(folder)
 
-    def read_refused(self, name: str) -> bytes | None:
-        """A narinfo that was set aside."""
-        return self.read(f"{_REFUSED}/{name}")
+    def refused_name(self, name: str) -> str:
+        """Where a narinfo lies that was set aside."""
+        return f"{_REFUSED}/{name}"
+
+    def is_regular(self, name: str) -> bool:
+        """Whether a name is a file's, and no folder's, pipe's or symbolic link's."""
+        with storage_errors():
+            try:
+                return stat.S_ISREG(os.lstat(self.path(name)).st_mode)
+            except FileNotFoundError:
+                return not self.lacks(name)
 
     def forget_refused(self, name: str) -> None:
         """Drop a narinfo that was set aside, if it was."""
-        (self.refused / name).unlink(missing_ok=True)
+        with storage_errors():
+            (self.refused / name).unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
         """Take a file away; nothing if there is none."""
-        with storage_errors():
-            self._if_there(self.path(name).unlink, name)
+        self.if_there(self.path(name).unlink, name)
 
     def discard(self, incoming: tuple[int, Path]) -> None:
         """Close a file that was on its way in, and drop it unless it was published."""
         descriptor, path = incoming
         os.close(descriptor)
-        path.unlink(missing_ok=True)
+        _drop(path)
 
     def keep_upload(self, incoming: Path, file: str) -> None:
         """Let a NAR whose hash is its name wait for its narinfo."""
@@ -247,29 +293,30 @@ class LocalStorage:
         It stays among the uploads, for another client who brings the same path.
         """
         path = self._incoming / f"{os.getpid()}-{secrets.token_hex(16)}"
-        try:
+
+        def link() -> tuple[int, Path]:
             os.link(self.uploads / file, path)
-        except FileNotFoundError:
-            self.check()
-            return None
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC), path
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC), path
+
+        return self.if_there(link, f"{_UPLOADS}/{file}")
 
     def discard_upload(self, file: str) -> None:
         """Let a NAR wait no more."""
-        (self.uploads / file).unlink(missing_ok=True)
+        with storage_errors():
+            (self.uploads / file).unlink(missing_ok=True)
 
     def reserve(self, descriptor: int, size: int, *, max_age: float, max_bytes: int) -> None:
-        """Let an arriving upload count as `size` bytes, before they are written; see check_room."""
+        """Let an arriving upload count as `size` bytes, before they are written.
+
+        Uploads that wait for longer than `max_age` seconds are dropped. StorageFull if all of
+        them, those of other processes that arrive at the same time included, are more than
+        `max_bytes` then.
+        """
         with storage_errors():
             os.ftruncate(descriptor, size)
-        self.check_room(max_age=max_age, max_bytes=max_bytes)
+            self._check_room(max_age=max_age, max_bytes=max_bytes)
 
-    def check_room(self, *, max_age: float, max_bytes: int) -> None:
-        """Drop uploads that wait for longer than `max_age` seconds.
-
-        StorageFull if all of them, those of other processes that arrive at the same time included,
-        are more than `max_bytes` then.
-        """
+    def _check_room(self, *, max_age: float, max_bytes: int) -> None:
         old = time.time() - max_age
         total = 0
         # in this order: one that is renamed meanwhile is counted twice rather than not at all
@@ -280,7 +327,7 @@ class LocalStorage:
                     if folder == self.uploads and status.st_mtime < old:
                         os.unlink(entry.path)
                     else:
-                        total += status.st_size
+                        total += on_disk(status.st_size)
         if total > max_bytes:
             raise StorageFull(
                 "too many uploads arrive or wait for their narinfos; upload.quarantine_size"
@@ -292,9 +339,8 @@ class LocalStorage:
 
         StorageBroken if it cannot be read.
         """
-        with storage_errors():
-            flags = os.O_RDONLY | os.O_CLOEXEC
-            return self._if_there(lambda: os.open(self.path(name), flags), name)
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        return self.if_there(lambda: os.open(self.path(name), flags), name)
 
     def quarantine(self, file: Path, label: str) -> None:
         """Keep a wrong file for the operator to look at, the newest few of them."""
@@ -318,14 +364,28 @@ class LocalStorage:
             self.check()
         except Unavailable:
             os.close(descriptor)
-            path.unlink(missing_ok=True)
+            _drop(path)
             raise
         return descriptor, path
+
+
+def _narinfos(names: list[str]) -> list[str]:
+    return [
+        name
+        for name in names
+        if name.endswith(".narinfo") and is_hash_part(name.removesuffix(".narinfo"))
+    ]
 
 
 def on_disk(size: int) -> int:
     """The bytes that a file of a size takes."""
     return -(-max(size, 1) // _BLOCK) * _BLOCK
+
+
+def _drop(path: Path) -> None:
+    """Take away what was on its way in; what cannot be is swept by the next start."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _read_mark(root: int) -> str | None:

@@ -30,8 +30,8 @@ class IndexMark:
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[sqlite3.Connection]:
-    """An index that is there, of any schema, as it is now; ConfigError if it cannot be read."""
+def opened(file: Path) -> Iterator[sqlite3.Connection]:
+    """An index that is there, of any schema, to be read and written; ConfigError if it cannot be."""
     try:
         address = f"file:{quote(str(file))}?mode=rw"
         with closing(sqlite3.connect(address, uri=True, timeout=_BUSY)) as connection:
@@ -49,7 +49,7 @@ def has_table(connection: sqlite3.Connection, name: str) -> bool:
 
 def read_mark(file: Path) -> IndexMark:
     """The mark of an index that is there, of any schema."""
-    with reading(file) as connection:
+    with opened(file) as connection:
         if not has_table(connection, "folder"):
             return IndexMark()
         row = connection.execute("SELECT mark, settled FROM folder").fetchone()
@@ -58,7 +58,7 @@ def read_mark(file: Path) -> IndexMark:
 
 def write_mark(file: Path, mark: IndexMark) -> None:
     """Set it, on disk when this returns."""
-    with reading(file) as connection, connection:
+    with opened(file) as connection, connection:
         connection.execute(
             "INSERT INTO folder (id, mark, settled) VALUES (1, ?, ?) ON CONFLICT (id)"
             " DO UPDATE SET mark = excluded.mark, settled = excluded.settled",

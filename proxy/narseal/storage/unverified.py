@@ -1,8 +1,7 @@
 """What upstreams say and nobody signed: kept for when they are away, within a bound on the disk.
 
 It is no part of the folder as a binary cache, but below `.narseal/unverified/`. What was asked for
-longest ago goes first. Each worker takes account of what it adds itself, and weighs the folder
-when that is its share of the slack, so that all of them together stay within the bound.
+longest ago goes first.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ import time
 from contextlib import suppress
 
 from narseal.runtime.files import OpenFile
-from narseal.storage.local import LocalStorage, on_disk
-
-_SLACK = 4  # that part of the bound is for what came since the folder was weighed
+from narseal.storage.local import LocalStorage, on_disk, storage_errors
+from narseal.storage.weighing import Bound, weighed
 
 
 class UnverifiedFiles:
@@ -25,8 +23,9 @@ class UnverifiedFiles:
         """`most` bounds the bytes on disk, of all workers together; 0: nothing is kept."""
         self._storage = storage
         self._root = storage.path(".narseal/unverified")
-        self._share = most // (_SLACK * workers)
-        self._weight = most - most // _SLACK
+        bound = Bound(most, workers)
+        self._share = bound.share
+        self._weight = most - bound.slack
         self._added = most  # until it was weighed for the first time
         self._lock = threading.Lock()
 
@@ -61,19 +60,14 @@ class UnverifiedFiles:
 
     def _weigh(self) -> None:
         """Drop what was not asked for for longest."""
-        found = []
-        with suppress(FileNotFoundError), os.scandir(self._root) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    found.append((status.st_atime_ns, on_disk(status.st_size), entry.path))
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+        found = sorted(weighed(self._root), key=lambda file: file.used)
+        total = sum(file.size for file in found)
+        for file in found:
             if total <= self._weight:
                 return
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-            total -= size
+            with storage_errors(), suppress(FileNotFoundError):
+                os.unlink(file.path)
+            total -= file.size
 
 
 def _flat(name: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from narseal.errors import StorageFull
@@ -23,25 +25,54 @@ class WaitingFiles:
 
         StorageFull if too many of the same owner wait.
         """
-        folder = self._local.uploads
-        if sum(1 for _ in folder.glob(f"*~{owner}~*")) >= _MOST:
+        if sum(f"~{owner}~" in waiting for waiting in self._names()) >= _MOST:
             raise StorageFull("too many of your files wait for the narinfos of their paths")
         assert file.path is not None  # it is on its way in
         with storage_errors():
             os.fsync(file.descriptor)
-            os.rename(file.path, folder / f"{about}~{owner}~{name.replace('/', '!')}")
+            os.rename(file.path, self._local.uploads / f"{about}~{owner}~{name.replace('/', '!')}")
 
     def take(self, owner: str, about: str) -> list[tuple[str, Path]]:
         """Names of what somebody brought about a thing, and where it lies."""
         prefix = f"{about}~{owner}~"
-        paths = sorted(self._local.uploads.glob(f"{prefix}*"))
-        return [(path.name.removeprefix(prefix).replace("!", "/"), path) for path in paths]
+        names = [name for name in self._names() if name.startswith(prefix)]
+        return [
+            (name.removeprefix(prefix).replace("!", "/"), self._local.uploads / name)
+            for name in names
+        ]
 
-    def publish(self, path: Path, name: str) -> None:
-        """Give a file that waited its name, unless there is one."""
-        with storage_errors():
-            if not self._local.lacks(name):
-                path.unlink(missing_ok=True)
-                return
+    def publish(
+        self, path: Path, name: str, room: Callable[[int], AbstractContextManager[None]]
+    ) -> None:
+        """Give a file that waited its name; it goes if there is one of that name.
+
+        Nothing if somebody else was faster, as with the others. StorageFull if there is no room for
+        so many bytes: it waits on.
+        """
+
+        def act() -> None:
             file = OpenFile.at(path)
-            self._local.publish(file.descriptor, path, name)
+            if self._local.lacks(name):
+                with room(file.size):
+                    self._local.publish_new(file.descriptor, path, name)
+            path.unlink(missing_ok=True)
+
+        self._if_there(path, act)
+
+    def drop(self, path: Path) -> None:
+        """Let a file wait no more."""
+        self._if_there(path, path.unlink)
+
+    def change(self, path: Path, old: str, new: str) -> None:
+        """Replace a text in a file that waits."""
+
+        def act() -> None:
+            path.write_bytes(path.read_bytes().replace(old.encode(), new.encode()))
+
+        self._if_there(path, act)
+
+    def _if_there(self, path: Path, act: Callable[[], None]) -> None:
+        self._local.if_there(act, str(path.relative_to(self._local.root)))
+
+    def _names(self) -> list[str]:
+        return self._local.names(str(self._local.uploads.relative_to(self._local.root)))

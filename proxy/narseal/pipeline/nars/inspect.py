@@ -16,10 +16,10 @@ from narseal.storage import LocalStorage, NarRecord, storage_errors
 def inspect_stored(
     info: NarInfo, storage: LocalStorage, file: str, *, scan: bool = False
 ) -> Measured:
-    """Hold a file below nar/ to a narinfo; Refused if it cannot be opened. Blocks.
+    """Hold a file below nar/ to a narinfo; Refused if it is not there. Blocks.
 
-    StorageBroken if it cannot be read to its end, StorageGone if the folder is not the index's:
-    that says nothing of the file.
+    StorageBroken or Unavailable if it cannot be opened or read to its end, StorageGone if the
+    folder is not the index's: that says nothing of the file.
     """
     with _stored(storage, file) as opened:
         return inspect_file(info, opened, scan=scan)
@@ -30,7 +30,7 @@ def stored_files(
 ) -> frozenset[bytes]:
     """Which of some paths below its root are regular files of a NAR in storage. Blocks.
 
-    Refused or Malformed if it cannot be read; StorageGone as by `inspect_stored`.
+    Refused or Malformed if it is not there, or no such NAR; the others as by `inspect_stored`.
     """
     with _stored(storage, nar.file) as opened:
         return regular_files(wanted, opened, compression=nar.compression, nar_size=nar.nar_size)
@@ -40,7 +40,7 @@ def stored_files(
 def _stored(storage: LocalStorage, file: str) -> Iterator[BinaryIO]:
     """A stored NAR, open; who finds it wrong is asked whether it was this folder's."""
     try:
-        with open_regular(storage.path(f"nar/{file}")) as opened, storage_errors():
+        with storage_errors(), open_regular(storage.path(f"nar/{file}")) as opened:
             yield opened
     except (Refused, Malformed):
         storage.check()

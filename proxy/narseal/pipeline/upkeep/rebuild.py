@@ -1,25 +1,25 @@
 """Putting back into the index what the storage folder has and the index has not.
 
 For an index that was lost, or restored from an older backup. A path is taken on the word of the
-operator's keys that are not revoked, and after its file was hashed; nothing is signed. The narinfo
-that the folder shows afterwards is the one that was held to all that; what was refused is shown no more.
+operator's keys that are not revoked, and after its file was hashed; nothing is signed. What the folder
+shows afterwards is what index and policy say; what was refused is shown no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
-from narseal.errors import Malformed, NarsealError, Refused, StorageBroken, Unavailable
+from narseal.errors import IndexGone, Malformed, NarsealError, Refused, StorageGone, Unavailable
 from narseal.nix.addressing import check_content_address
 from narseal.nix.compression import is_file_name
 from narseal.nix.keyring import KeyRing
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MAX_SIGNATURES, NarInfo
 from narseal.pipeline.nars.inspect import inspect_stored
-from narseal.pipeline.nars.publisher import served
-from narseal.runtime.threads import ThreadPools
-from narseal.storage import Admitted, Index, LocalStorage, NarRecord, PathRecord
+from narseal.pipeline.nars.publisher import Publisher
+from narseal.pipeline.services import Services
+from narseal.storage import Admitted, NarRecord, PathRecord
 
 _TRIES = 4
 
@@ -39,51 +39,52 @@ class _Word:
 class Rebuilding:
     """The work of `narseal index rebuild`."""
 
-    def __init__(
-        self,
-        *,
-        index: Index,
-        storage: LocalStorage,
-        keys: KeyRing,
-        pinned: KeyRing,
-        threads: ThreadPools,
-    ) -> None:
-        self._index = index
-        self._storage = storage
-        self._keys = keys
-        self._pinned = pinned
-        self._threads = threads
+    def __init__(self, services: Services, publisher: Publisher) -> None:
+        self._index = services.index
+        self._storage = services.folder.local
+        self._keys = services.countersigner.ring
+        config = services.config
+        self._pinned = KeyRing.of(
+            *(upstream.public_keys for upstream in config.upstream), config.upload.trusted_keys
+        )
+        self._threads = services.threads
+        self._publisher = publisher
 
     async def run(self) -> AsyncIterator[tuple[str, NarsealError | None]]:
         """Each path that was put back, or that could not be, with why.
 
+        What is refused is set aside; what could not be looked at stays where it is.
         Narinfos that an earlier run set aside are looked at again: the configuration may be another.
         """
         names = await self._threads.run(self._storage.narinfos)
         for name in names:
             present = await self._index.path(name.removesuffix(".narinfo"))
             if present is None or present[0].withdrawn:
-                error = await self._try(name, self._storage.read, present)
-                if error:
+                error = await self._try(name, name, present)
+                if isinstance(error, Refused | Malformed):
                     await self._threads.run(self._storage.set_aside, name)
                 yield name, error
         for name in sorted(set(await self._threads.run(self._storage.refused_narinfos)) - {*names}):
             if await self._index.path(name.removesuffix(".narinfo")) is None:
-                yield name, await self._try(name, self._storage.read_refused)
+                yield name, await self._try(name, self._storage.refused_name(name))
 
     async def _try(
-        self,
-        name: str,
-        read: Callable[[str], bytes | None],
-        present: Admitted | None = None,
+        self, name: str, lies: str, present: Admitted | None = None
     ) -> NarsealError | None:
-        """Put a path back, or say why not."""
+        """Put the path of a narinfo back that `lies` there, or say why not.
+
+        StorageGone or IndexGone if nothing can be said of any.
+        """
         try:
             if present:  # what it rested on may have been taken back, whoever else signed it since
                 raise Refused("revoked", f"{present[0].info.store_path} was withdrawn")
-            data = await self._threads.run(read, name)
+            if not await self._threads.run(self._storage.is_regular, lies):
+                raise Refused("unsigned", f"{lies} is not a regular file")
+            data = await self._threads.run(self._storage.read, lies)
             await self._put_back(name, NarInfo.parse(data or b"", store_dir=self._index.store_dir))
-        except (Refused, Malformed, StorageBroken) as error:
+        except (StorageGone, IndexGone):
+            raise
+        except (Refused, Malformed, Unavailable) as error:
             return error
         return None
 
@@ -104,11 +105,11 @@ class Rebuilding:
             raise Refused("conflict", f"{info.url} already stands for another NAR")
         stored = replace(record, stored=True)
         await self._index.publish(bound, stored)
-        admitted = await self._admit(info, stored)
-        await self._threads.run(self._storage.write, name, served(admitted, stored).render())
+        await self._admit(info, stored)
+        await self._publisher.narinfo(info.store_path.hash_part)
         await self._threads.run(self._storage.forget_refused, name)
 
-    async def _admit(self, info: NarInfo, stored: NarRecord) -> PathRecord:
+    async def _admit(self, info: NarInfo, stored: NarRecord) -> None:
         """Pin a measured path; if a key is revoked meanwhile, on the word of the others."""
         for _ in range(_TRIES):
             word = await self._word(info)
@@ -119,10 +120,12 @@ class Rebuilding:
                 ours=word.own,
             )
             try:
-                return (await self._index.admit(path, stored))[0]
+                await self._index.admit(path, stored)
             except Refused as error:
                 if error.reason != "revoked":
                     raise
+            else:
+                return
         raise Unavailable(f"{info.store_path}: keys are being revoked; run it again")
 
     async def _word(self, info: NarInfo) -> _Word:

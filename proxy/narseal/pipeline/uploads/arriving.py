@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 
 from narseal.config import UploadConfig
 from narseal.errors import BadUpload, UploadTooLarge
@@ -67,9 +68,11 @@ class ArrivingFile(_Arriving):
         return self._file
 
     def discard(self) -> None:
-        """Drop it now: an error may own it for longer."""
-        os.ftruncate(self._file.descriptor, 0)
-        self._incoming[1].unlink(missing_ok=True)
+        """Drop it now: an error may own it for longer. What fails here is not told instead of it."""
+        with suppress(OSError):
+            os.ftruncate(self._file.descriptor, 0)
+        with suppress(OSError):
+            self._incoming[1].unlink(missing_ok=True)
 
 
 class ArrivingNar(_Arriving):

@@ -10,17 +10,24 @@ import asyncio
 import filecmp
 import logging
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from narseal.custody.tokens import Token
-from narseal.errors import BadUpload, Forbidden, Malformed, Refused, StorageFull, UploadConflict
+from narseal.errors import (
+    BadUpload,
+    Forbidden,
+    Malformed,
+    Refused,
+    StorageFull,
+    Unavailable,
+    UploadConflict,
+)
 from narseal.nix.base32 import CHARS
 from narseal.pipeline.nars.inspect import stored_files
 from narseal.pipeline.paths.side_files import check_listing, pointer
 from narseal.pipeline.services import Services
 from narseal.runtime.files import OpenFile
-from narseal.storage import Admitted, NarRecord
+from narseal.storage import Admitted, LocalStorage, NarRecord, storage_errors
 from narseal.storage.uploaded import UploadedFiles
 from narseal.storage.waiting import WaitingFiles
 
@@ -79,13 +86,11 @@ class SideFileUploads:
             for name, lies in waiting:
                 if name.startswith(_DEBUGINFO) and name not in found:
                     _log.warning("dropped: %s: nar/%s has no such build id", name, nar.file)
-                    with suppress(FileNotFoundError):
-                        await self._threads.run(lies.unlink)
+                    await self._threads.run(self._waiting.drop, lies)
                     continue
                 if about == file != nar.file:  # an upstream's lie has its name
-                    await self._threads.run(_rename_archive, lies, file, nar.file)
-                with suppress(FileNotFoundError):  # another narinfo of the same token was faster
-                    await self._threads.run(self._publish_waiting, lies, name)
+                    await self._threads.run(self._waiting.change, lies, file, nar.file)
+                await self._threads.run(self._publish_waiting, lies, name)
 
     async def _in_nar(self, names: list[str], nar: NarRecord) -> frozenset[str]:
         """Of some debug-info pointers, those whose build id is in the NAR, which is in storage."""
@@ -118,27 +123,33 @@ class SideFileUploads:
     def _publish_waiting(self, path: Path, name: str) -> None:
         """In a thread: give a file that waited its name, as far as there is room."""
         try:
-            self._uploaded.count(path.stat().st_size)
+            self._waiting.publish(path, name, self._uploaded.room)
         except StorageFull as error:  # its path was taken, and is served without it
-            _log.warning("dropped: %s: %s", name, error)
-            path.unlink(missing_ok=True)
-        else:
-            self._waiting.publish(path, name)
+            _log.warning("not published: %s: %s", name, error)
 
     async def _publish(self, name: str, file: OpenFile) -> None:
         assert file.path is not None  # it is on its way in
-        if await self._threads.run(_is_other, file.path, self._folder.path(name)):
-            raise UploadConflict(f"{name} is here already, with other content")
-        await self._threads.run(self._uploaded.count, file.size)
-        await self._folder.publish((file.descriptor, file.path), name)
+        await self._threads.run(self._publish_new, name, file, file.path)
+
+    def _publish_new(self, name: str, file: OpenFile, path: Path) -> None:
+        local = self._folder.local
+        if _is_here(local, name, path):
+            return  # what is there takes no more room
+        with self._uploaded.room(file.size):
+            if local.publish_new(file.descriptor, path, name):
+                return
+        if not _is_here(local, name, path):  # another was faster, and is gone again
+            raise Unavailable(f"{name} is coming and going; bring it again")
 
 
-def _is_other(path: Path, present: Path) -> bool:
-    """In a thread: whether there is a file already, and its content is another."""
-    try:
-        return not filecmp.cmp(path, present, shallow=False)
-    except FileNotFoundError:
+def _is_here(storage: LocalStorage, name: str, path: Path) -> bool:
+    """In a thread: whether there is the same file already; UploadConflict if there is another."""
+    if storage.lacks(name):
         return False
+    with storage_errors():
+        if not filecmp.cmp(path, storage.path(name), shallow=False):
+            raise UploadConflict(f"{name} is here already, with other content")
+    return True
 
 
 def _archive(found: tuple[str, str], name: str) -> str:
@@ -156,11 +167,6 @@ def _member(name: str) -> str:
     """The file of a NAR that a debug-info pointer of this name is about, as Nix finds it there."""
     build_id = name.removeprefix(_DEBUGINFO).removesuffix(".debug")
     return f"lib/debug/.build-id/{build_id[:2]}/{build_id[2:]}.debug"
-
-
-def _rename_archive(path: Path, claimed: str, file: str) -> None:
-    """In a thread: a pointer with the name that a NAR file got here."""
-    path.write_bytes(path.read_bytes().replace(claimed.encode(), file.encode()))
 
 
 def _check_scope(token: Token, names: list[str], thing: str) -> None:

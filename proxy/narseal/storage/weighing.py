@@ -1,0 +1,59 @@
+"""How much the files of a kind may be together, where each worker takes account of what it adds itself.
+
+It weighs what lies there when it added its share of the slack, so that all workers together stay
+within the bound.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from narseal.storage.local import on_disk, storage_errors
+
+_SLACK = 4  # that part of a bound is for what came since the files were weighed
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """`most` bytes on disk, of all `workers` together."""
+
+    most: int
+    workers: int
+
+    @property
+    def slack(self) -> int:
+        """Bytes that all workers together may add between two looks."""
+        return self.most // _SLACK
+
+    @property
+    def share(self) -> int:
+        """Bytes that one of them may add."""
+        return self.most // (_SLACK * self.workers)
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """A file that lies there."""
+
+    path: str
+    #: Bytes that it takes.
+    size: int
+    #: When it was asked for, in nanoseconds.
+    used: int
+
+
+def weighed(folder: Path, suffix: str = "") -> Iterator[Weighed]:
+    """The files of a folder, less those that go away meanwhile; none if it is not there.
+
+    Unavailable if they cannot be looked at. Blocks.
+    """
+    with storage_errors(), suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(suffix):
+                with suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    yield Weighed(entry.path, on_disk(status.st_size), status.st_atime_ns)

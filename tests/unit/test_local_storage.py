@@ -1,0 +1,189 @@
+"""The storage folder: what it says when the system does not answer, and what it says is absent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from narseal.config import UploadConfig
+from narseal.errors import Refused, StorageFull, StorageGone, Unavailable
+from narseal.nix.cache_info import CacheInfo
+from narseal.pipeline.uploads.arriving import ArrivingFile
+from narseal.runtime.files import OpenFile, open_regular
+from narseal.storage import LocalStorage
+from narseal.storage.uploaded import UploadedFiles
+from narseal.storage.waiting import WaitingFiles
+
+_BLOCK = 4096
+_TOO_LONG = "x" * 300  # ENAMETOOLONG
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    return prepared(tmp_path / "storage")
+
+
+def prepared(root: Path) -> LocalStorage:
+    """A folder with a mark."""
+    LocalStorage(f"file://{root}").prepare(CacheInfo("/nix/store"))
+    (root / ".narseal/identity").write_text("here\n")
+    return LocalStorage(f"file://{root}", "here")
+
+
+def upload(storage: LocalStorage, data: bytes) -> OpenFile:
+    """A file on its way in."""
+    file = OpenFile.incoming(storage.incoming())
+    file.write(data)
+    return file
+
+
+ASKED: list[Callable[[LocalStorage], Any]] = [
+    lambda storage: storage.lacks(_TOO_LONG),
+    lambda storage: storage.read(_TOO_LONG),
+    lambda storage: storage.open(_TOO_LONG),
+    lambda storage: storage.remove(_TOO_LONG),
+    lambda storage: storage.names(_TOO_LONG),
+    lambda storage: storage.open_upload(_TOO_LONG),
+    lambda storage: storage.discard_upload(_TOO_LONG),
+    lambda storage: LocalStorage(f"file://{storage.root}/{_TOO_LONG}").mark(),
+]
+
+
+@pytest.mark.parametrize("ask", ASKED)
+def test_what_the_system_says_is_trouble_of_storage(
+    ask: Callable[[LocalStorage], Any], storage: LocalStorage
+) -> None:
+    """It was an OSError that nobody caught: 500, or a traceback."""
+    with pytest.raises(Unavailable, match=r"storage fails: .*name too long"):
+        ask(storage)
+
+
+def test_only_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """Too many open files, or no permission, says nothing of what is in a file."""
+    there = tmp_path / "file"
+    there.touch()
+    link = tmp_path / "link"
+    link.symlink_to(there)
+    for path in (tmp_path / "missing", link):
+        with pytest.raises(Refused):
+            open_regular(path)
+    for path in (there / "below", tmp_path / _TOO_LONG):
+        with pytest.raises(OSError, match=r"Not a directory|File name too long"):
+            open_regular(path)
+
+
+def test_an_arriving_file_that_cannot_be_cut_is_dropped(storage: LocalStorage) -> None:
+    """What failed then was told, instead of what the uploader had done."""
+    arriving = ArrivingFile(storage, UploadConfig())
+    arriving.write(b"log")
+    file = arriving.whole()
+    other = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(other, file.descriptor)  # cannot be cut
+    os.close(other)
+    arriving.discard()
+    assert not list((storage.root / ".narseal/arriving").iterdir())
+
+
+def test_a_folder_that_is_not_the_indexs_has_no_names(storage: LocalStorage) -> None:
+    """They were none, as if nothing waited and nothing could be put back."""
+    waiting = WaitingFiles(storage)
+    assert not [*storage.narinfos(), *storage.refused_narinfos(), *waiting.take("me", "it")]
+    waiting.keep("me", "it", "log/x", upload(storage, b"log"))
+    assert [name for name, _ in waiting.take("me", "it")] == ["log/x"]
+    assert waiting.take("you", "it") == []
+    [(_, lies)] = waiting.take("me", "it")
+    storage.root.rename(storage.root.with_name("volume"))
+    for is_empty in (False, True):  # there is none, or an empty mount point
+        if is_empty:
+            storage.root.mkdir()
+        for ask in (
+            storage.narinfos,
+            storage.refused_narinfos,
+            lambda: waiting.take("me", "it"),
+            lambda: waiting.publish(lies, "log/x", lambda _: nullcontext()),
+            lambda: waiting.drop(lies),
+        ):
+            with pytest.raises(StorageGone):
+                ask()
+
+
+def test_what_waited_takes_no_room_where_a_file_is_already(storage: LocalStorage) -> None:
+    waiting = WaitingFiles(storage)
+    asked = []
+
+    @contextmanager
+    def room(size: int) -> Iterator[None]:
+        asked.append(size)
+        if size > 4:
+            raise StorageFull("none")
+        yield
+
+    for data in (b"one", b"two"):
+        waiting.keep("me", "it", "log/there", upload(storage, data))
+        [(name, lies)] = waiting.take("me", "it")
+        waiting.publish(lies, name, room)
+        assert waiting.take("me", "it") == []
+        waiting.publish(lies, name, room)  # somebody was faster
+    waiting.keep("me", "it", "log/large", upload(storage, b"too much"))
+    [(name, lies)] = waiting.take("me", "it")
+    with pytest.raises(StorageFull):
+        waiting.publish(lies, name, room)
+    assert waiting.take("me", "it") == [(name, lies)]
+    assert asked == [3, 8]
+    assert storage.read("log/there") == b"one"
+    assert storage.lacks("log/large")
+
+
+def take(uploaded: UploadedFiles, size: int) -> None:
+    with uploaded.room(size):
+        pass
+
+
+def test_a_full_folder_is_not_weighed_for_each_upload(storage: LocalStorage) -> None:
+    now = 0.0
+    uploaded = UploadedFiles(storage, most=16 * _BLOCK, workers=1, clock=lambda: now)
+    logs = storage.root / "log"
+    logs.mkdir()
+    for number in range(15):
+        (logs / str(number)).write_bytes(b"x")
+    with pytest.raises(StorageFull):
+        take(uploaded, 2 * _BLOCK)
+    for number in range(4):
+        (logs / str(number)).unlink()
+    with pytest.raises(StorageFull):  # nobody looked
+        take(uploaded, 2 * _BLOCK)
+    take(uploaded, _BLOCK)  # what finds room is taken meanwhile
+    with pytest.raises(StorageFull):
+        take(uploaded, _BLOCK)
+    now = 10.0
+    take(uploaded, 2 * _BLOCK)
+
+
+def test_what_another_folder_has_is_not_weighed(storage: LocalStorage) -> None:
+    uploaded = UploadedFiles(storage, most=16 * _BLOCK, workers=1)
+    storage.root.rename(storage.root.with_name("volume"))
+    with pytest.raises(StorageGone):
+        take(uploaded, 1)
+
+
+def test_what_has_room_counts_before_it_has_its_name(storage: LocalStorage) -> None:
+    uploaded = UploadedFiles(storage, most=16 * _BLOCK, workers=1)
+    with ExitStack() as rooms:
+        for _ in range(16):  # it is weighed in between, and none of them is there yet
+            rooms.enter_context(uploaded.room(_BLOCK))
+        with pytest.raises(StorageFull):
+            take(uploaded, _BLOCK)
+
+
+def test_of_two_files_of_one_name_the_first_stays(storage: LocalStorage) -> None:
+    files = [OpenFile.incoming(storage.incoming()) for _ in range(2)]
+    for number, file in enumerate(files):
+        file.write(b"%d" % number)
+        assert file.path
+        assert storage.publish_new(file.descriptor, file.path, "log/one") == (number == 0)
+    assert storage.read("log/one") == b"0"
