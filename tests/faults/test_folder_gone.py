@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import urllib.request
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -374,3 +375,18 @@ def test_an_index_that_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
         refused = run(*command, "--config", str(file))
         assert refused.returncode == 2, refused.stderr
         assert f"storage.index {tmp_path}/file/index.sqlite: Not a directory" in refused.stderr
+
+
+def test_an_index_without_a_mark_takes_no_folder_that_bears_anothers(tmp_path: Path) -> None:
+    """Of an earlier release: it has a path, and its NAR was not fetched."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    with narseal_process(first, cache_of(first, *ITEMS)) as proxy:
+        urllib.request.urlopen(f"{proxy.url}/{ITEMS[0].hash}.narinfo").read()
+    unmarked(first)
+    with narseal_process(second, cache_of(second, *ITEMS)) as proxy:
+        fill(proxy)
+    (first / "storage").rename(first / "own")
+    (second / "storage").rename(first / "storage")
+    refused = run("serve", "--config", str(first / "narseal.toml"))
+    assert refused.returncode == 2
+    assert "bears the mark of another index" in refused.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import subprocess
 import sys
@@ -307,3 +308,27 @@ async def test_a_fault_of_the_disk_refuses_nothing(
     assert refused(tmp_path) == set() and file.exists()
     done = await rebuild(tmp_path)
     assert (done.returncode, done.stdout) == (0, "put back 1 paths, 0 could not be\n")
+
+
+async def test_what_is_no_file_is_passed_by(tmp_path: Path, upstream: FakeCache) -> None:
+    """A pipe was waited for, and a folder ended the work with a traceback."""
+    one = entry("one", b"1", compression="none").signed(UPSTREAM)
+    two = entry("two", b"2", compression="none").signed(UPSTREAM)
+    three = entry("three", b"3", compression="none").signed(UPSTREAM)
+    upstream.add(one, two, three)
+    there = {"url": upstream.url}
+    await filled(tmp_path, there, one, two, three)
+    storage = tmp_path / "storage"
+    (storage / two.info.url).unlink()
+    os.mkfifo(storage / two.info.url)
+    (storage / three.info.url).unlink()
+    (storage / three.info.url).mkdir()
+    os.mkfifo(storage / f"{'0' * 32}.narinfo")
+    (storage / f"{'1' * 32}.narinfo").mkdir()
+    (storage / os.fsdecode(b"\xff.narinfo")).touch()
+    (storage / f"{'2' * 32}.narinfo").symlink_to(storage / f"{one.hash}.narinfo")
+    done = await rebuild(tmp_path, there)
+    assert done.returncode == 1
+    assert done.stdout.startswith("put back 1 paths, 5 ")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("not a regular file") == 5

@@ -171,9 +171,9 @@ async def test_sizes_beyond_counting_are_malformed(
 
 
 async def scoped(folder: Path, uploader: Uploader, *allow: str) -> Uploader:
-    return Uploader(
-        uploader.client, tokens.add(folder / "tokens", "scoped", allow=allow, expires=None)[1]
-    )
+    file = folder / "tokens"
+    name = f"scoped-{len(tokens.listed(file))}"
+    return Uploader(uploader.client, tokens.add(file, name, allow=allow, expires=None)[1])
 
 
 def trace(out: StorePath) -> bytes:

@@ -131,7 +131,8 @@ class Rebuilding:
     async def _word(self, info: NarInfo) -> _Word:
         """On whose word the path rests: of all pinned keys that signed, else of all of ours.
 
-        Ours must have. So that what is revoked later takes away what it spoke for, and no more.
+        Ours must have. So that what is revoked later takes away what it spoke for, and no more. What
+        a pinned key signed that is revoked, and no other did, is refused: ours may rest on its word.
         """
         revoked = (await self._index.revocations.now()).keys
         message = info.fingerprint()
@@ -141,7 +142,14 @@ class Rebuilding:
             raise Refused(
                 "unsigned", f"{info.store_path}: no good signature by a key of the operator's"
             )
-        pinned = {s.key_name for s in self._pinned.verified(message, signatures)}
+        speaking = {s.key_name for s in self._pinned.verified(message, info.signatures)}
+        pinned = speaking - revoked
+        if speaking and not pinned:
+            raise Refused(
+                "revoked",
+                f"{info.store_path}: {', '.join(sorted(speaking))} signed it and is revoked, and"
+                " nothing tells whether our signature rested on anything else",
+            )
         known = KeyRing.of(self._keys.keys, self._pinned.keys)
         kept = known.kept(message, signatures, most=MAX_SIGNATURES)
         return _Word(kept, frozenset(own), frozenset(pinned or own))
