@@ -327,7 +327,7 @@ class LocalStorage:
                     if folder == self.uploads and status.st_mtime < old:
                         os.unlink(entry.path)
                     else:
-                        total += on_disk(status.st_size)
+                        total += status.st_size
         if total > max_bytes:
             raise StorageFull(
                 "too many uploads arrive or wait for their narinfos; upload.quarantine_size"
