@@ -28,6 +28,16 @@ async def caches() -> AsyncIterator[tuple[FakeCache, FakeCache]]:
         yield first, second
 
 
+def held(let_go: asyncio.Event, body: bytes | None = None) -> Fault:
+    """Nothing until it is let go of; then the file, or that there is none."""
+
+    async def fault(_: web.Request) -> web.StreamResponse:
+        await let_go.wait()
+        return web.Response(status=404) if body is None else web.Response(body=body)
+
+    return fault
+
+
 def wrong_prefix(cache: FakeCache, item: Entry, at: int) -> Fault:
     """So many wrong bytes, then the line breaks; of the length that is right."""
 
@@ -183,12 +193,8 @@ async def test_an_upstream_that_hangs_holds_up_no_others_narinfos(
     good.add(*wanted)
     let_go = asyncio.Event()
 
-    async def hang(_: web.Request) -> web.StreamResponse:
-        await let_go.wait()
-        return web.Response(status=404)
-
     for item in wanted:
-        hanging.fault(f"{item.hash}.narinfo", hang, times=10)
+        hanging.fault(f"{item.hash}.narinfo", held(let_go), times=10)
     upstreams = (
         {"url": hanging.url, "priority": 1, "hedge_after": "10ms", "timeout": "60s"},
         {"url": good.url, "priority": 2},
@@ -221,10 +227,6 @@ async def test_a_client_who_asks_for_much_leaves_room_for_another(
     cache.add(*greedy, wanted)
     let_go = asyncio.Event()
 
-    async def hang(_: web.Request) -> web.StreamResponse:
-        await let_go.wait()
-        return web.Response(status=404)
-
     there = {"url": cache.url, "timeout": "300s", "stall_timeout": "300s"}
     async with (
         narseal(tmp_path, there, limits={"lookups": 4, "transfers": 4}) as client,
@@ -235,7 +237,7 @@ async def test_a_client_who_asks_for_much_leaves_room_for_another(
             names = [(await client.narinfo(item.hash)).url for item in greedy]
         asked = [item.info.url if kind == "NARs" else f"{item.hash}.narinfo" for item in greedy]
         for name in asked:
-            cache.fault(name, hang, times=10)
+            cache.fault(name, held(let_go), times=10)
         before = cache.asked.total()
         asking = [asyncio.create_task(client.get(name)) for name in names]
         await client.until(lambda: cache.asked.total() - before == 2)  # half of them
@@ -262,16 +264,9 @@ async def test_realisations_and_their_paths_wait_for_no_turn_of_each_other(
         addresses.append(address)
     let_go = asyncio.Event()
 
-    def later(body: bytes) -> Fault:
-        async def fault(_: web.Request) -> web.StreamResponse:
-            await let_go.wait()
-            return web.Response(body=body)
-
-        return fault
-
     for item in items:
         name = f"{item.hash}.narinfo"
-        cache.fault(name, later(cache.files[name]), times=10)
+        cache.fault(name, held(let_go, cache.files[name]), times=10)
     rules = [{"match": "*", "require": "signature", "keys": ["upstream-1"]}]
     there = {"url": cache.url, "timeout": "300s"}
     async with narseal(tmp_path, there, policy=rules) as client:
@@ -294,13 +289,9 @@ async def test_an_upstream_that_hangs_keeps_no_turns(
     good.add(wanted)
     let_go = asyncio.Event()
 
-    async def hang(_: web.Request) -> web.StreamResponse:
-        await let_go.wait()
-        return web.Response(status=404)
-
     names = [f"build-trace-v2/{store_path(f'd{n}.drv')}/out.doi" for n in range(70)]
     for name in names:
-        hanging.fault(name, hang, times=10)
+        hanging.fault(name, held(let_go), times=10)
     there = ({"url": good.url}, {"url": hanging.url, "timeout": "300s"})
     async with narseal(tmp_path, *there) as client, neighbour(client) as other:
         asking = [asyncio.create_task(client.get(name)) for name in names[:35]]

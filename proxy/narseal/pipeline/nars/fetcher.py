@@ -113,7 +113,8 @@ class Fetcher:
             sink=sink,
             scan=scan,
         )
-        transfer.readers += is_awaited  # we do
+        if is_awaited:
+            transfer.readers = 1  # we are
         return transfer
 
     async def _publish(self, record: NarRecord, transfer: Transfer, measured: Measured) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from time import monotonic
@@ -17,15 +18,14 @@ _UNREAD = 64
 class Slots:
     """Each upstream has its own, so that one that hangs holds up no other's; each asker half of them."""
 
-    def __init__(self, each: int, *, least_rate: int = 0) -> None:
-        self._each = each
+    def __init__(self, each: int, *, least_rate: int) -> None:
         #: Bytes a second below which who has a slot loses it (`Pace`).
         self.least_rate = least_rate
-        self._by_url: dict[str, FairSlots] = {}
+        self._by_url: defaultdict[str, FairSlots] = defaultdict(lambda: FairSlots(each))
 
     def of(self, upstream: Upstream) -> AbstractAsyncContextManager[None]:
         """Those of an upstream; to be entered."""
-        return self._by_url.setdefault(upstream.config.url, FairSlots(self._each)).taken()
+        return self._by_url[upstream.config.url].taken()
 
 
 class Pace:
