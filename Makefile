@@ -31,6 +31,7 @@ lint: $(READY) ## ruff, mypy --strict, the layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples/serve.py
 	$(BIN)/lint-imports
 
 format: $(READY) ## let ruff write the code's form

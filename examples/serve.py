@@ -19,7 +19,7 @@ from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import SecretKey
 from narseal.nix.narinfo import NarInfo
-from narseal.nix.store_path import StorePath
+from narseal.nix.store_path import References, StorePath
 
 HERE = Path.cwd() / ".narseal"
 KNOWN_KEYS = {
@@ -107,7 +107,7 @@ def add(
         nar_size=len(data),
         file_hash=Hash.sha256(file),
         file_size=len(file),
-        references=references,
+        references=References(references),
         ca=address,
     )
     info = info.with_signatures((secret.sign(info.fingerprint()),))
