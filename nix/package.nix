@@ -16,7 +16,6 @@ python3Packages.buildPythonApplication {
   dependencies = with python3Packages; [
     aiofiles
     aiohttp
-    aiosqlite
     alembic
     backports-zstd
     brotli

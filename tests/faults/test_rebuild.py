@@ -310,6 +310,31 @@ async def test_a_fault_of_the_disk_refuses_nothing(
     assert (done.returncode, done.stdout) == (0, "put back 1 paths, 0 could not be\n")
 
 
+async def test_a_fault_of_the_disk_is_one_of_the_problems(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """`index check` ended with a traceback, and said nothing of the files after it."""
+    await brought(tmp_path, upstream, OPERATOR)
+    storage = tmp_path / "storage"
+    nar = storage / NarInfo.parse((storage / f"{TWO.hash}.narinfo").read_bytes()).url
+    config = tmp_path / "narseal.toml"
+    config.write_text(render_toml(settings(tmp_path)))
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [
+            *("strace", "-f", "-P", str(nar), "-e", "trace=read"),
+            *("-e", "inject=read:error=EIO", "-o", "/dev/null"),
+            *(sys.executable, "-m", "narseal", "index", "check", "--content"),
+            *("--config", str(config)),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert f"nar/{nar.name} cannot be read: storage fails" in done.stderr
+    assert done.stdout == "1 problems\n"
+
+
 async def test_what_is_no_file_is_passed_by(tmp_path: Path, upstream: FakeCache) -> None:
     """A pipe was waited for, and a folder ended the work with a traceback."""
     one = entry("one", b"1", compression="none").signed(UPSTREAM)

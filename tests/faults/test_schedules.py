@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection
 
 from narseal.config import Config
 from narseal.cosign import statement
@@ -36,10 +37,10 @@ from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.upkeep import revocation
 from narseal.pipeline.uploads.attestations import Content
-from narseal.runtime.batching import Batcher
 from narseal.storage import (
     Epoch,
     Folder,
+    Index,
     LocalStorage,
     Revocation,
     attestations,
@@ -47,12 +48,13 @@ from narseal.storage import (
     join_for_rebuild,
 )
 from narseal.storage.attestations import Attestations
+from narseal.storage.engine import Engines
 from narseal.upstream.http import HttpUpstream
 from tests.faults.test_uploads import Uploader, add
 from tests.tools.cache import Entry, addressed, entry, key, store_path
 from tests.tools.narseal import OPERATOR, UPSTREAM, Client, narseal, settings
 from tests.tools.upstream import FakeCache
-from tests.tools.waiting import eventually
+from tests.tools.waiting import PATIENCE, eventually
 
 OTHER = key("upstream-2")
 SECOND = key("operator-2")
@@ -100,7 +102,14 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(Batcher, "ask")
+    for name in ("ask", "survey", "write", "write_long"):
+        watch(Engines, name)
+    for name in (
+        "path",
+        "nar",
+        "paths_of",
+    ):  # no waits, but others' processes may write around them
+        watch(Index, name)
     watch(HttpUpstream, "get")
     watch(FileKey, "sign")
     watch(Attester, "_run")
@@ -646,13 +655,13 @@ async def test_a_path_that_may_pass_while_it_is_judged_waits_on(
             return (await waiting.queue())[0] == 1
 
         await eventually(waits)
-        timed, committed = asyncio.Event(), asyncio.Event()
+        loop, timed, committed = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
         enqueue, drop = attestations.enqueue, Attestations.drop
 
-        async def slowly(connection: AsyncConnection, files: Sequence[str]) -> None:
-            await enqueue(connection, files)
-            timed.set()
-            await committed.wait()
+        def slowly(connection: Connection, files: Sequence[str]) -> None:
+            enqueue(connection, files)
+            loop.call_soon_threadsafe(timed.set)
+            assert committed.wait(PATIENCE)
 
         async def at_last(self: Attestations, *judged: Any) -> None:
             if not committed.is_set():

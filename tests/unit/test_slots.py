@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narseal.runtime.slots import FairSlots, Turn, aside, asker
+from narseal.runtime.slots import LATELY, FairSlots, Turn, aside, asker
 
 
 async def _settle() -> None:
@@ -81,6 +81,35 @@ async def test_who_has_the_fewest_is_next() -> None:
     slots.give("a")
     await _settle()
     assert order == ["c", "d", "a"]
+    for task in tasks:
+        task.cancel()
+
+
+async def test_beside_others_nobody_has_more_than_a_few() -> None:
+    now = 100.0
+    slots = FairSlots(12, beside=2, clock=lambda: now)
+    given = 0
+    tasks = [asyncio.create_task(slots.take("greedy")) for _ in range(20)]
+
+    async def held_after(*, giving: int) -> int:
+        for _ in range(giving):
+            slots.give("greedy")
+        await _settle()
+        return len([task for task in tasks if task.done()]) - given
+
+    await _settle()
+    assert await held_after(giving=0) == 6  # half: nobody else is there
+    await slots.take("modest")
+    given = 4
+    assert await held_after(giving=4) == 2  # none of those is taken again
+    given = 5
+    assert await held_after(giving=1) == 2
+    slots.give("modest")
+    given = 6
+    assert await held_after(giving=1) == 2  # who asked a moment ago may ask again
+    now += LATELY * 2
+    given = 7
+    assert await held_after(giving=1) == 6
     for task in tasks:
         task.cancel()
 

@@ -9,18 +9,19 @@ from typing import Generic, TypeVar
 Q = TypeVar("Q")
 A = TypeVar("A")
 
-_GROUP = 256
-
 
 class Batcher(Generic[Q, A]):
     """While one group is being answered, the next one gathers.
 
-    `answer` takes a group and returns an answer, or the error, for each of it; an error that it
+    `answer` takes a group of at most so many and returns an answer, or the error, for each of it; an error that it
     raises is everybody's.
     """
 
-    def __init__(self, answer: Callable[[list[Q]], Awaitable[list[A | Exception]]]) -> None:
+    def __init__(
+        self, answer: Callable[[list[Q]], Awaitable[list[A | Exception]]], *, most: int
+    ) -> None:
         self._answer = answer
+        self._most = most
         self._queue: asyncio.Queue[tuple[Q, asyncio.Future[A]] | None] = asyncio.Queue(4096)
 
     async def ask(self, question: Q) -> A:
@@ -42,7 +43,7 @@ class Batcher(Generic[Q, A]):
         while item is not None:
             group = [item]
             while (
-                len(group) < _GROUP
+                len(group) < self._most
                 and not self._queue.empty()
                 and (item := self._queue.get_nowait())
             ):

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from contextvars import ContextVar
+from time import monotonic
 
 #: On whose behalf a task works: a client's address. Tasks that it starts inherit it.
 asker: ContextVar[str] = ContextVar("asker", default="")
+
+
+#: Seconds for which who asked counts as somebody beside others.
+LATELY = 1.0
 
 
 class FairSlots:
     """A number of slots, of which one asker holds at most half.
 
     A slot that becomes free goes to the one who holds the fewest; among the same asker's, to who
-    came first.
+    came first. Where slots stand for work of our own, what others ask for takes the longer the more
+    of them are held: then nobody holds more than `beside` while others asked lately.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(
+        self, count: int, *, beside: int | None = None, clock: Callable[[], float] = monotonic
+    ) -> None:
         self._free = count
         self._most = max(1, count // 2)
+        self._most_beside = min(self._most, beside or self._most)
+        self._clock = clock
+        #: When each last asked, in that order.
+        self._asked: OrderedDict[str, float] = OrderedDict()
         self._held: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
@@ -37,7 +49,8 @@ class FairSlots:
 
     async def take(self, source: str) -> None:
         """Wait for a slot; to be given back."""
-        if self._free and self._held[source] < self._most:
+        self._note(source)
+        if self._free and self._may(source):
             self._grant(source)
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -68,9 +81,25 @@ class FairSlots:
         self._free -= 1
         self._held[source] += 1
 
+    def _note(self, source: str) -> None:
+        now = self._clock()
+        self._asked[source] = now
+        self._asked.move_to_end(source)
+        while next(iter(self._asked.values())) < now - LATELY:
+            self._asked.popitem(last=False)
+
+    def _may(self, source: str) -> bool:
+        """Whether an asker may have one more."""
+        held = self._held[source]
+        if held < self._most_beside:
+            return True
+        last_other = next((at for who, at in reversed(self._asked.items()) if who != source), None)
+        has_company = last_other is not None and last_other >= self._clock() - LATELY
+        return held < self._most and not has_company
+
     def _next(self) -> str | None:
         """Who gets the next slot; None: nobody who waits may have another."""
-        may = [source for source in self._waiting if self._held[source] < self._most]
+        may = [source for source in self._waiting if self._may(source)]
         return min(may, key=lambda source: self._held[source], default=None)
 
 

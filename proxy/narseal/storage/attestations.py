@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    Connection,
     Insert,
     Row,
     Select,
@@ -20,16 +22,13 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects.sqlite import insert as insert_or
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from narseal.errors import UploadTooLarge
 from narseal.storage import schema
 from narseal.storage.engine import Engines
-from narseal.storage.records import PATHS, Admitted, Attestation, admitted_of_all
+from narseal.storage.prepared import Prepared
+from narseal.storage.records import PATHS, Admitted, Attestation, admitted_of, admitted_of_all
 from narseal.storage.revocations import Revoked, revoked_by_now
-
-_Ask = Callable[[Select[Any]], Awaitable[list[Row[Any]]]]
-
 
 #: So many seconds later a path waits since, each time it is enqueued again: its row is another one then, and
 #: its place the same. It is some times what a column of Unix times holds apart.
@@ -59,12 +58,12 @@ def _enqueue(*conditions: Any, again: bool = False) -> Insert:
     )
 
 
-_OF_FILES = schema.path.c.nar_file.in_(bindparam("among", expanding=True))
-_ENQUEUE = _enqueue(_OF_FILES, again=True)
+_OF_FILE = schema.path.c.nar_file == bindparam("file")
+_ENQUEUE = Prepared(_enqueue(_OF_FILE, again=True))
 # SQLite wants a WHERE before ON CONFLICT in an INSERT from a SELECT, and there is one
 _ENQUEUE_ALL = _enqueue()
 _LEAVE = delete(schema.waiting).where(
-    schema.waiting.c.hash_part.in_(select(schema.path.c.hash_part).where(_OF_FILES))
+    schema.waiting.c.hash_part.in_(select(schema.path.c.hash_part).where(_OF_FILE))
 )
 
 
@@ -73,24 +72,26 @@ def bundle_name(digest: bytes) -> str:
     return f"attestations/{digest.hex()}.sigstore.json"
 
 
-async def enqueue(connection: AsyncConnection, files: Sequence[str]) -> None:
+def enqueue(connection: Connection, files: Sequence[str]) -> None:
     """Within a transaction after which rules may let paths of these files through: they wait.
 
     They wait anew: who read them before, and judges them by what held then, does not take them off
     the queue.
     """
-    await connection.execute(_ENQUEUE, {"among": files, "now": time.time()})
+    now = time.time()
+    for file in files:
+        _ENQUEUE.run(connection, file=file, now=now)
 
 
-async def leave(connection: AsyncConnection, file: str) -> None:
+def leave(connection: Connection, file: str) -> None:
     """Within a transaction that takes a file away: its paths do not wait any more."""
-    await connection.execute(_LEAVE, {"among": [file]})
+    connection.execute(_LEAVE, {"file": file})
 
 
-async def forget_path(connection: AsyncConnection, hash_part: str) -> None:
+def forget_path(connection: Connection, hash_part: str) -> None:
     """Within a transaction that pins other content to a path: none of our bundles is of that."""
     named = schema.attested.c.hash_part == hash_part
-    await connection.execute(delete(schema.attested).where(named))
+    connection.execute(delete(schema.attested).where(named))
 
 
 def _of(subjects: frozenset[bytes]) -> ColumnElement[bool]:
@@ -172,19 +173,16 @@ class SignedBatch:
 class Attestations:
     """What waits, and what was signed."""
 
-    def __init__(
-        self, engines: Engines, ask: _Ask, survey: _Ask, store_dir: str, *, attest: bool = False
-    ) -> None:
-        """`survey` is for questions that may take long."""
+    def __init__(self, engines: Engines, store_dir: str, *, attest: bool = False) -> None:
         self._attest = attest
         self._engines = engines
-        self._ask = ask
-        self._survey = survey
+        self._ask = engines.ask
+        self._survey = engines.survey
         self._store_dir = store_dir
 
     async def enqueue_all(self) -> None:
         """Let everything wait that is stored and was never attested."""
-        await self._engines.write(lambda c: c.execute(_ENQUEUE_ALL, {"now": time.time()}))
+        await self._engines.write_long(lambda c: c.execute(_ENQUEUE_ALL, {"now": time.time()}))
 
     async def queue(self) -> tuple[int, float | None]:
         """How many paths wait, and since what Unix time the first does."""
@@ -206,12 +204,10 @@ class Attestations:
         """Those of some paths that wait, and of which the index says what it said."""
         hash_parts = [path.info.store_path.hash_part for path, _ in paths]
         rows = await self._ask(_THOSE_WAITING.params(among=hash_parts))
-        return await self._unchanged(paths, rows)
+        return await asyncio.to_thread(self._unchanged, paths, rows)
 
-    async def _unchanged(
-        self, paths: Sequence[Admitted], rows: Sequence[Row[Any]]
-    ) -> list[Admitted]:
-        found = await admitted_of_all(rows, self._store_dir)
+    def _unchanged(self, paths: Sequence[Admitted], rows: Sequence[Row[Any]]) -> list[Admitted]:
+        found = [admitted_of(row, self._store_dir) for row in rows]
         now = {path.info.store_path.hash_part: (path, nar) for path, nar in found}
         return [old for old in paths if _says(now.get(old[0].info.store_path.hash_part), old)]
 
@@ -225,28 +221,28 @@ class Attestations:
         else is revoked than was when it was judged, or the rules are not current any more.
         """
 
-        async def work(connection: AsyncConnection) -> list[Admitted] | None:
-            if (await revoked_by_now(connection)).all != judged.all or not is_current():
+        def work(connection: Connection) -> list[Admitted] | None:
+            if revoked_by_now(connection).all != judged.all or not is_current():
                 return None
             hash_parts = [path.info.store_path.hash_part for path, _ in batch.paths]
-            rows = await connection.execute(_THOSE_WAITING, {"among": hash_parts})
-            covered = await self._unchanged(batch.paths, rows.all())
+            rows = connection.execute(_THOSE_WAITING, {"among": hash_parts})
+            covered = self._unchanged(batch.paths, rows.all())
             if covered:
-                await _record(connection, batch, covered)
+                _record(connection, batch, covered)
             return covered
 
-        return await self._engines.write(work)  # type: ignore[no-any-return]
+        return await self._engines.write_long(work)
 
     async def forget(self, digest: bytes) -> None:
         """Give a bundle out no more, and let the paths that it attested wait again."""
         named = schema.attestation.c.digest == digest
 
-        async def work(connection: AsyncConnection) -> None:
+        def work(connection: Connection) -> None:
             for table in (schema.subject, schema.attested):
-                await connection.execute(delete(table).where(table.c.attestation == digest))
-            await connection.execute(delete(schema.attestation).where(named))
+                connection.execute(delete(table).where(table.c.attestation == digest))
+            connection.execute(delete(schema.attestation).where(named))
 
-        await self._engines.write(work)
+        await self._engines.write_long(work)
 
     async def singles(self, *, after: str, limit: int) -> list[tuple[str, bytes]]:
         """Signatures of single files, with the files' names, in order, beyond one."""
@@ -260,24 +256,24 @@ class Attestations:
         """Give a file's own signature out no more, and attest its paths anew."""
         table = schema.file_signature
 
-        async def work(connection: AsyncConnection) -> None:
-            await connection.execute(delete(table).where(table.c.file == file))
-            await connection.execute(delete(schema.attested).where(schema.attested.c.file == file))
+        def work(connection: Connection) -> None:
+            connection.execute(delete(table).where(table.c.file == file))
+            connection.execute(delete(schema.attested).where(schema.attested.c.file == file))
 
-        await self._engines.write(work)
+        await self._engines.write_long(work)
 
-    async def discard(self, digest: bytes, remove: Callable[[], Awaitable[None]]) -> None:
-        """Have a bundle's file taken away, unless it is recorded.
+    async def discard(self, digest: bytes, remove: Callable[[], None]) -> None:
+        """Have a bundle's file taken away in a thread, unless it is recorded.
 
         Within a transaction, as `put` looks for the file: no bundle is recorded without one.
         """
         query = select(schema.attestation.c.digest).where(schema.attestation.c.digest == digest)
 
-        async def work(connection: AsyncConnection) -> None:
-            if (await connection.execute(query)).first() is None:
-                await remove()
+        def work(connection: Connection) -> None:
+            if connection.execute(query).first() is None:
+                remove()
 
-        await self._engines.write(work)
+        await self._engines.write_long(work)
 
     async def digests(self) -> list[bytes]:
         """Of every bundle over a statement."""
@@ -332,7 +328,7 @@ class Attestations:
         subjects: frozenset[bytes],
         *,
         most: int,
-        is_there: Callable[[], Awaitable[bool]],
+        is_there: Callable[[], bool],
     ) -> bool | None:
         """Record a bundle that somebody brought; whether it is new.
 
@@ -345,13 +341,13 @@ class Attestations:
         it covers wait for narseal's own, where they were not attested: they may pass now.
         """
 
-        async def work(connection: AsyncConnection) -> bool | None:
-            if (await revoked_by_now(connection)).all != signed.judged.all or not await is_there():
+        def work(connection: Connection) -> bool | None:
+            if revoked_by_now(connection).all != signed.judged.all or not is_there():
                 return None
             table = schema.attestation.c
             known = (table.statement == signed.statement) & (table.signer == signed.signer)
             same = select(table.digest).where(or_(table.digest == digest, known)).limit(1)
-            if (await connection.execute(same)).first():
+            if connection.execute(same).first():
                 return False
             count = (
                 select(func.count())
@@ -365,7 +361,7 @@ class Attestations:
                 (most, count.where(table.signer == signed.signer)),
                 (most * _SIGNERS, count),
             ):
-                if ((await connection.execute(counted)).scalar() or 0) >= bound:
+                if (connection.execute(counted).scalar() or 0) >= bound:
                     raise UploadTooLarge(
                         f"there are {bound} attestations of that digest; attestations.per_digest"
                         " bounds those of each signer"
@@ -377,15 +373,15 @@ class Attestations:
                 "signer": signed.signer,
                 "statement": signed.statement,
             }
-            await connection.execute(insert_or(schema.attestation), [values])
+            connection.execute(insert_or(schema.attestation), [values])
             covered = [{"digest": subject, "attestation": digest} for subject in subjects]
-            await connection.execute(insert_or(schema.subject), covered)
+            connection.execute(insert_or(schema.subject), covered)
             if self._attest:
-                rows = await connection.execute(select(schema.path.c.nar_file).where(_of(subjects)))
-                await enqueue(connection, sorted({row.nar_file for row in rows}))
+                rows = connection.execute(select(schema.path.c.nar_file).where(_of(subjects)))
+                enqueue(connection, sorted({row.nar_file for row in rows}))
             return True
 
-        return await self._engines.write(work)  # type: ignore[no-any-return]
+        return await self._engines.write_long(work)
 
     async def paths_of(self, subjects: frozenset[bytes]) -> list[str]:
         """The hash parts of the admitted paths that these file and NAR digests are of."""
@@ -438,33 +434,31 @@ class Attestations:
         return [row.hash_part for row in await self._ask(query)]
 
 
-async def _record(
-    connection: AsyncConnection, batch: SignedBatch, covered: Sequence[Admitted]
-) -> None:
+def _record(connection: Connection, batch: SignedBatch, covered: Sequence[Admitted]) -> None:
     """Within a transaction: a bundle, what it covers, and that this waits no more."""
     hash_parts = [path.info.store_path.hash_part for path, _ in covered]
     gone = delete(schema.waiting).where(schema.waiting.c.hash_part.in_(hash_parts))
-    await connection.execute(gone)
+    connection.execute(gone)
     values = {
         "digest": batch.digest,
         "predicate_type": batch.predicate_type,
         "made_at": time.time(),
     }
-    await connection.execute(insert_or(schema.attestation), [values])
+    connection.execute(insert_or(schema.attestation), [values])
     if batch.heads:
         heads = [{"digest": head, "attestation": batch.digest} for head in sorted(batch.heads)]
-        await connection.execute(insert_or(schema.subject), heads)
+        connection.execute(insert_or(schema.subject), heads)
     done = [
         {"hash_part": hash_part, "file": nar.file, "attestation": batch.digest}
         for hash_part, (_, nar) in zip(hash_parts, covered, strict=True)
     ]
-    await connection.execute(insert_or(schema.attested).on_conflict_do_nothing(), done)
+    connection.execute(insert_or(schema.attested).on_conflict_do_nothing(), done)
     singles = [
         {"file": file, "bundle": batch.singles[file]}
         for file in sorted({nar.file for _, nar in covered} & batch.singles.keys())
     ]
     if singles:
-        await connection.execute(insert_or(schema.file_signature).on_conflict_do_nothing(), singles)
+        connection.execute(insert_or(schema.file_signature).on_conflict_do_nothing(), singles)
 
 
 def _attestation(row: Row[Any]) -> Attestation:

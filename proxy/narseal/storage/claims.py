@@ -9,8 +9,18 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Row, Select, Table, func, literal, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    Select,
+    Table,
+    func,
+    literal,
+    or_,
+    select,
+    update,
+)
 
 from narseal.errors import BadUpload, NotFound, Unavailable
 from narseal.nix.keyring import KeyRing
@@ -29,9 +39,8 @@ Signed = tuple[tuple[Signature, ...], frozenset[str]]
 Verified = Callable[[Collection[Signature]], Awaitable[Collection[Signature]]]
 
 #: Done within the transaction that signed a row.
-OnSigned = Callable[[AsyncConnection, str], Awaitable[None]]
+OnSigned = Callable[[Connection, str], None]
 
-_Ask = Callable[[Select[Any]], Awaitable[list[Row[Any]]]]
 _TRIES = MOST_BUT_OURS  # each that fails, somebody else added one
 
 
@@ -52,14 +61,12 @@ class Claims:
         table: Table,
         key: Column[str],
         engines: Engines,
-        ask: _Ask,
         epoch: Epoch,
         on_signed: OnSigned | None = None,
     ) -> None:
         self._table = table
         self._key = key
         self._engines = engines
-        self._ask = ask
         self._epoch = epoch
         self._on_signed = on_signed
 
@@ -88,13 +95,13 @@ class Claims:
         asked: set[Signature] = set()
         known: set[Signature] = set()
 
-        async def work(connection: AsyncConnection) -> Signed | frozenset[Signature]:
+        def work(connection: Connection) -> Signed | frozenset[Signature]:
             """What the row has then; or, and nothing is written, what `verified` is to be asked of."""
             query = select(table.signatures, table.ours).where(named)
-            row = (await connection.execute(query)).first()
+            row = connection.execute(query).first()
             if row is None:
                 raise NotFound(f"{key} is not in the index any more, or is another one by now")
-            revoked = await revoked_keys(connection)
+            revoked = revoked_keys(connection)
             there = set(signatures_of(row.signatures))
             names = (names_of(row.ours) | frozenset(ours)) - revoked
             new = set(signatures) - there
@@ -114,9 +121,9 @@ class Claims:
                     raise BadUpload(f"{key} has too many signatures: {len(others)} of others'")
             found = tuple(sorted([*own, *others[:room]]))
             values = {"signatures": "\n".join(map(str, found)), "ours": "\n".join(sorted(names))}
-            await connection.execute(update(self._table).where(named).values(values))
+            connection.execute(update(self._table).where(named).values(values))
             if self._on_signed:
-                await self._on_signed(connection, key)
+                self._on_signed(connection, key)
             return found, names
 
         for _ in range(_TRIES):
@@ -146,7 +153,7 @@ class Claims:
     async def count_lacking(self, names: Iterable[str]) -> int:
         """How many there are of those."""
         query: Any = select(func.count().label("rows")).select_from(self._table)
-        return int((await self._ask(query.where(*self._lack(names))))[0].rows)
+        return int((await self._engines.survey(query.where(*self._lack(names))))[0].rows)
 
     def _lack(self, names: Iterable[str]) -> list[ColumnElement[bool]]:
         text = literal("\n") + self._table.c.ours + literal("\n")
@@ -157,4 +164,6 @@ class Claims:
         self, conditions: list[ColumnElement[bool]], after: str, limit: int
     ) -> list[str]:
         query: Select[Any] = select(self._key.label("key")).where(*conditions, self._key > after)
-        return [row.key for row in await self._ask(query.order_by(self._key).limit(limit))]
+        return [
+            row.key for row in await self._engines.survey(query.order_by(self._key).limit(limit))
+        ]

@@ -1,28 +1,44 @@
-"""Opening the SQLite index: WAL, one writer that commits in groups, a pool of readers."""
+"""Opening the SQLite index: WAL, point reads and one writer on the loop, threads for what takes long."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sqlite3
-from collections.abc import Awaitable, Callable
-from contextlib import closing
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import alembic.command
 import alembic.config
-from sqlalchemy import URL, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, NullPool, Row, Select, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from narseal.errors import ConfigError, NarsealError, NoIndex, Unavailable
 from narseal.runtime.batching import Batcher
+from narseal.storage.prepared import Prepared, driver_of
 from narseal.storage.presence import Presence, index_file
 
-Write = Callable[[AsyncConnection], Awaitable[Any]]
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+#: What is done within a transaction, which its caller commits.
+Write = Callable[[Connection], T]
 
 _BUSY_MS = 10_000
+#: Works that share a transaction, and seconds after which the loop has a turn between two of them.
+_GROUP = 64
+_LONGEST = 0.005
+#: Seconds between two copies of what was committed from the log into the database.
+_CHECKPOINTS = 1.0
+#: What a connection or a statement fails with.
+_FAULTS = (sqlite3.Error, DBAPIError, OSError)
 
 
 def migrate(url: str) -> None:
@@ -33,8 +49,8 @@ def migrate(url: str) -> None:
     file = index_file(url)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(f"sqlite:///{file}")
-        _prepare(engine)
+        engine = _engine(file, "rwc")
+        event.listen(engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
         with engine.begin() as connection:
             config = alembic.config.Config()
             config.set_main_option(
@@ -42,8 +58,7 @@ def migrate(url: str) -> None:
             )
             config.attributes["connection"] = connection
             alembic.command.upgrade(config, "head")
-        engine.dispose()
-    except (OSError, SQLAlchemyError, alembic.util.CommandError) as error:
+    except (OSError, sqlite3.Error, SQLAlchemyError, alembic.util.CommandError) as error:
         raise ConfigError(f"storage.index {file}: {error}") from error
 
 
@@ -84,78 +99,237 @@ def backup(url: str, target: Path) -> None:
         raise ConfigError(f"{target}: {error}") from error
 
 
-def _prepare(engine: Engine) -> None:
-    """Full durability, and transactions that begin when we say so."""
+def _engine(file: Path, mode: str) -> Engine:
+    """Connections with full durability, in which transactions begin when we say so.
 
-    @event.listens_for(engine, "connect")
-    def connect(connection: Any, _: Any) -> None:
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.execute("PRAGMA foreign_keys=ON")
-        cursor.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
-        cursor.close()
+    With the mode `rw` none makes an empty database.
+    """
 
-    @event.listens_for(engine, "begin")
-    def begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    def driver() -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"file:{quote(str(file))}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=_BUSY_MS / 1000,
+        )
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        return connection
+
+    return create_engine("sqlite://", creator=driver, poolclass=NullPool)
+
+
+def _connect(file: Path) -> Connection:
+    """A connection of which SQLAlchemy begins and ends no transactions.
+
+    Whoever uses it in several threads sees to it that no two do at the same time.
+    """
+    return _engine(file, "rw").connect().execution_options(isolation_level="AUTOCOMMIT")
+
+
+class _Transaction:
+    """A transaction that waits for others' to end: committed on leaving, rolled back by an error."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._driver = driver_of(connection)
+
+    def __enter__(self) -> Connection:
+        self._driver.execute("BEGIN IMMEDIATE")
+        return self._connection
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._driver.execute("COMMIT")
+        finally:
+            _roll_back(self._driver)
+
+
+def _roll_back(driver: sqlite3.Connection) -> None:
+    """End a transaction that failed; nothing if it ended by itself."""
+    if driver.in_transaction:
+        with suppress(sqlite3.Error):
+            driver.execute("ROLLBACK")
+
+
+class _Lane:
+    """A thread with a connection of its own, for what may take long."""
+
+    def __init__(self, file: Path, name: str) -> None:
+        self._file = file
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._connection: Connection | None = None
+
+    async def run(self, work: Callable[[Connection], T]) -> T:
+        """`work` on the connection; in the order of calls."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
+
+    def _run(self, work: Callable[[Connection], T]) -> T:
+        if self._connection is None:
+            self._connection = _connect(self._file)
+        return work(self._connection)
+
+    async def close(self) -> None:
+        """Wait for what runs, also for callers that are gone."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
+        self._thread.shutdown()
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
 
 
 class Engines:
-    """A reading and a writing engine on one index file."""
+    """The connections to one index file, and their threads. Unavailable when the database fails."""
 
     def __init__(self, url: str, presence: Presence) -> None:
+        """ConfigError if it cannot be opened."""
         self._presence = presence
-        # mode=rw: a connection never makes an empty database
-        address = URL.create(
-            "sqlite+aiosqlite",
-            database=f"file:{quote(str(index_file(url)))}",
-            query={"mode": "rw", "uri": "true"},
-        )
-        # single statements: no transaction to begin and to roll back around each
-        self.reading: AsyncEngine = create_async_engine(
-            address,
-            pool_size=4,
-            max_overflow=0,
-            pool_timeout=60,
-            isolation_level="AUTOCOMMIT",
-            pool_reset_on_return=None,
-        )
-        self._writing = create_async_engine(address, pool_size=1, max_overflow=0)
-        _prepare(self._writing.sync_engine)
-        self._writes: Batcher[Write, Any] = Batcher(self._commit)
+        file = index_file(url)
+        try:
+            self._reading = _connect(file)
+            self._writing = _connect(file)
+            self._writer = driver_of(self._writing)
+            self._writer.execute("PRAGMA busy_timeout=0")  # nobody waits on the loop
+            self._writer.execute("PRAGMA wal_autocheckpoint=0")
+        except _FAULTS as error:
+            raise ConfigError(f"storage.index {file}: {error}") from error
+        self._writes: Batcher[Write[Any], Any] = Batcher(self._commit, most=_GROUP)
+        self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._questions = _Lane(file, "questions")
+        self._surveys = _Lane(file, "surveys")
+        self._long_writes = _Lane(file, "long writes")
+        self._checkpoints = _Lane(file, "checkpoints")
+        self._checkpointing: asyncio.Task[None] | None = None
+        self._checkpointed = monotonic()
 
-    async def write(self, work: Write) -> Any:
-        """Run `work` in a transaction; returns its result once that is on disk.
+    def first(self, statement: Prepared, **values: Any) -> Any:
+        """The first row of a point read, on the loop; None if there is none."""
+        return self._read(statement.first, values)
+
+    def all(self, statement: Prepared, **values: Any) -> list[Any]:
+        """All rows of a read that gives few, on the loop."""
+        return self._read(statement.all, values)
+
+    def _read(self, ask: Callable[..., T], values: dict[str, Any]) -> T:
+        self._presence.check()
+        try:
+            return ask(self._reading, **values)
+        except _FAULTS as error:
+            raise Unavailable(f"the index cannot be read: {error}") from error
+
+    async def ask(self, query: Select[Any]) -> list[Row[Any]]:
+        """All rows of a rare question, in a thread."""
+        return await self._asked(self._questions, query)
+
+    async def survey(self, query: Select[Any]) -> list[Row[Any]]:
+        """The same of one that may take long, so that no other waits for it."""
+        return await self._asked(self._surveys, query)
+
+    async def _asked(self, lane: _Lane, query: Select[Any]) -> list[Row[Any]]:
+        self._presence.check()
+        try:
+            return await lane.run(lambda c: list(c.execute(query)))
+        except _FAULTS as error:
+            raise Unavailable(f"the index cannot be read: {error}") from error
+
+    async def write(self, work: Write[T]) -> T:
+        """Run `work`, which is short, in a transaction on the loop; its result once that is on disk.
 
         Works that come at the same time share a transaction. A work that raises an error of
         ours leaves what it wrote so far, which must do no harm, and its error reaches its caller
         only; Unavailable if the index cannot be written.
         """
         try:
-            return await self._writes.ask(work)
-        except (DBAPIError, OSError) as error:
+            return await self._writes.ask(work)  # type: ignore[no-any-return]
+        except _FAULTS as error:
             raise Unavailable(f"the index cannot be written: {error}") from error
+
+    async def write_long(self, work: Write[T]) -> T:
+        """The same in a thread, in a transaction of its own: for what writes much or looks at files.
+
+        An error takes all back.
+        """
+
+        def done(connection: Connection) -> T:
+            with _Transaction(connection):
+                return work(connection)
+
+        self._presence.check()
+        try:
+            result = await self._long_writes.run(done)
+        except _FAULTS as error:
+            raise Unavailable(f"the index cannot be written: {error}") from error
+        self._presence.check()
+        return result
 
     async def run(self) -> None:
         """The one writer; runs until closed, then lets go of every connection."""
         await self._writes.run()
-        await self.reading.dispose()
-        await self._writing.dispose()
+        if self._checkpointing:
+            await self._checkpointing
+        for lane in (self._questions, self._surveys, self._long_writes, self._checkpoints):
+            await lane.close()
+        self._committing.shutdown()  # it is idle
+        self._reading.close()
+        self._writing.close()
 
     async def close(self) -> None:
         """Let `run` end once it wrote what was asked before."""
         await self._writes.close()
 
-    async def _commit(self, works: list[Write]) -> list[Any]:
+    async def _commit(self, works: list[Write[Any]]) -> list[Any]:
         self._presence.check()
         outcomes: list[Any] = []
-        async with self._writing.begin() as connection:
+        try:
+            await self._begin()
+            began = monotonic()
             for work in works:
                 try:
-                    outcomes.append(await work(connection))
+                    outcomes.append(work(self._writing))
                 except NarsealError as error:
                     outcomes.append(error)
+                if monotonic() - began > _LONGEST:
+                    await asyncio.sleep(0)
+                    began = monotonic()
+            await self._in_thread(partial(self._writer.execute, "COMMIT"))
+        finally:
+            _roll_back(self._writer)
         self._presence.check()  # else it was committed to a file that nobody will read
+        if not self._checkpointing and monotonic() - self._checkpointed > _CHECKPOINTS:
+            self._checkpointing = asyncio.create_task(self._checkpoint())
         return outcomes
+
+    async def _begin(self) -> None:
+        """Begin a transaction, in a thread if another process has one."""
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            await self._in_thread(self._begin_patiently)
+
+    def _begin_patiently(self) -> None:
+        self._writer.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+        finally:
+            self._writer.execute("PRAGMA busy_timeout=0")
+
+    async def _checkpoint(self) -> None:
+        """Copy what was committed into the database, as far as nobody reads it in the log."""
+        try:
+            await self._checkpoints.run(
+                lambda c: driver_of(c).execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            )
+        except _FAULTS as error:
+            _log.warning("the index's log grows, since it cannot be copied: %s", error)
+        finally:
+            self._checkpointing = None
+            self._checkpointed = monotonic()
+
+    async def _in_thread(self, work: Callable[[], object]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._committing, work)

@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any
 
 from sqlalchemy import (
-    Row,
-    Select,
+    bindparam,
     func,
     select,
 )
 from sqlalchemy.dialects.sqlite import insert as insert_or
-from sqlalchemy.exc import DBAPIError
 
-from narseal.errors import Unavailable
 from narseal.nix.hashes import Hash
-from narseal.runtime.batching import Batcher
 from narseal.runtime.threads import by_size
 from narseal.storage import schema
-from narseal.storage.admissions import NARS_BY_FILE, PATHS_BY_HASH, Admissions, among
+from narseal.storage.admissions import NAR_BY_FILE, PATH_BY_HASH, Admissions
 from narseal.storage.attestations import Attestations
 from narseal.storage.claims import Claims
 from narseal.storage.engine import Engines
 from narseal.storage.epoch import Epoch
+from narseal.storage.prepared import Prepared
 from narseal.storage.records import (
     PATHS,
     Admitted,
     NarRecord,
     PathRecord,
     RealisationRecord,
+    admitted_of,
     admitted_of_all,
     nar_of,
     realisation_of,
 )
 from narseal.storage.revocations import Revocations
 
-# built once: what SQLAlchemy makes of a statement costs more than SQLite's answer
-_PATHS_BY_FILE = PATHS.where(among(schema.path.c.nar_file))
+_PATHS_BY_FILE = Prepared(PATHS.where(schema.path.c.nar_file == bindparam("file")))
+_BYTES = Prepared(select(schema.total.c.nar_bytes))
 
 
 class Index:
-    """Reads by any number of callers, writes in groups. Unavailable when the database fails."""
+    """Point reads at once, writes in groups, long questions in threads. Unavailable when the database fails."""
 
     def __init__(
         self, url: str, store_dir: str, *, attest: bool = False, epoch: Epoch | None = None
@@ -55,81 +52,57 @@ class Index:
         self.store_dir = store_dir
         self._attest = attest
         self._rows = Admissions(store_dir, attest=attest)
-        self._by_hash: Batcher[str, Admitted | None] = Batcher(self._paths)
-        self._by_file: Batcher[str, list[Admitted]] = Batcher(self._paths_of)
-        self._nars: Batcher[str, NarRecord | None] = Batcher(self._nars_named)
-        self._queries: Batcher[Select[Any], list[Row[Any]]] = Batcher(self._query_each)
-        self._admissions: Batcher[Admitted, Admitted] = Batcher(
-            lambda group: self._engines.write(lambda c: self._rows.admit_all(c, group))
-        )
-        self._arrivals: Batcher[Admitted, Admitted | None] = Batcher(
-            lambda group: self._engines.write(lambda c: self._rows.admit_stored_all(c, group))
-        )
-        #: Answers that may take long, so that no other question waits for them.
-        self._surveys: Batcher[Select[Any], list[Row[Any]]] = Batcher(self._query_each)
-        survey = self._surveys.ask
         #: The signatures and the life of paths, and of realisations.
         self.paths = Claims(
             schema.path,
             schema.path.c.hash_part,
             self._engines,
-            survey,
             self._epoch,
             self._rows.enqueue_path if attest else None,
         )
         self.realisations = Claims(
-            schema.realisation, schema.realisation.c.key, self._engines, survey, self._epoch
+            schema.realisation, schema.realisation.c.key, self._engines, self._epoch
         )
-        self.attestations = Attestations(
-            self._engines, self._queries.ask, survey, store_dir, attest=attest
-        )
-        self.revocations = Revocations(self._engines, self._queries.ask, self._epoch)
-        self._asked = (
-            self._by_hash,
-            self._by_file,
-            self._nars,
-            self._queries,
-            self._surveys,
-            self._admissions,
-            self._arrivals,
-        )
+        self.attestations = Attestations(self._engines, store_dir, attest=attest)
+        self.revocations = Revocations(self._engines, self._epoch)
 
     async def run(self) -> None:
-        """Answer and commit until closed."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._engines.run())
-            await asyncio.gather(*(part.run() for part in self._asked))
-            await self._engines.close()
+        """Commit until closed."""
+        await self._engines.run()
 
     async def close(self) -> None:
-        """Let `run` end once it answered what was asked before."""
-        for part in self._asked:
-            await part.close()
+        """Let `run` end once it wrote what was asked before."""
+        await self._engines.close()
 
     async def path(self, hash_part: str) -> Admitted | None:
         """The admitted path of a hash, and the NAR file that its narinfo names."""
-        return await self._by_hash.ask(hash_part)
+        row = self._engines.first(PATH_BY_HASH, hash_part=hash_part)
+        if row is None:
+            return None
+        return await by_size(len(row.refs), admitted_of, row, self.store_dir)
 
     async def nar(self, file: str) -> NarRecord | None:
         """What a file name stands for; None if no admitted narinfo ever mentioned it."""
-        return await self._nars.ask(file)
+        row = self._engines.first(NAR_BY_FILE, file=file)
+        return nar_of(row) if row else None
 
     async def nar_of_source(self, upstream: str, url: str) -> NarRecord | None:
         """The NAR that an upstream has at a URL, if a path with it was admitted."""
         query = select(schema.nar).where(schema.nar.c.upstream == upstream, schema.nar.c.url == url)
-        rows = await self._queries.ask(query)
+        rows = await self._engines.ask(query)
         return nar_of(rows[0]) if rows else None
 
     async def paths_of(self, file: str) -> list[Admitted]:
         """The admitted paths whose narinfo names a file."""
-        return await self._by_file.ask(file)
+        rows = self._engines.all(_PATHS_BY_FILE, file=file)
+        return await admitted_of_all(rows, self.store_dir)
 
     async def refusals(self) -> dict[tuple[str, str, bytes], tuple[str, float]]:
         """Which upstream's file is not taken for which NAR hash, why, and until what Unix time.
 
         By upstream, URL and digest.
         """
-        rows = await self._queries.ask(
+        rows = await self._engines.ask(
             select(schema.refusal).where(schema.refusal.c.until > time.time())
         )
         return {(row.upstream, row.url, row.nar_hash): (row.reason, row.until) for row in rows}
@@ -140,7 +113,7 @@ class Index:
         Refused("conflict") if the path is pinned to another fingerprint. A name that already
         stands for another NAR is not used: the NAR hash's name is taken instead.
         """
-        return await self._admissions.ask((path, nar))
+        return await self._engines.write(lambda c: self._rows.admit(c, path, nar))
 
     async def admit_stored(self, path: PathRecord, nar: NarRecord) -> Admitted | None:
         """The same, in one transaction, for a NAR whose file is published under its own hash.
@@ -148,11 +121,11 @@ class Index:
         None if the name stands for another NAR, or for one that is not stored: then `bind`,
         `publish` and `admit` sort it out.
         """
-        return await self._arrivals.ask((path, nar))
+        return await self._engines.write(lambda c: self._rows.admit_stored(c, path, nar))
 
     async def bind(self, nar: NarRecord) -> NarRecord:
         """Bind a file name to a NAR, or find the name that this NAR has; see `admit`."""
-        return await self._engines.write(lambda c: self._rows.bind(c, nar))  # type: ignore[no-any-return]
+        return await self._engines.write(lambda c: self._rows.bind(c, nar))
 
     async def publish(self, claimed: NarRecord, true: NarRecord) -> None:
         """Record that a NAR's bytes are in storage, under `true.file`, a bound name.
@@ -196,26 +169,23 @@ class Index:
             .select_from(schema.path)
             .where(~schema.path.c.withdrawn)
         )
-        return int((await self._surveys.ask(query))[0].paths)
+        return int((await self._engines.survey(query))[0].paths)
 
     async def withdraw(self, file: str) -> list[str]:
         """Stop serving the narinfos that name a file; returns their hash parts. The pins stay."""
-        hash_parts: list[str] = await self._engines.write(lambda c: self._rows.withdraw(c, file))
+        hash_parts = await self._engines.write(lambda c: self._rows.withdraw(c, file))
         self._epoch.advance()
         return hash_parts
 
     async def realisation(self, key: str) -> RealisationRecord | None:
         """The admitted realisation at an address."""
         query = select(schema.realisation).where(schema.realisation.c.key == key)
-        rows = await self._queries.ask(query)
+        rows = await self._engines.ask(query)
         return await by_size(len(rows[0].body), realisation_of, rows[0]) if rows else None
 
     async def admit_realisation(self, record: RealisationRecord) -> RealisationRecord:
         """Pin a realisation, or find the pin that is there; Refused as by `admit`."""
-        admitted: RealisationRecord = await self._engines.write(
-            lambda c: self._rows.admit_realisation(c, record)
-        )
-        return admitted
+        return await self._engines.write(lambda c: self._rows.admit_realisation(c, record))
 
     async def page(self, *, after: str, limit: int) -> list[Admitted]:
         """Admitted paths in the order of their hash parts, beyond one."""
@@ -224,7 +194,7 @@ class Index:
             .order_by(schema.path.c.hash_part)
             .limit(limit)
         )
-        return await admitted_of_all(await self._surveys.ask(query), self.store_dir)
+        return await admitted_of_all(await self._engines.survey(query), self.store_dir)
 
     async def with_stored_nar(self, *, after: str, limit: int) -> list[str]:
         """Hash parts of admitted paths whose NAR is stored, in order, beyond one."""
@@ -235,7 +205,7 @@ class Index:
             .order_by(schema.path.c.hash_part)
             .limit(limit)
         )
-        return [row.hash_part for row in await self._surveys.ask(query)]
+        return [row.hash_part for row in await self._engines.survey(query)]
 
     async def nars_page(self, *, after: str, limit: int) -> list[NarRecord]:
         """Stored NAR files in the order of their names, beyond one."""
@@ -245,39 +215,8 @@ class Index:
             .order_by(schema.nar.c.file)
             .limit(limit)
         )
-        return [nar_of(row) for row in await self._surveys.ask(query)]
+        return [nar_of(row) for row in await self._engines.survey(query)]
 
     async def stored_bytes(self) -> int:
         """The sum of the sizes of the NARs in storage."""
-        return int((await self._queries.ask(select(schema.total.c.nar_bytes)))[0].nar_bytes)
-
-    async def _query_each(self, queries: list[Select[Any]]) -> list[list[Row[Any]] | Exception]:
-        return [await self._query(query) for query in queries]
-
-    async def _query(self, query: Select[Any], names: list[str] | None = None) -> list[Row[Any]]:
-        self.presence.check()
-        try:
-            async with self._engines.reading.connect() as connection:
-                return list(
-                    (await connection.execute(query, {"among": names} if names else None)).all()
-                )
-        except (TimeoutError, DBAPIError, OSError) as error:
-            raise Unavailable(f"the index cannot be read: {error}") from error
-
-    async def _paths(self, hash_parts: list[str]) -> list[Admitted | Exception | None]:
-        rows = await self._query(PATHS_BY_HASH, hash_parts)
-        admitted = await admitted_of_all(rows, self.store_dir)
-        found = {pair[0].info.store_path.hash_part: pair for pair in admitted}
-        return [found.get(hash_part) for hash_part in hash_parts]
-
-    async def _paths_of(self, files: list[str]) -> list[list[Admitted] | Exception]:
-        found: dict[str, list[Admitted]] = {file: [] for file in files}
-        rows = await self._query(_PATHS_BY_FILE, files)
-        for path, nar in await admitted_of_all(rows, self.store_dir):
-            found[path.nar_file].append((path, nar))
-        return [found[file] for file in files]
-
-    async def _nars_named(self, files: list[str]) -> list[NarRecord | Exception | None]:
-        rows = await self._query(NARS_BY_FILE, files)
-        found = {row.file: nar_of(row) for row in rows}
-        return [found.get(file) for file in files]
+        return int(self._engines.first(_BYTES).nar_bytes)

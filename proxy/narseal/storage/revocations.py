@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Row, Select, Table, literal, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, Table, literal, or_, select, update
 from sqlalchemy.dialects.sqlite import insert as insert_or
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from narseal.storage import schema
 from narseal.storage.engine import Engines
 from narseal.storage.epoch import Epoch
+from narseal.storage.prepared import Prepared
 from narseal.storage.records import is_void
 
 Kind = Literal["key", "cosign", "identity"]
@@ -21,6 +20,8 @@ Kind = Literal["key", "cosign", "identity"]
 _ALL: Select[Any] = select(schema.revocation).order_by(
     schema.revocation.c.revoked_at, schema.revocation.c.kind, schema.revocation.c.name
 )
+
+_KEYS = Prepared(select(schema.revocation.c.name).where(schema.revocation.c.kind == "key"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +61,8 @@ class Revoked:
 class Revocations:
     """Looked up again whenever the epoch changed, so that every worker knows within a moment."""
 
-    def __init__(
-        self,
-        engines: Engines,
-        ask: Callable[[Select[Any]], Awaitable[list[Row[Any]]]],
-        epoch: Epoch,
-    ) -> None:
+    def __init__(self, engines: Engines, epoch: Epoch) -> None:
         self._engines = engines
-        self._ask = ask
         self._epoch = epoch
         self._seen: int | None = None
         self._known = Revoked([])
@@ -77,7 +72,7 @@ class Revocations:
         self._epoch.presence.check()
         epoch = self._epoch.read()
         if epoch != self._seen:
-            found = _revocations(await self._ask(_ALL))
+            found = _revocations(await self._engines.ask(_ALL))
             if tuple(found) != self._known.all:  # the same value means: nothing changed
                 self._known = Revoked(found)
             self._seen = epoch
@@ -90,7 +85,7 @@ class Revocations:
         the paths among it, those of before included: it may be done again after it broke off.
         """
 
-        async def work(connection: AsyncConnection) -> list[str]:
+        def work(connection: Connection) -> list[str]:
             values = {
                 "kind": revocation.kind,
                 "name": revocation.name,
@@ -101,45 +96,43 @@ class Revocations:
             }
             row = insert_or(schema.revocation).values(**values)
             keys = ["kind", "name", "issuer"]
-            await connection.execute(
+            connection.execute(
                 row.on_conflict_do_update(
                     keys, set_={"since": revocation.since, "reason": revocation.reason}
                 )
             )
             found: list[str] = []
             for table in (schema.path, schema.realisation):
-                rests = await _resting_on(connection, revocation, table)
+                rests = _resting_on(connection, revocation, table)
                 if table is schema.path:
                     paths = select(schema.path.c.hash_part).where(rests)
-                    found = [str(row.hash_part) for row in await connection.execute(paths)]
+                    found = [str(row.hash_part) for row in connection.execute(paths)]
                 change = update(table).where(rests, ~table.c.withdrawn).values(withdrawn=True)
-                await connection.execute(change)
+                connection.execute(change)
             return found
 
-        withdrawn: list[str] = await self._engines.write(work)
+        withdrawn: list[str] = await self._engines.write_long(work)
         self._epoch.advance()
         self._epoch.arrive()
         return withdrawn
 
 
-async def revoked_keys(connection: AsyncConnection) -> frozenset[str]:
+def revoked_keys(connection: Connection) -> frozenset[str]:
     """The names of revoked substituter keys, as a transaction sees them."""
-    table = schema.revocation.c
-    rows = await connection.execute(select(table.name).where(table.kind == "key"))
-    return frozenset(row.name for row in rows)
+    return frozenset(row.name for row in _KEYS.all(connection))
 
 
-async def revoked_by_now(connection: AsyncConnection) -> Revoked:
+def revoked_by_now(connection: Connection) -> Revoked:
     """All that is revoked, as a transaction sees it."""
-    return Revoked(_revocations(list(await connection.execute(_ALL))))
+    return Revoked(_revocations(list(connection.execute(_ALL))))
 
 
 def _revocations(rows: list[Row[Any]]) -> list[Revocation]:
     return [Revocation(r.kind, r.name, r.issuer, r.since, r.reason) for r in rows]
 
 
-async def _resting_on(
-    connection: AsyncConnection, revocation: Revocation, table: Table
+def _resting_on(
+    connection: Connection, revocation: Revocation, table: Table
 ) -> ColumnElement[bool]:
     """Rows that were admitted on the word of what is revoked, and of nobody else who is not."""
     evidence = table.c.evidence
@@ -147,8 +140,8 @@ async def _resting_on(
         rests = f"signature {revocation.name}"
         alone = or_(evidence == rests, evidence.endswith(f" {rests}", autoescape=True))
         among = (evidence + literal(" ")).contains(f" {revocation.name} ", autoescape=True)
-        texts = await connection.execute(select(evidence).where(among, ~alone).distinct())
-        revoked = await revoked_keys(connection)
+        texts = connection.execute(select(evidence).where(among, ~alone).distinct())
+        revoked = revoked_keys(connection)
         return or_(alone, evidence.in_([t for t in texts.scalars() if is_void(t, revoked)]))
     of = f" of {revocation.issuer}" if revocation.kind == "identity" else ""
     rests = f"bundle {revocation.name}{of}"

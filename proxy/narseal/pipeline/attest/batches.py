@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import TypeVar
 
@@ -238,11 +239,9 @@ class Attester:
     async def _discard(self, bundle: bytes) -> None:
         """Take a bundle's file away, if it was written and is not recorded."""
         digest = hashlib.sha256(bundle).digest()
-
-        async def remove() -> None:
-            await asyncio.to_thread(self._folder.local.remove, bundle_name(digest))
-
-        await self._attestations.discard(digest, remove)
+        await self._attestations.discard(
+            digest, partial(self._folder.local.remove, bundle_name(digest))
+        )
 
     async def _finish_signed(self, begun: _Begun) -> None:
         await self._check_key()

@@ -104,7 +104,9 @@ class Provenance:
             new = await self._recorded(name, brought, digest, signed)
         finally:
             if not new:
-                await self._attestations.discard(name, partial(self._remove, name))
+                await self._attestations.discard(
+                    name, partial(self._folder.local.remove, bundle_name(name))
+                )
         if new:
             _log.info(
                 "took an attestation of %s",
@@ -151,7 +153,7 @@ class Provenance:
         """Write and record it, whether it is new; verified again if somebody revoked meanwhile."""
         is_there = partial(self._is_there, name)
         for _ in range(_TRIES):
-            if not await is_there():
+            if not await self._threads.run(is_there):
                 await self._folder.write(bundle_name(name), brought.bundle)
             new = await self._attestations.put(
                 name, brought.predicate_type, signed, brought.subjects,
@@ -163,11 +165,8 @@ class Provenance:
             signed = await self._verify(brought, digest)
         raise Unavailable("keys are being revoked, or others bring it too; bring it again")
 
-    async def _is_there(self, name: bytes) -> bool:
-        return not await self._threads.run(self._folder.local.lacks, bundle_name(name))
-
-    async def _remove(self, name: bytes) -> None:
-        await self._threads.run(self._folder.local.remove, bundle_name(name))
+    def _is_there(self, name: bytes) -> bool:
+        return not self._folder.local.lacks(bundle_name(name))
 
     async def _verify(self, brought: _Brought, digest: bytes) -> Signed:
         """Who signed it, of those who may; BadUpload says why it is nobody."""
