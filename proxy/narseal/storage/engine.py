@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from functools import partial
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from time import monotonic
@@ -186,17 +186,8 @@ class Engines:
     """The connections to one index file, and their threads. Unavailable when the database fails."""
 
     def __init__(self, url: str, presence: Presence) -> None:
-        """ConfigError if it cannot be opened."""
         self._presence = presence
-        file = index_file(url)
-        try:
-            self._reading = _connect(file)
-            self._writing = _connect(file)
-            self._writer = driver_of(self._writing)
-            self._writer.execute("PRAGMA busy_timeout=0")  # nobody waits on the loop
-            self._writer.execute("PRAGMA wal_autocheckpoint=0")
-        except _FAULTS as error:
-            raise ConfigError(f"storage.index {file}: {error}") from error
+        self._file = file = index_file(url)
         self._writes: Batcher[Write[Any], Any] = Batcher(self._commit, most=_GROUP)
         self._committing = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._questions = _Lane(file, "questions")
@@ -205,6 +196,19 @@ class Engines:
         self._checkpoints = _Lane(file, "checkpoints")
         self._checkpointing: asyncio.Task[None] | None = None
         self._checkpointed = monotonic()
+
+    # each is opened when it is first used: a worker starts without an index, too, and serves nothing
+
+    @cached_property
+    def _reading(self) -> Connection:
+        return _connect(self._file)
+
+    @cached_property
+    def _writing(self) -> Connection:
+        connection = _connect(self._file)
+        driver_of(connection).execute("PRAGMA busy_timeout=0")  # nobody waits on the loop
+        driver_of(connection).execute("PRAGMA wal_autocheckpoint=0")
+        return connection
 
     def first(self, statement: Prepared, **values: Any) -> Any:
         """The first row of a point read, on the loop; None if there is none."""
@@ -274,8 +278,9 @@ class Engines:
         for lane in (self._questions, self._surveys, self._long_writes, self._checkpoints):
             await lane.close()
         self._committing.shutdown()  # it is idle
-        self._reading.close()
-        self._writing.close()
+        for name in ("_reading", "_writing"):
+            if name in vars(self):
+                getattr(self, name).close()
 
     async def close(self) -> None:
         """Let `run` end once it wrote what was asked before."""
@@ -284,8 +289,9 @@ class Engines:
     async def _commit(self, works: list[Write[Any]]) -> list[Any]:
         self._presence.check()
         outcomes: list[Any] = []
+        writer = driver_of(self._writing)
         try:
-            await self._begin()
+            await self._begin(writer)
             began = monotonic()
             for work in works:
                 try:
@@ -295,29 +301,22 @@ class Engines:
                 if monotonic() - began > _LONGEST:
                     await asyncio.sleep(0)
                     began = monotonic()
-            await self._in_thread(partial(self._writer.execute, "COMMIT"))
+            await self._in_thread(partial(writer.execute, "COMMIT"))
         finally:
-            _roll_back(self._writer)
+            _roll_back(writer)
         self._presence.check()  # else it was committed to a file that nobody will read
         if not self._checkpointing and monotonic() - self._checkpointed > _CHECKPOINTS:
             self._checkpointing = asyncio.create_task(self._checkpoint())
         return outcomes
 
-    async def _begin(self) -> None:
+    async def _begin(self, writer: sqlite3.Connection) -> None:
         """Begin a transaction, in a thread if another process has one."""
         try:
-            self._writer.execute("BEGIN IMMEDIATE")
+            writer.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
                 raise
-            await self._in_thread(self._begin_patiently)
-
-    def _begin_patiently(self) -> None:
-        self._writer.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
-        try:
-            self._writer.execute("BEGIN IMMEDIATE")
-        finally:
-            self._writer.execute("PRAGMA busy_timeout=0")
+            await self._in_thread(partial(_begin_patiently, writer))
 
     async def _checkpoint(self) -> None:
         """Copy what was committed into the database, as far as nobody reads it in the log."""
@@ -333,3 +332,11 @@ class Engines:
 
     async def _in_thread(self, work: Callable[[], object]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._committing, work)
+
+
+def _begin_patiently(writer: sqlite3.Connection) -> None:
+    writer.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+    try:
+        writer.execute("BEGIN IMMEDIATE")
+    finally:
+        writer.execute("PRAGMA busy_timeout=0")
