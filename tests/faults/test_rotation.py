@@ -92,9 +92,15 @@ async def test_a_new_key_signs_everything_in_the_background(
             # nobody asked for them: the folder has them
             everybody = {"upstream-1", "operator-1", "operator-2"}
             await client.until(lambda: in_folder(tmp_path) == [everybody] * 40)
-            metrics = (await client.get("metrics"))[1].decode()
-            assert 'narseal_resigned_total{result="signed"} 40.0' in metrics
-            assert "narseal_resign_waiting 0.0" in metrics
+
+            async def told() -> bool:  # also by the worker that signed none
+                metrics = (await client.get("metrics"))[1].decode()
+                return (
+                    'narseal_resigned_total{result="signed"} 40.0' in metrics
+                    and "narseal_resign_waiting 0.0" in metrics
+                )
+
+            await eventually(told)
             shown = await asyncio.to_thread(narseal_command, "status", "--from", process.url)
             assert "operator-2: signs" in shown.stdout
             assert "0 paths lack" in shown.stdout

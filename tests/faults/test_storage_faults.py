@@ -198,7 +198,7 @@ def test_what_rotted_is_fetched_again_in_the_same_answer(
     with narseal_process(tmp_path, upstream, storage=storage, workers=2) as proxy:
         for item in ITEMS:
             assert fetch(f"{proxy.url}/{item.info.url}") == (200, item.file)
-        assert counted(proxy, 'narseal_storage_errors_total{kind="wrong-content"}') == 1
+        until(lambda: counted(proxy, 'narseal_storage_errors_total{kind="wrong-content"}') == 1)
         assert "other content than was verified" in proxy.log.read_text()
         until(lambda: rotten.exists() and rotten.read_bytes() == ITEMS[0].file)
         until((tmp_path / "storage" / f"{ITEMS[0].hash}.narinfo").exists)
@@ -219,8 +219,8 @@ def test_the_scrub_finds_what_nobody_asks_for(tmp_path: Path) -> None:
         until(lambda: rotten.exists() and rotten.read_bytes() == ITEMS[0].file)
         until(lambda: missing.exists() and missing.read_bytes() == ITEMS[1].file)
         until(lambda: counted(proxy, 'narseal_scrubbed_total{result="good"}') >= 2)
-        assert counted(proxy, 'narseal_scrubbed_total{result="bad"}') == 2
-        assert counted(proxy, "narseal_scrub_bytes_total") >= 2 * len(ITEMS[2].file)
+        until(lambda: counted(proxy, 'narseal_scrubbed_total{result="bad"}') == 2)
+        until(lambda: counted(proxy, "narseal_scrub_bytes_total") >= 2 * len(ITEMS[2].file))
 
 
 async def test_a_rotten_upload_is_withdrawn_and_named(

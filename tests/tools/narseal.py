@@ -24,6 +24,7 @@ from narseal.nix.cache_info import CacheInfo
 from narseal.nix.narinfo import NarInfo
 from narseal.server.worker import Stop, work
 from narseal.storage import Epoch, LocalStorage, join
+from narseal.telemetry.series import flush
 from tests.tools.cache import key
 from tests.tools.waiting import PATIENCE, eventually
 
@@ -107,6 +108,7 @@ def is_countersigned(info: NarInfo) -> bool:
 
 def metric(name: str, **labels: str) -> float:
     """A sample of this process."""
+    flush()
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 

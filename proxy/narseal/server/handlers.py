@@ -15,7 +15,6 @@ from narseal.runtime.files import OpenFile
 from narseal.server.conditional import cache, etag_of, etag_of_file, whole
 from narseal.server.file_answers import Head, noting_faults, send_file, send_lines
 from narseal.server.nar_handlers import NarHandlers, hot_answer, is_upload, view_of
-from narseal.server.tally import Tally
 from narseal.storage import storage_errors
 from narseal.telemetry import metrics
 
@@ -29,10 +28,9 @@ _SMALL = 64 << 10  # bytes that are answered from memory
 class ReadHandlers:
     """The handlers of one worker."""
 
-    def __init__(self, substituter: Substituter, tally: Tally) -> None:
+    def __init__(self, substituter: Substituter) -> None:
         self._substituter = substituter
         self._services = substituter.services
-        self._tally = tally
         #: Those of NAR files.
         self.nars = NarHandlers(substituter)
         self._page = jinja2.Environment(
@@ -162,7 +160,6 @@ class ReadHandlers:
 
     async def metrics(self, _: web.Request) -> web.Response:
         """Prometheus's text format, of all workers."""
-        self._tally.flush()
         text = await self._services.threads.run(metrics.render)
         return web.Response(body=text, headers={"Content-Type": metrics.CONTENT_TYPE})
 

@@ -34,6 +34,7 @@ from narseal.server.worker import Stop, work
 from narseal.storage import Epoch, LocalStorage, join
 from narseal.telemetry import metrics
 from narseal.telemetry.logs import configure
+from narseal.telemetry.series import flush
 
 _log = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class Supervisor:
             if self._wake_read in readable:
                 os.read(self._wake_read, 4096)
             self._reap()
+            flush()  # before any fork, whose child would count the same again
             if self._stopping:
                 now = time.monotonic()
                 deadline = min(deadline, now + self._config.limits.shutdown_timeout * 2 + _GRACE)

@@ -30,7 +30,6 @@ from narseal.server.upload_handlers import UploadHandlers
 from narseal.storage import Epoch
 from narseal.telemetry import metrics
 
-_FLUSH = 0.5
 _LOOK = 0.1
 _LONGEST = 6 * 3600.0  # of a download, when the configuration changed meanwhile
 _LINGER = 2.0  # seconds that a body goes on coming which nobody reads
@@ -49,9 +48,9 @@ async def work(
 ) -> None:
     """Serve until `stop`, then let running answers end."""
     metrics.prepare([upstream.label for upstream in config.upstream])
-    async with Substituter.opened(config, epoch=epoch) as substituter:
+    async with metrics.flushing(), Substituter.opened(config, epoch=epoch) as substituter:
         tally = Tally(access_log=config.log.access)
-        handlers = ReadHandlers(substituter, tally)
+        handlers = ReadHandlers(substituter)
         services, upload = substituter.services, config.upload
         gate = (
             Gate(
@@ -73,7 +72,6 @@ async def work(
             await web.SockSite(runner, sock, ssl_context=tls, backlog=1024).start()
         for sock in metrics_sockets:
             await web.SockSite(metrics_runner, sock).start()
-        flushing = asyncio.create_task(_flush(tally), name="flush")
         ready()
         await stop.asked.wait()
         handlers.draining = True
@@ -81,9 +79,6 @@ async def work(
         await runner.drain(stop.soon)
         await runner.cleanup()
         await metrics_runner.cleanup()
-        flushing.cancel()
-        await asyncio.gather(flushing, return_exceptions=True)
-        tally.flush()
 
 
 class Stop:
@@ -147,9 +142,3 @@ class HotRunner(web.AppRunner):
         return HotServer(
             inner, self._options, hot=self._hot, limits=self._limits, tally=self._tally
         )
-
-
-async def _flush(tally: Tally) -> None:
-    while True:
-        await asyncio.sleep(_FLUSH)
-        tally.flush()

@@ -1,29 +1,24 @@
 """Every metric of narseal, present at zero from the start, right across workers.
 
 With PROMETHEUS_MULTIPROC_DIR set before this module is imported, prometheus_client keeps the
-values in files there and any worker can show the sum of all.
+values in files there and any worker can show the sum of all. Gauges, which no request sets, are
+written at once; what is counted, when `flush` is called (`series.py`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from itertools import product
 from time import perf_counter
 
-from prometheus_client import (
-    REGISTRY,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    generate_latest,
-    multiprocess,
-)
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge, generate_latest, multiprocess
 
 from narseal import __version__
+from narseal.runtime.tasks import BackgroundTasks
+from narseal.telemetry.series import counter, counters, flush, histogram, histograms
 
 #: Of what `render` returns.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -74,54 +69,56 @@ SIGNATURES = ("nix", "batch", "file")
 #: Values of `kind` of narseal_storage_errors_total.
 STORAGE_ERRORS = ("wrong-content", "unreadable", "lost", "gone")
 
+_FLUSH = 0.5
+
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SLOW = (*_FAST, 5, 10, 30, 60, 120, 300)
 _SIGNING = (*_FAST, 5, 10, 30)
 _MILLISECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000)
 
-requests = Counter("narseal_requests_total", "Requests answered.", ["route", "code"])
-request_seconds = Histogram(
+requests = counters("narseal_requests_total", "Requests answered.", ["route", "code"])
+request_seconds = histograms(
     "narseal_request_seconds",
     "From a request's head to the end of its answer.",
     ["route"],
-    buckets=_SLOW,
+    edges=_SLOW,
 )
-verify_seconds = Histogram(
-    "narseal_verify_seconds", "Verification of one object.", ["kind", "result"], buckets=_SLOW
+verify_seconds = histograms(
+    "narseal_verify_seconds", "Verification of one object.", ["kind", "result"], edges=_SLOW
 )
-verify_ms = Histogram(
+verify_ms = histograms(
     "sigstore_verify_ms",
     "Verification of one object, in milliseconds.",
     ["kind"],
-    buckets=_MILLISECONDS,
+    edges=_MILLISECONDS,
 )
-sign_seconds = Histogram(
+sign_seconds = histograms(
     "narseal_sign_seconds",
     "Making of one signature: nix, batch (a statement), file.",
     ["kind", "result"],
-    buckets=_SIGNING,
+    edges=_SIGNING,
 )
-upstream_seconds = Histogram(
+upstream_seconds = histograms(
     "narseal_upstream_seconds",
     "One question to an upstream.",
     ["upstream", "result"],
-    buckets=_SLOW,
+    edges=_SLOW,
 )
-nar_bytes = Counter("narseal_nar_bytes_total", "NAR bytes sent to clients.", ["source"])
-hot_hits = Counter("narseal_hot_hits_total", "Narinfos answered from memory.")
-flights_joined = Counter("narseal_flights_joined_total", "Requests that joined a running one.")
-rejected = Counter("narseal_rejected_total", "Objects refused.", ["reason"])
-corrected = Counter(
+nar_bytes = counters("narseal_nar_bytes_total", "NAR bytes sent to clients.", ["source"])
+hot_hits = counter("narseal_hot_hits_total", "Narinfos answered from memory.")
+flights_joined = counter("narseal_flights_joined_total", "Requests that joined a running one.")
+rejected = counters("narseal_rejected_total", "Objects refused.", ["reason"])
+corrected = counter(
     "narseal_corrected_total", "Upstream narinfos whose unsigned fields were wrong and corrected."
 )
-auth_failures = Counter("narseal_auth_failures_total", "Requests with a token that is not good.")
-tokens_file_errors = Counter(
+auth_failures = counter("narseal_auth_failures_total", "Requests with a token that is not good.")
+tokens_file_errors = counter(
     "narseal_tokens_file_errors_total", "Looks at a tokens file that cannot be used."
 )
-prefetch_stopped = Counter(
+prefetch_stopped = counter(
     "narseal_prefetch_stopped_total", "Paths whose references were too many to fetch in advance."
 )
-slow_uploads = Counter("narseal_slow_uploads_total", "Uploads that stalled, or only dripped.")
+slow_uploads = counter("narseal_slow_uploads_total", "Uploads that stalled, or only dripped.")
 attest_queue = Gauge(
     "narseal_attest_queue",
     "Store paths that wait for their Sigstore signature.",
@@ -132,21 +129,21 @@ attest_oldest = Gauge(
     "How long the first of them waits; 0: none does.",
     multiprocess_mode="mostrecent",
 )
-attest_batch_subjects = Histogram(
+attest_batch_subjects = histogram(
     "narseal_attest_batch_subjects",
     "Digests in one signed statement.",
-    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+    edges=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
 )
-attest_failures = Counter(
+attest_failures = counter(
     "narseal_attest_failures_total", "Batches that could not be signed and are tried again."
 )
-worker_restarts = Counter("narseal_worker_restarts_total", "Workers that died and were restarted.")
+worker_restarts = counter("narseal_worker_restarts_total", "Workers that died and were restarted.")
 resign_waiting = Gauge(
     "narseal_resign_waiting",
     "Paths that lack the signature of an active key.",
     multiprocess_mode="mostrecent",
 )
-resigned = Counter(
+resigned = counters(
     "narseal_resigned_total", "Paths that got signatures of keys that came later.", ["result"]
 )
 reload_successful = Gauge(
@@ -168,11 +165,11 @@ key_not_after = Gauge(
 storage_bytes = Gauge(
     "narseal_storage_bytes", "Bytes of NARs in storage.", multiprocess_mode="mostrecent"
 )
-storage_errors = Counter(
+storage_errors = counters(
     "narseal_storage_errors_total", "Faults of storage that were lived through, or not.", ["kind"]
 )
-scrubbed = Counter("narseal_scrubbed_total", "Stored NARs that were hashed again.", ["result"])
-scrub_bytes = Counter("narseal_scrub_bytes_total", "Bytes of NARs that were hashed again.")
+scrubbed = counters("narseal_scrubbed_total", "Stored NARs that were hashed again.", ["result"])
+scrub_bytes = counter("narseal_scrub_bytes_total", "Bytes of NARs that were hashed again.")
 index_present = Gauge(
     "narseal_index_present",
     "1, or 0 while the index is not the file that was opened at the start.",
@@ -215,25 +212,26 @@ def prepare(upstreams: Sequence[str]) -> None:
     build_info.labels(__version__).set(1)
 
 
-def verifying(kind: str) -> AbstractContextManager[None]:
+def verifying(kind: str) -> _Measured:
     """Measure a verification; an exception is a bad result."""
-    return _measuring(lambda result, seconds: observe_verification(kind, result, seconds))
+    return _Measured(observe_verification, kind)
 
 
-def signing(kind: str) -> AbstractContextManager[None]:
+def signing(kind: str) -> _Measured:
     """Measure the making of a signature; an exception is a bad result."""
-    return _measuring(lambda result, seconds: sign_seconds.labels(kind, result).observe(seconds))
+    return _Measured(_observe_signing, kind)
 
 
-@contextmanager
-def _measuring(observe: Callable[[str, float], None]) -> Iterator[None]:
-    start = perf_counter()
-    result = "bad"
-    try:
-        yield
-        result = "good"
-    finally:
-        observe(result, perf_counter() - start)
+class _Measured:
+    def __init__(self, observe: Callable[[str, str, float], None], kind: str) -> None:
+        self._observe = observe
+        self._kind = kind
+
+    def __enter__(self) -> None:
+        self._start = perf_counter()
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._observe(self._kind, "bad" if error else "good", perf_counter() - self._start)
 
 
 def observe_verification(kind: str, result: str, seconds: float) -> None:
@@ -242,41 +240,33 @@ def observe_verification(kind: str, result: str, seconds: float) -> None:
     verify_ms.labels(kind).observe(seconds * 1000)
 
 
+def _observe_signing(kind: str, result: str, seconds: float) -> None:
+    sign_seconds.labels(kind, result).observe(seconds)
+
+
+@asynccontextmanager
+async def flushing() -> AsyncIterator[None]:
+    """Flush twice a second, and once more at the end, however it ends."""
+
+    async def flush_again() -> None:
+        while True:
+            await asyncio.sleep(_FLUSH)
+            flush()
+
+    tasks = BackgroundTasks()
+    tasks.start(flush_again(), "flush")
+    try:
+        yield
+    finally:
+        await tasks.close(wait=0)
+        flush()
+
+
 def render() -> bytes:
-    """The exposition text of all workers."""
+    """The exposition text of all workers; what this one counted is in it."""
+    flush()
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return generate_latest(REGISTRY)
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry)
-
-
-class Bulk:
-    """A histogram's observations, collected without a lock and added in one go.
-
-    prometheus_client can only observe one value at a time, which would cost the hot path a
-    fifth of its speed; so the counts go into the child's own cells.
-    """
-
-    def __init__(self, child: Histogram) -> None:
-        self._child = child
-        self._bounds: list[float] = list(child._upper_bounds)  # noqa: SLF001
-        self._counts = [0] * len(self._bounds)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Collect one value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def flush(self) -> int:
-        """Add what was collected; returns how many values that were."""
-        count = sum(self._counts)
-        if count:
-            for index, times in enumerate(self._counts):
-                if times:
-                    self._child._buckets[index].inc(times)  # noqa: SLF001
-            self._child._sum.inc(self._sum)  # noqa: SLF001
-            self._counts = [0] * len(self._bounds)
-            self._sum = 0.0
-        return count
