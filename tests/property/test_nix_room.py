@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from narseal.errors import Malformed, NarsealError, Refused
 from narseal.nix import base32, nar
-from narseal.nix.compression import decompressor
+from narseal.nix.compression import decompressor, zstd_compressor
 from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.fingerprint import fingerprint
 from narseal.nix.hashes import SIZES, Hash
@@ -454,6 +454,60 @@ def test_truncated_streams_are_refused(compression: str, data: st.DataObject) ->
         for _ in decoder.feed(file[:cut]):
             pass
         decoder.finish()
+
+
+def decoded(file: bytes, *, compression: str = "zstd", small: bool = False) -> bytes:
+    decoder = decompressor(compression, small=small)
+    plain = b"".join(decoder.feed(file))
+    decoder.finish()
+    return plain
+
+
+@given(
+    st.sampled_from(["xz", "zstd", "bzip2", "gzip", "br"]), st.binary(min_size=1, max_size=20),
+)  # fmt: skip
+def test_bytes_behind_a_stream_are_refused(compression: str, more: bytes) -> None:
+    file = COMPRESS[compression](b"some text")
+    assume(not more.startswith(file))
+    with pytest.raises(Refused):
+        decoded(file + more, compression=compression)
+
+
+@given(st.integers(0, 15), st.binary(max_size=40), st.binary(max_size=40))
+def test_skippable_frames_of_zstd_hold_nothing(kind: int, skipped: bytes, data: bytes) -> None:
+    head = (0x184D2A50 + kind).to_bytes(4, "little") + len(skipped).to_bytes(4, "little")
+    file = COMPRESS["zstd"](data)
+    assert decoded(head + skipped + file + head + skipped + file) == data * 2
+    with pytest.raises(Refused):
+        decoded(file + (head + skipped)[:-1])
+
+
+@given(st.binary(max_size=100), st.integers(0, 31))
+def test_a_checksum_of_zstd_is_compared(data: bytes, bit: int) -> None:
+    compressor = zstd_compressor(3)
+    file = bytearray(compressor.compress(data) + compressor.flush())
+    assert decoded(bytes(file)) == data
+    file[-1 - bit // 8] ^= 1 << bit % 8
+    with pytest.raises(Refused):
+        decoded(bytes(file))
+
+
+def test_windows_of_zstd_are_bounded_more_so_in_an_encoding() -> None:
+    head = b"\x28\xb5\x2f\xfd\x00"  # no checksum, no size: a byte that says the window follows
+    empty = b"\x01\x00\x00"  # the last block, raw, of no bytes
+    for log, of_nars, of_others in (
+        (23, True, True),
+        (24, True, False),
+        (27, True, False),
+        (28, False, False),
+    ):
+        file = head + bytes([(log - 10) << 3]) + empty
+        for small, good in ((False, of_nars), (True, of_others)):
+            if good:
+                assert decoded(file, small=small) == b""
+            else:
+                with pytest.raises(Refused):
+                    decoded(file, small=small)
 
 
 BOMBS = ("xz", "bzip2", "gzip", "zstd", "br")
