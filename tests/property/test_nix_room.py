@@ -196,7 +196,7 @@ def _contents(node: nar.Node) -> list[bytes]:
 def test_a_cut_or_lengthened_nar_is_refused(node: nar.Node, data: st.DataObject) -> None:
     whole = b"".join(nar.render(node))
     cut = data.draw(st.integers(0, len(whole) - 1))
-    for wrong in (whole[:cut], whole + b"\0", whole + whole):
+    for wrong in (whole[:cut], whole + b"\0", whole + nar.string(b")"), whole + whole):
         reader = NarReader(max_size=2 * len(whole))
         with pytest.raises(NarsealError):
             reader.feed(wrong)

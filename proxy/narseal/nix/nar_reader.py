@@ -48,7 +48,6 @@ _LINK_SIZE = [len(head) + 8 for head in _LINK]
 _FOLDER = [node + _DIRECTORY for node in _NODE]
 _PADDED_END = [bytes(-size % 8) + _END for size in range(8)]
 _PADDED_ENDS = [bytes(-size % 8) + _ENDS for size in range(8)]
-_LONGEST_END = max(map(len, _PADDED_ENDS))
 _LONGEST = 8192  # an entry without the contents of a file takes less
 _number = struct.Struct("<Q").unpack_from
 
@@ -173,7 +172,6 @@ class NarReader:
         Their names, which are in order, go to `names`. Returns where they end, and how many bytes
         the name has that follows; 0 if no entry does.
         """
-        last = len(data) - _LONGEST_END
         listens = self._on_file or self._on_contents
         previous = self._names[-1]
         while size := _ENTRY.get(data[at : at + _ENTRY_SIZE], 0):
@@ -190,14 +188,13 @@ class NarReader:
                 start = behind + _EXECUTED_SIZE[shift]
             else:
                 break
-            if start > last:
+            if start > len(data):
                 break
             (length,) = _number(data, start - 8)
             stop = start + length
             end = _PADDED_ENDS[length & 7]
             if (
-                stop > last
-                or not data.startswith(end, stop)
+                not data.startswith(end, stop)  # nor if not all of it is there
                 or name <= previous
                 or (is_link and not _is_target(data, start, stop))
             ):
