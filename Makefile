@@ -46,6 +46,7 @@ mutants: $(READY) tools ## seed each bug of tests/mutants.toml; a test must see 
 	$(BIN)/python -m tests.tools.mutants
 
 bench: $(READY) tools ## ratios against nginx, all from one run on this machine
+	@$(BIN)/uv sync --quiet --frozen --inexact --group bench
 	$(BIN)/python -m tests.bench
 
 docs: $(READY) ## check that the documentation names every setting, command, metric and threat

@@ -1,7 +1,8 @@
 """`make bench`: narseal beside nginx in one run on this machine, as ratios.
 
 Prints a Markdown table (docs/benchmarks.md holds one) and exits 1 if an aim is missed by far.
-Names on the command line choose: narinfo, storage, relay, copy, upload, memory, cosign, custody.
+Names on the command line choose: narinfo, storage, relay, copy, upload, memory, cosign, custody,
+reader, zstd.
 """
 
 from __future__ import annotations
@@ -9,8 +10,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from tests.bench import copying, cosigning, custody, memory, narinfo, nars, uploading
+from tests.bench import copying, cosigning, custody, memory, narinfo, nars, reader, uploading
 from tests.bench.table import Row, render
+
+
+def _zstd() -> list[Row]:
+    from tests.bench import zstd  # its library is of a dependency group that only benchmarks have
+
+    return zstd.measure()
+
 
 SUITES: dict[str, Callable[[], list[Row]]] = {
     "narinfo": narinfo.measure,
@@ -21,6 +29,8 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
     "memory": memory.measure,
     "cosign": cosigning.measure,
     "custody": custody.measure,
+    "reader": reader.measure,
+    "zstd": _zstd,
 }
 
 

@@ -14,6 +14,7 @@ from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from narseal.nix.realisation import BuildTraceEntry, Realisation
 from tests.tools.cache import COMPRESS, entry, key, store_path, tree
+from tests.tools.nar_reader import EVERYTHING
 from tests.tools.trust import ROOT, client_config
 
 _KEY = key("upstream-1")
@@ -38,7 +39,9 @@ NARINFOS = (
     ITEM.info.render(),
     entry("plain", compression="none", ca=_CA).signed(_KEY).info.render(),
 )
-NARS = (b"".join(nar.render(tree(b"contents"))), b"".join(nar.render(nar.Symlink(b"x"))))
+NARS = tuple(
+    b"".join(nar.render(node)) for node in (tree(b"contents"), nar.Symlink(b"x"), EVERYTHING)
+)
 REALISATIONS = (
     f"realisations/{_OLD.id}.doi\n".encode() + _OLD.render(),
     f"build-trace-v2/{_NEW.drv_path}/out.doi\n".encode() + _NEW.render(),

@@ -29,13 +29,14 @@ from narseal.nix.compression import decompressor
 from narseal.nix.content_address import ContentAddress
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import PublicKey, SecretKey, Signature
-from narseal.nix.nar_reader import NarReader
+from narseal.nix.nar_reader import NarReader, NarSummary
 from narseal.nix.narinfo import NarInfo
 from narseal.nix.realisation import parse_at
 from narseal.nix.store_path import StorePath
 from narseal.server import oidc
 from narseal.server.conditional import Unsatisfiable, etag_matches, parse_range
 from tests.fuzz import seeds
+from tests.tools.nar_reader import ReferenceNarReader
 
 #: What a decoder may make of one input before the reader has had enough of it.
 _MAX_DECODED = 8 << 20
@@ -78,17 +79,28 @@ def _realisation(data: bytes) -> None:
 
 
 def _nar(data: bytes) -> None:
-    """Whole or in two pieces, the reader comes to the same judgement."""
-    judgements = []
-    for cut in (len(data), len(data) // 2):
-        reader = NarReader(max_size=len(data))
-        try:
-            reader.feed(data[:cut])
-            reader.feed(data[cut:])
-            judgements.append(str(reader.finish()))
-        except Malformed:
-            judgements.append("malformed")
-    assert judgements[0] == judgements[1]
+    """In any portions, the reader comes to the judgement of the one that reads token by token."""
+    half, tenth = len(data) // 2, len(data) // 10 + 1
+    expected = _judgement(ReferenceNarReader, [data])
+    assert _judgement(NarReader, [data]) == expected
+    assert _judgement(NarReader, [data[:half], data[half:]]) == expected
+    portions = [data[at : at + tenth] for at in range(0, len(data), tenth)]
+    assert _judgement(NarReader, portions) == expected
+
+
+def _judgement(
+    make: type[NarReader | ReferenceNarReader], portions: list[bytes]
+) -> tuple[NarSummary, list[bytes], bytes] | None:
+    files: list[bytes] = []
+    contents = bytearray()
+    size = sum(map(len, portions))
+    reader = make(max_size=size, on_file=files.append, on_contents=contents.extend)
+    try:
+        for portion in portions:
+            reader.feed(portion)
+        return reader.finish(), files, bytes(contents)
+    except Malformed:
+        return None
 
 
 def _decoder(name: str) -> Callable[[bytes], None]:

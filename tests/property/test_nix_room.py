@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from narseal.errors import Malformed, NarsealError, Refused
 from narseal.nix import base32, nar
-from narseal.nix.compression import decompressor
+from narseal.nix.compression import decompressor, zstd_compressor
 from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.fingerprint import fingerprint
 from narseal.nix.hashes import SIZES, Hash
@@ -22,7 +24,7 @@ from narseal.nix.references import HashModulo, ReferenceScanner
 from narseal.nix.store_path import References, StorePath
 from narseal.server.conditional import Span, Unsatisfiable, parse_range
 from tests.tools.cache import COMPRESS
-from tests.tools.nar_reader import ReferenceNarReader
+from tests.tools.nar_reader import EVERYTHING, ReferenceNarReader
 
 hash_parts = st.text(base32.ALPHABET, min_size=32, max_size=32)
 names = st.from_regex(r"[a-zA-Z0-9+_?=][0-9a-zA-Z+\-._?=]{0,60}", fullmatch=True)
@@ -194,7 +196,7 @@ def _contents(node: nar.Node) -> list[bytes]:
 def test_a_cut_or_lengthened_nar_is_refused(node: nar.Node, data: st.DataObject) -> None:
     whole = b"".join(nar.render(node))
     cut = data.draw(st.integers(0, len(whole) - 1))
-    for wrong in (whole[:cut], whole + b"\0", whole + whole):
+    for wrong in (whole[:cut], whole + b"\0", whole + nar.string(b")"), whole + whole):
         reader = NarReader(max_size=2 * len(whole))
         with pytest.raises(NarsealError):
             reader.feed(wrong)
@@ -229,6 +231,75 @@ def test_nar_is_read_as_token_by_token(node: nar.Node, sizes: list[int], files: 
     assert read(NarReader, [data], files=files) == expected
 
 
+def test_a_nar_is_read_wherever_it_is_cut() -> None:
+    data = b"".join(nar.render(EVERYTHING))
+    expected = read(ReferenceNarReader, [data], files=True)
+    assert expected is not None
+    for at in range(len(data) + 1):
+        assert read(NarReader, [data[:at], data[at:]], files=True) == expected
+    for size in range(1, 300):
+        assert read(NarReader, list(batched(data, size)), files=True) == expected
+
+
+def test_each_word_of_a_nar_changed_is_judged_as_token_by_token() -> None:
+    whole = b"".join(nar.render(EVERYTHING))
+    for at in range(0, len(whole), 8):
+        word = whole[at : at + 8]
+        number = int.from_bytes(word, "little")
+        near = [(number + more) % (1 << 64) for more in (1, -1, 8, -8)]
+        for other in {
+            b"", word * 2, bytes(8), b"\xff" * 8, b"\1" + bytes(7), b"(" + bytes(7), b")" + bytes(7),
+            word[:7] + bytes([word[7] ^ 1]), bytes([word[0] ^ 1]) + word[1:], word[::-1],
+*(n.to_bytes(8, "little") for n in near),
+        }:  # fmt: skip
+            data = whole[:at] + other + whole[at + 8 :]
+            expected = read(ReferenceNarReader, [data], files=True)
+            for given_ in ([data], list(batched(data, 97))):
+                assert read(NarReader, given_, files=True) == expected, (at, other)
+
+
+def batched(data: bytes, size: int) -> Iterator[bytes]:
+    return (data[at : at + size] for at in range(0, len(data), size))
+
+
+ENDLESS = {
+    "name": nar.strings(b"entry", b"(", b"name") + (1 << 40).to_bytes(8, "little"),
+    "name that may be": nar.strings(b"entry", b"(", b"name") + (255).to_bytes(8, "little"),
+    "target": nar.strings(b"entry", b"(", b"name", b"x", b"node", b"(", b"type", b"symlink", b"target")
+    + (1 << 40).to_bytes(8, "little"),
+    "token": (1 << 40).to_bytes(8, "little"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_what_never_ends_is_refused_before_it_fills_memory(case: str) -> None:
+    reader = NarReader(max_size=1 << 62)
+    with pytest.raises(Malformed):
+        reader.feed(nar.strings(nar.MAGIC, b"(", b"type", b"directory") + ENDLESS[case])
+        for _ in range(200):
+            reader.feed(b"x" * 100)
+
+
+def test_a_large_file_and_many_small_ones_take_no_memory() -> None:
+    small = b"".join(nar.render(nar.Directory({b"%06d" % n: KINDS[n % 3] for n in range(20_000)})))
+    size = 64 << 20
+    start = nar.strings(nar.MAGIC, b"(", b"type", b"regular", b"contents")
+    piece = bytes(1 << 16)
+    portions_of = {
+        "large": [start + size.to_bytes(8, "little"), *[piece] * (size >> 16), nar.string(b")")],
+        "small": list(batched(small, 1 << 16)),
+    }
+    for case, given_ in portions_of.items():
+        reader = NarReader(max_size=1 << 30)
+        tracemalloc.start()
+        for portion in given_:
+            reader.feed(portion)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        reader.finish()
+        assert peak < 1 << 20, case
+
+
 KINDS: list[nar.Node] = [
     nar.Regular(b"x"),
     nar.Regular(b"", executable=True),
@@ -252,6 +323,9 @@ def test_names_of_every_kind_are_sorted_and_there_once(
         assert (read(NarReader, [data], files=files) is not None) == is_good
 
 
+TOKENS = b"( ) type regular contents executable symlink target directory entry name node".split()
+
+
 @settings(max_examples=600)
 @given(nodes, st.lists(st.integers(0, 300), max_size=8), st.data())
 def test_a_damaged_nar_is_judged_as_token_by_token(
@@ -259,8 +333,9 @@ def test_a_damaged_nar_is_judged_as_token_by_token(
 ) -> None:
     text = bytearray(b"".join(nar.render(node)))
     for _ in range(data.draw(st.integers(1, 3))):
+        text = text or bytearray(1)
         at = data.draw(st.integers(0, len(text) - 1))
-        kind = data.draw(st.sampled_from(["bit", "byte", "word", "cut", "twice"]))
+        kind = data.draw(st.sampled_from(["bit", "byte", "word", "cut", "twice", "put", "swap"]))
         if kind == "bit":
             text[at] ^= 1 << data.draw(st.integers(0, 7))
         elif kind == "byte":
@@ -268,8 +343,17 @@ def test_a_damaged_nar_is_judged_as_token_by_token(
         elif kind == "word":  # where lengths and tokens stand
             at &= ~7
             text[at : at + 8] = data.draw(st.integers(0, 300)).to_bytes(8, "little")
+        elif kind == "put":
+            at &= ~7
+            text[at:at] = nar.string(data.draw(st.sampled_from(TOKENS) | st.binary(max_size=9)))
+        elif kind == "swap":
+            at &= ~7
+            length = 8 * data.draw(st.integers(1, 40))
+            text[at : at + 2 * length] = (
+                text[at + length : at + 2 * length] + text[at : at + length]
+            )
         else:
-            length = 8 * data.draw(st.integers(1, 8))
+            length = 8 * data.draw(st.integers(1, 40))
             at &= ~7
             text[at : at + length] = b"" if kind == "cut" else text[at : at + length] * 2
     whole = bytes(text)
@@ -301,6 +385,14 @@ def test_hostile_nars_are_refused(case: str) -> None:
     with pytest.raises(Malformed):
         reader.feed(b"".join(nar.render(HOSTILE[case])))
         reader.finish()
+
+
+@pytest.mark.parametrize("mark", [b"", nar.strings(b"executable", b"")])
+def test_a_file_without_contents_is_refused_as_nix_refuses_it(mark: bytes) -> None:
+    bare = nar.strings(b"(", b"type", b"regular") + mark + nar.string(b")")
+    inside = nar.strings(b"(", b"type", b"directory", b"entry", b"(", b"name", b"a", b"node")
+    for data in (bare, inside + bare + nar.strings(b")", b")")):
+        assert read(NarReader, [nar.string(nar.MAGIC) + data], files=True) is None
 
 
 def test_a_nar_deeper_than_nix_reads_is_refused() -> None:
@@ -362,6 +454,60 @@ def test_truncated_streams_are_refused(compression: str, data: st.DataObject) ->
         for _ in decoder.feed(file[:cut]):
             pass
         decoder.finish()
+
+
+def decoded(file: bytes, *, compression: str = "zstd", small: bool = False) -> bytes:
+    decoder = decompressor(compression, small=small)
+    plain = b"".join(decoder.feed(file))
+    decoder.finish()
+    return plain
+
+
+@given(
+    st.sampled_from(["xz", "zstd", "bzip2", "gzip", "br"]), st.binary(min_size=1, max_size=20),
+)  # fmt: skip
+def test_bytes_behind_a_stream_are_refused(compression: str, more: bytes) -> None:
+    file = COMPRESS[compression](b"some text")
+    assume(not more.startswith(file))
+    with pytest.raises(Refused):
+        decoded(file + more, compression=compression)
+
+
+@given(st.integers(0, 15), st.binary(max_size=40), st.binary(max_size=40))
+def test_skippable_frames_of_zstd_hold_nothing(kind: int, skipped: bytes, data: bytes) -> None:
+    head = (0x184D2A50 + kind).to_bytes(4, "little") + len(skipped).to_bytes(4, "little")
+    file = COMPRESS["zstd"](data)
+    assert decoded(head + skipped + file + head + skipped + file) == data * 2
+    with pytest.raises(Refused):
+        decoded(file + (head + skipped)[:-1])
+
+
+@given(st.binary(max_size=100), st.integers(0, 31))
+def test_a_checksum_of_zstd_is_compared(data: bytes, bit: int) -> None:
+    compressor = zstd_compressor(3)
+    file = bytearray(compressor.compress(data) + compressor.flush())
+    assert decoded(bytes(file)) == data
+    file[-1 - bit // 8] ^= 1 << bit % 8
+    with pytest.raises(Refused):
+        decoded(bytes(file))
+
+
+def test_windows_of_zstd_are_bounded_more_so_in_an_encoding() -> None:
+    head = b"\x28\xb5\x2f\xfd\x00"  # no checksum, no size: a byte that says the window follows
+    empty = b"\x01\x00\x00"  # the last block, raw, of no bytes
+    for log, of_nars, of_others in (
+        (23, True, True),
+        (24, True, False),
+        (27, True, False),
+        (28, False, False),
+    ):
+        file = head + bytes([(log - 10) << 3]) + empty
+        for small, good in ((False, of_nars), (True, of_others)):
+            if good:
+                assert decoded(file, small=small) == b""
+            else:
+                with pytest.raises(Refused):
+                    decoded(file, small=small)
 
 
 BOMBS = ("xz", "bzip2", "gzip", "zstd", "br")

@@ -9,9 +9,11 @@ import pytest
 
 from narseal.errors import NarsealError
 from narseal.nix import nar
+from narseal.nix.hashes import Hash
 from narseal.nix.nar_reader import NarReader
 from narseal.nix.narinfo import NarInfo
 from tests.tools.differential import ITEM, read_by_nix
+from tests.tools.nar_reader import EVERYTHING
 from tests.tools.nix import Nix, nix
 
 pytestmark = pytest.mark.real
@@ -77,37 +79,85 @@ def test_what_narseal_accepts_nix_reads_the_same(client: Nix) -> None:
     assert both > 8
 
 
+def damaged(choice: random.Random, good: bytes) -> bytes:
+    """A NAR with a few changes to bytes, or to the words that lengths and tokens are made of."""
+    data = bytearray(good)
+    for _ in range(choice.choice((1, 1, 1, 2))):
+        at = choice.randrange(len(data))
+        word = at & ~7
+        size = 8 * choice.choice((1, 2, 3, 4, 8, 16))
+        kind = choice.randrange(5)
+        if kind < 2:
+            data[at] = choice.choice([0, 1, 2, 47, 46, 97, 98, 255, data[at] ^ 1])
+        elif kind == 2:
+            del data[word : word + size]
+        elif kind == 3:
+            data[word:word] = data[word : word + size]
+        else:
+            data[word : word + 2 * size] = (
+                data[word + size : word + 2 * size] + data[word : word + size]
+            )
+    return bytes(data)
+
+
+def is_nar(data: bytes) -> bool:
+    reader = NarReader(max_size=len(data))
+    try:
+        reader.feed(data)
+        reader.finish()
+    except NarsealError:
+        return False
+    return True
+
+
 def test_every_nar_that_narseal_accepts_nix_restores(client: Nix) -> None:
-    tree = nar.Directory(
-        {
-            b"a": nar.Regular(b"hello"),
-            b"b": nar.Directory({b"c": nar.Symlink(b"../a"), b"d": nar.Regular(b"x", True)}),
-        }
-    )
-    good = b"".join(nar.render(tree))
+    good = b"".join(nar.render(EVERYTHING))
     choice = random.Random(7)
-    candidates = [good]
-    for _ in range(4000):
-        changed = bytearray(good)
-        at = choice.randrange(len(changed))
-        changed[at] = choice.choice([0, 1, 2, 47, 46, 97, 98, 255, changed[at] ^ 1])
-        candidates.append(bytes(changed))
-    accepted = []
-    for data in candidates:
-        reader = NarReader(max_size=len(data))
-        try:
-            reader.feed(data)
-            reader.finish()
-        except NarsealError:
-            continue
-        if data not in accepted:
-            accepted.append(data)
-    assert len(accepted) > 20
-    for number, data in enumerate(accepted[:120]):
+    candidates = [good, *(damaged(choice, good) for _ in range(15_000))]
+    accepted = list(dict.fromkeys(filter(is_nar, candidates)))
+    assert len(accepted) > 80
+    assert restored(client, accepted) == accepted
+
+
+def test_nars_of_many_entries_are_read_as_nix_writes_them(client: Nix) -> None:
+    choice = random.Random(8)
+    trees = [forest(choice, 3) for _ in range(10)]
+    nars = [b"".join(nar.render(tree)) for tree in trees]
+    assert max(map(len, nars)) > 1 << 17
+    assert restored(client, nars) == nars
+    for data in nars:
+        files: list[bytes] = []
+        reader = NarReader(max_size=len(data), on_file=files.append)
+        for at in range(0, len(data), 4096):
+            reader.feed(data[at : at + 4096])
+        assert reader.finish().nar_hash == Hash.sha256(data)
+
+
+def forest(choice: random.Random, depth: int) -> nar.Directory:
+    """A tree of some hundred entries of every kind, with names and contents of every size."""
+    entries: dict[bytes, nar.Node] = {}
+    for _ in range(choice.choice((0, 1, 5, 40))):
+        name = bytes(choice.choices(b"abyz.+-_ \x04\x7f", k=choice.randint(1, 40))).lstrip(b".")
+        contents = choice.randbytes(choice.choice((0, 1, 7, 8, 9, 100, 4000)))
+        kind = choice.choice(["file", "executable", "link", "folder"][: 4 if depth else 3])
+        if kind == "folder":
+            entries[name or b"x"] = forest(choice, depth - 1)
+        elif kind == "link":
+            entries[name or b"x"] = nar.Symlink(
+                bytes(choice.choices(b"ab./", k=len(contents) or 1))
+            )
+        else:
+            entries[name or b"x"] = nar.Regular(contents, executable=kind == "executable")
+    return nar.Directory(entries)
+
+
+def restored(client: Nix, nars: list[bytes]) -> list[bytes | None]:
+    """What real Nix makes of NARs when it restores and dumps them; None for what it refuses."""
+    for number, data in enumerate(nars):
         (client.folder / f"{number}.nar").write_bytes(data)
-    count = min(120, len(accepted))
-    failed = client.script(
-        f"for n in $(seq 0 {count - 1}); do nix-store --restore r$n < $n.nar 2>/dev/null"
-        " || echo $n; done"
+    client.script(
+        f"for n in $(seq 0 {len(nars) - 1}); do rm -rf tree; rm -f $n.again;"
+        " nix-store --restore tree < $n.nar 2>/dev/null && nix-store --dump tree > $n.again; done; :"
     )
-    assert failed == "", [accepted[int(n)] for n in failed.split()]
+    files = [client.folder / f"{number}.again" for number in range(len(nars))]
+    return [file.read_bytes() if file.exists() else None for file in files]

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Generator
 
 from narseal.errors import ContentMismatch, MalformedNar
+from narseal.nix import nar
 from narseal.nix.hashes import Hash
 from narseal.nix.nar import MAGIC
 from narseal.nix.nar_reader import MAX_DEPTH, NarSummary
@@ -14,6 +15,26 @@ _MAX_NAME = 255
 _MAX_TARGET = 4095
 _MAX_TOKEN = 16
 _CASE_HACK = b"~nix~case~hack~"
+
+#: Every kind of node and of neighbour, names and contents of every padding, an empty folder at the end.
+EVERYTHING = nar.Directory(
+    {
+        b"a": nar.Regular(b""),
+        b"a+": nar.Regular(b"12345678"),
+        b"b": nar.Directory(
+            {
+                b"1": nar.Symlink(b"../a"),
+                b"12": nar.Regular(b"x" * 9, executable=True),
+                b"123": nar.Directory({b"in": nar.Directory({b"deep": nar.Regular(b"1234567")})}),
+            }
+        ),
+        b"b12345": nar.Symlink(b"12345678"),
+        b"c123456": nar.Regular(b"123", executable=True),
+        b"d1234567": nar.Directory({}),
+        "\u00e9\u4000".encode(): nar.Regular(b"x"),
+        b"\xff" * 9: nar.Directory({b"\4": nar.Directory({})}),
+    }
+)
 
 
 class ReferenceNarReader:
@@ -147,11 +168,10 @@ class ReferenceNarReader:
         if token == b"executable":
             yield from self._expect(b"")
             token = yield from self._string(_MAX_TOKEN)
-        if token == b"contents":
-            yield from self._contents()
-            token = yield from self._string(_MAX_TOKEN)
-        if token != b")":
+        if token != b"contents":
             raise self._malformed(f"unknown token in a regular file: {token!r}")
+        yield from self._contents()
+        yield from self._expect(b")")
 
     def _contents(self) -> Generator[int, bytes | memoryview, None]:
         size = int.from_bytes((yield 8), "little")

@@ -1,13 +1,15 @@
 """A streaming reader of NAR archives that validates and hashes.
 
 It accepts only the canonical form: exact tokens, zero padding, names sorted and unique, a bounded
-depth, nothing behind the end. What stands between two names of plain files is compared as one
-string, which is what makes trees of tiny files cheap.
+depth, nothing behind the end. What stands between a name and a file's contents is compared as one
+string, and names are checked many at a time, which is what makes trees of tiny files cheap; all that
+is unusual, wrong or not whole is left to a second, careful way.
 """
 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,10 +41,15 @@ _CONTENTS = string(b"contents")
 _EXECUTABLE = strings(b"executable", b"")
 _PLAIN = [node + _REGULAR + _CONTENTS for node in _NODE]
 _PLAIN_SIZE = [len(head) + 8 for head in _PLAIN]
+_EXECUTED = [node + _REGULAR + _EXECUTABLE + _CONTENTS for node in _NODE]
+_EXECUTED_SIZE = [len(head) + 8 for head in _EXECUTED]
+_LINK = [node + _SYMLINK for node in _NODE]
+_LINK_SIZE = [len(head) + 8 for head in _LINK]
+_FOLDER = [node + _DIRECTORY for node in _NODE]
 _PADDED_END = [bytes(-size % 8) + _END for size in range(8)]
 _PADDED_ENDS = [bytes(-size % 8) + _ENDS for size in range(8)]
-_LONGEST_END = max(map(len, _PADDED_ENDS))
 _LONGEST = 8192  # an entry without the contents of a file takes less
+_number = struct.Struct("<Q").unpack_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +62,17 @@ class NarSummary:
     is_plain_file: bool
 
 
+def _is_target(data: bytes, start: int, stop: int) -> bool:
+    """Whether a symlink may point there."""
+    return 0 < stop - start <= _MAX_TARGET and data.find(0, start, stop) < 0
+
+
 class NarReader:
     """A push parser: `feed` bytes in any portions, then `finish`.
 
     `max_size` bounds the bytes taken. `on_contents` gets the contents of the regular files,
-    in pieces; `on_file` the path of each below the root, before its contents. Memory is constant
-    but for the depth. Raises MalformedNar with the offset, at the latest from `finish`, and
+    in pieces; `on_file` the path of each below the root, before its contents; both may get some of
+    what is refused a little later. Memory is constant but for the depth. Raises MalformedNar with the offset, at the latest from `finish`, and
     ContentMismatch beyond `max_size`.
     """
 
@@ -130,38 +142,78 @@ class NarReader:
         self._next = self._behind if self._done else self._entries
 
     def _entries(self, data: bytes, at: int) -> int:
-        """Entries of directories up to one that is no plain file, or is not whole."""
-        last = len(data) - _LONGEST_END
-        on_contents = self._on_contents
-        previous = self._names[-1]
-        names = []
+        """All that is whole and as it should be; where nothing is, one entry or end by itself."""
+        begun = at
+        path = self._names
+        names: list[bytes] = []
         while True:
-            size = _ENTRY.get(data[at : at + _ENTRY_SIZE])
-            if size is None:
-                break
+            at, size = self._files(data, at, names)
             behind = at + _ENTRY_SIZE + size
             name = data[at + _ENTRY_SIZE : behind]
-            if not data.startswith(_PLAIN[size & 7], behind) or self._on_file:
+            folder = _FOLDER[size & 7]
+            if not size and len(path) > 1 and data.startswith(_ENDS, at):
+                path.pop()
+                at += len(_ENDS)
+            elif name > path[-1] and data.startswith(folder, behind) and len(path) < MAX_DEPTH:
+                names.append(name)
+                path[-1] = name
+                path.append(b"")
+                at = behind + len(folder)
+            else:
                 break
-            start = behind + _PLAIN_SIZE[size & 7]
-            stop = start + int.from_bytes(data[start - 8 : start], "little")
-            if stop > last:
+        self._check_names(names, data, at)
+        if at > begun:
+            return at
+        return self._entry(data, at, size) if size else self._leave(data, at)
+
+    def _files(self, data: bytes, at: int, names: list[bytes]) -> tuple[int, int]:
+        """Files and symlinks of one directory that are whole and as they should be.
+
+        Their names, which are in order, go to `names`. Returns where they end, and how many bytes
+        the name has that follows; 0 if no entry does.
+        """
+        listens = self._on_file or self._on_contents
+        previous = self._names[-1]
+        while size := _ENTRY.get(data[at : at + _ENTRY_SIZE], 0):
+            behind = at + _ENTRY_SIZE + size
+            name = data[at + _ENTRY_SIZE : behind]
+            shift = size & 7
+            is_link = False
+            if data.startswith(_PLAIN[shift], behind):
+                start = behind + _PLAIN_SIZE[shift]
+            elif data.startswith(_LINK[shift], behind):
+                start = behind + _LINK_SIZE[shift]
+                is_link = True
+            elif data.startswith(_EXECUTED[shift], behind):
+                start = behind + _EXECUTED_SIZE[shift]
+            else:
                 break
-            end = _PADDED_ENDS[stop - start & 7]
-            if not data.startswith(end, stop):
-                raise self._malformed(data, stop, "not the end of a file")
-            if name <= previous:
-                raise self._malformed(data, at, "names not sorted or twice")
-            if on_contents and stop > start:
-                on_contents(data[start:stop])
+            if start > len(data):
+                break
+            (length,) = _number(data, start - 8)
+            stop = start + length
+            end = _PADDED_ENDS[length & 7]
+            if (
+                not data.startswith(end, stop)  # nor if not all of it is there
+                or name <= previous
+                or (is_link and not _is_target(data, start, stop))
+            ):
+                break
+            if listens and not is_link:
+                self._tell(name, data[start:stop])
             names.append(name)
             previous = name
             at = stop + len(end)
-        self._check_names(names, data, at)
         self._names[-1] = previous
-        if names:
-            return at
-        return self._entry(data, at, size) if size else self._leave(data, at)
+        return at, size
+
+    def _tell(self, name: bytes, contents: bytes) -> None:
+        """Of a whole file in the directory that is open."""
+        self._names[-1] = name
+        if self._on_file:
+            self._on_file(b"/".join(self._names))
+        if self._on_contents and contents:
+            self._on_contents(contents)
 
     def _entry(self, data: bytes, at: int, size: int) -> int:
         """Any entry whose name has so many bytes, up to the end of its node's head."""
@@ -212,8 +264,7 @@ class NarReader:
         if not data.startswith(_SYMLINK, at) or start > len(data):
             return -1
         stop = start + int.from_bytes(data[start - 8 : start], "little")
-        target = data[start:stop]
-        if not 0 < stop - start <= _MAX_TARGET or b"\0" in target:
+        if not _is_target(data, start, stop):
             raise self._malformed(data, at, "a symlink's target is empty, too long or holds NUL")
         end = ends[stop - start & 7]
         if not data.startswith(end, stop):
@@ -226,18 +277,15 @@ class NarReader:
         if not is_plain:
             at += len(_EXECUTABLE)
         start = at + len(_CONTENTS) + 8
-        if data.startswith(ends[0], at):  # an empty file that has no contents
-            self._left, self._due, end = 0, ends[0], at
-        elif data.startswith(_CONTENTS, at) and start <= len(data):
-            self._left = int.from_bytes(data[start - 8 : start], "little")
-            self._due, end = ends[self._left & 7], start
-        else:
+        if not data.startswith(_CONTENTS, at) or start > len(data):
             return -1
+        (self._left,) = _number(data, start - 8)
+        self._due = ends[self._left & 7]
         self._plain_file = is_plain and not self._names
         if self._on_file:
             self._on_file(b"/".join(self._names))
         self._next = self._close
-        return end + self._take_contents(memoryview(data)[end:])
+        return start + self._take_contents(memoryview(data)[start:])
 
     def _take_contents(self, view: memoryview) -> int:
         used = min(self._left, len(view))
