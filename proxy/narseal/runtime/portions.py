@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 _PORTION = 256 << 10
 
-#: aiohttp's read_bufsize: bytes that it parses ahead of who reads them, and a sixteenth as many chunks, so
+#: aiohttp's read_bufsize, and ours: bytes that are parsed ahead of who reads them, and a sixteenth as many chunks, so
 #: that chunks of one byte do not keep the loop (its default, 256 KiB, is 0.1 s of them at a time).
 READ_AHEAD = 64 << 10
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from time import monotonic
+from types import TracebackType
 
 #: On whose behalf a task works: a client's address. Tasks that it starts inherit it.
 asker: ContextVar[str] = ContextVar("asker", default="")
@@ -37,15 +38,9 @@ class FairSlots:
         self._held: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
-    @asynccontextmanager
-    async def taken(self) -> AsyncIterator[None]:
+    def taken(self) -> AbstractAsyncContextManager[None]:
         """A slot of the present asker's."""
-        source = asker.get()
-        await self.take(source)
-        try:
-            yield
-        finally:
-            self.give(source)
+        return _Taken(self, asker.get())
 
     async def take(self, source: str) -> None:
         """Wait for a slot; to be given back."""
@@ -103,7 +98,28 @@ class FairSlots:
         return min(may, key=lambda source: self._held[source], default=None)
 
 
-class Turn:
+class _Taken(AbstractAsyncContextManager[None]):
+    """A slot that is taken within; a class, since a generator costs as much as what is done with the slot."""
+
+    __slots__ = ("_slots", "_source")
+
+    def __init__(self, slots: FairSlots, source: str) -> None:
+        self._slots = slots
+        self._source = source
+
+    async def __aenter__(self) -> None:
+        await self._slots.take(self._source)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._slots.give(self._source)
+
+
+class Turn(AbstractAsyncContextManager[None]):
     """A slot that a piece of work has, and gives up while it waits for somebody else."""
 
     def __init__(self, slots: FairSlots, source: str) -> None:
@@ -156,19 +172,22 @@ class Turn:
             self._has_slot = False
             self._slots.give(self._source)
 
-    @asynccontextmanager
-    async def aside(self) -> AsyncIterator[None]:
+    def aside(self) -> AbstractAsyncContextManager[object]:
         """See below."""
+        return self
+
+    async def __aenter__(self) -> None:
         self._away += 1
         self._give()
-        try:
-            yield
-        except asyncio.CancelledError:
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and issubclass(kind, asyncio.CancelledError):
             self._away -= 1  # who is cancelled waits for nothing; what goes on has no slot then
-            raise
-        except BaseException:
-            await self._come_back()
-            raise
         else:
             await self._come_back()
 
@@ -178,12 +197,11 @@ class Turn:
             await self._take()
 
 
+_NOTHING = nullcontext()
 _turn: ContextVar[Turn | None] = ContextVar("turn", default=None)
 
 
-@asynccontextmanager
-async def aside() -> AsyncIterator[None]:
+def aside() -> AbstractAsyncContextManager[object]:
     """Give the present work's turn up, if it has one, while somebody else is waited for."""
     present = _turn.get()
-    async with present.aside() if present else nullcontext():
-        yield
+    return present.aside() if present else _NOTHING

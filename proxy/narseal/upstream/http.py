@@ -1,38 +1,36 @@
 """An upstream over HTTP: bounded, without cookies, never decompressing behind our back.
 
-Small files come through aiohttp on the loop and are decoded in a thread, NARs through `bulk.py`. Redirects are
-followed by hand, at most five; another origin only to public addresses, checked on the address
+Small files come through `plain.py` on the loop and are decoded in a thread, NARs through `bulk.py`. Redirects
+are followed by hand, at most five; another origin only to public addresses, checked on the address
 that is connected to.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+import ssl
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
+from functools import cache
 from time import monotonic
 from urllib.parse import quote
 
-import aiohttp
 from yarl import URL
 
-from narseal import __version__
 from narseal.config import UpstreamConfig
 from narseal.errors import Refused, UpstreamTimeout, UpstreamTrouble
 from narseal.nix.encoded import EncodedBody
 from narseal.runtime.budget import Claim, counted
-from narseal.runtime.portions import READ_AHEAD, in_portions, in_turns
+from narseal.runtime.portions import in_portions
 from narseal.runtime.slots import FairSlots, aside
-from narseal.upstream.addresses import public_socket
 from narseal.upstream.breaker import Breaker
 from narseal.upstream.bulk import Bulk
+from narseal.upstream.plain import Answer, Client, Place
 from narseal.upstream.redirects import ABSENT, HOPS, REDIRECTS, Reach, next_hop
 from narseal.upstream.source import Body
 
-_CONNECTIONS = 64
 _DECODERS = 2  # threads
-_FAILURES = (aiohttp.ClientError, OSError, asyncio.IncompleteReadError)
 
 
 class HttpUpstream:
@@ -43,15 +41,17 @@ class HttpUpstream:
         self.config = config
         self._lookups = FairSlots(lookups)
         self._base = config.url + "/"
+        url = URL(config.url, encoded=True)
+        self._path = url.raw_path.rstrip("/") + "/"
         self._reach = Reach(config)
+        self._place = Place(url, self._reach.credentials(url))
         self._breaker = Breaker()
         self._bulk = Bulk(config, self._reach)
         # of each upstream its own: what is costly to decode holds up nobody else's answers
         self._decoding = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
-        self._own = _session(config, aiohttp.TCPConnector(limit=_CONNECTIONS))
-        self._foreign = _session(
-            config, aiohttp.TCPConnector(limit=_CONNECTIONS, socket_factory=public_socket)
-        )
+        tls = _tls()
+        self._own = Client(tls, connect_timeout=config.connect_timeout)
+        self._foreign = Client(tls, connect_timeout=config.connect_timeout, public_only=True)
 
     async def get(self, name: str, *, limit: int, claim: Claim | None = None) -> bytes | None:
         """See Upstream.get."""
@@ -75,29 +75,33 @@ class HttpUpstream:
         on_loop: bool = False,
     ) -> int | None:
         """Give a file to `write`, decoded: in a thread unless it is plain and may stay `on_loop`."""
-        url = self._base + quote(name, safe="/:+=")
+        target = quote(name, safe="/:+=")
+        url = self._base + target
         with self._watched():
             try:
-                async with asyncio.timeout(self.config.timeout), self._follow(url) as response:
-                    if response.status in ABSENT:
-                        return None
-                    if response.status != 200:
-                        raise UpstreamTrouble(f"{url}: {response.status} {response.reason or ''}")
-                    encoding = response.headers.get("Content-Encoding", "identity")
-                    body = EncodedBody(encoding, limit=limit, write=write)
-                    chunks: AsyncIterator[bytes] = response.content.iter_any()
-                    if body.is_plain and on_loop:
-                        async for chunk in in_turns(chunks):
-                            body.feed(chunk)
-                    else:
-                        if claim:
-                            chunks = counted(chunks, claim)
-                        await in_portions(chunks, body.feed, self._in_thread)
-                    body.finish()
-                    return body.size
+                async with asyncio.timeout(self.config.timeout):
+                    answer = await self._follow(url, self._path + target)
+                    with answer:
+                        if answer.status in ABSENT:
+                            return None
+                        if answer.status != 200:
+                            raise UpstreamTrouble(f"{url}: {answer.status}")
+                        encoding = answer.field(b"content-encoding", "identity")
+                        body = EncodedBody(encoding, limit=limit, write=write)
+                        if body.is_plain and on_loop:
+                            while data := await answer.read():
+                                body.feed(data)
+                        else:
+                            pieces = answer.pieces()
+                            if claim:
+                                pieces = counted(pieces, claim)
+                            await in_portions(pieces, body.feed, self._in_thread)
+                        body.finish()
+                        return body.size
             except TimeoutError as error:
-                raise UpstreamTimeout(f"{url}: no answer in {self.config.timeout} s") from error
-            except _FAILURES as error:
+                late = str(error) or f"no answer in {self.config.timeout} s"
+                raise UpstreamTimeout(f"{url}: {late}") from error
+            except OSError as error:
                 raise UpstreamTrouble(f"{url}: {type(error).__name__}: {error}") from error
             except Refused as error:
                 raise Refused(error.reason, f"{url}: {error}") from error
@@ -131,29 +135,24 @@ class HttpUpstream:
             raise
         self._breaker.good()
 
-    @asynccontextmanager
-    async def _follow(self, address: str) -> AsyncIterator[aiohttp.ClientResponse]:
-        url = URL(address, encoded=True)
+    async def _follow(self, url: str, target: str) -> Answer:
+        """The answer of the upstream, or of where it sends us; a context."""
+        client, place = self._own, self._place
         for _ in range(HOPS + 1):
-            session = self._own if self._reach.is_trusted(url) else self._foreign
-            async with session.get(
-                url, headers=self._reach.credentials(url), allow_redirects=False
-            ) as response:
-                if response.status not in REDIRECTS:
-                    yield response
-                    return
-                url = next_hop(url, response.headers.get("Location", ""))
-        raise UpstreamTrouble(f"{address}: more than {HOPS} redirects")
+            answer = await client.ask(place, target)
+            if answer.status not in REDIRECTS:
+                return answer
+            with answer:
+                hop = next_hop(URL(url, encoded=True), answer.field(b"location"))
+            client = self._own if self._reach.is_trusted(hop) else self._foreign
+            place = Place(hop, self._reach.credentials(hop))
+            url, target = str(hop), hop.raw_path_qs
+        raise UpstreamTrouble(f"{self._base}: more than {HOPS} redirects")
 
 
-def _session(config: UpstreamConfig, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=connector,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        read_bufsize=READ_AHEAD,
-        headers={"Accept-Encoding": "identity", "User-Agent": f"narseal/{__version__}"},
-        timeout=aiohttp.ClientTimeout(
-            total=None, sock_connect=config.connect_timeout, sock_read=config.timeout
-        ),
-    )
+@cache
+def _tls() -> ssl.SSLContext:
+    """Certificates are verified, by the system's authorities or those of SSL_CERT_FILE."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
