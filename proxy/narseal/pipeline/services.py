@@ -58,7 +58,7 @@ _LOOK = 0.25  # seconds between two looks at the index's file, and at the folder
 #: Questions that are worked on at the same time; those that wait for an upstream are not counted.
 _TURNS = 64
 #: Of one client, while others ask, too.
-_TURNS_BESIDE = 4
+_TURNS_BESIDE = 3
 #: Bytes of small files, coded and decoded, that may be on their way at a time; and those of one
 #: address or one upstream. What a narinfo is while it is admitted is some five times as much.
 _MEMORY = 16 << 20
