@@ -1,0 +1,153 @@
+"""What a first fetch costs, and what one client's first fetches cost another client."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import aiohttp
+
+from tests.bench.servers import median, nginx
+from tests.bench.table import Row
+from tests.tools.cache import Entry, entry, write_cache
+from tests.tools.narseal import UPSTREAM, Process, narseal_process
+
+_READERS = 25
+_PATHS = 2000
+_GREEDY = 200
+_PROBES = 40
+_BOTH = {0, 1}
+
+
+def measure() -> list[Row]:
+    """Small narinfos and NARs that nobody asked for before, beside nginx's proxy_pass of them."""
+    items = [entry(f"item{n}", b"%d" % n).signed(UPSTREAM) for n in range(_PATHS)]
+    rates: dict[tuple[str, str], list[float]] = {}
+    cpu: dict[str, list[float]] = {"narinfo": [], "NAR": []}
+    with _cache(items) as (folder, upstream):
+        for round_ in range(3):
+            with (
+                nginx(f"location / {{ proxy_pass {upstream}; }}", _BOTH) as relay,
+                narseal_process(folder / f"n{round_}", {"url": upstream}) as proxy,
+            ):
+                for kind, spent in cpu.items():
+                    names = [i.info.url if kind == "NAR" else f"{i.hash}.narinfo" for i in items]
+                    before = _seconds(proxy)
+                    rate = asyncio.run(_all(proxy.url, names))
+                    rates.setdefault(("ours", kind), []).append(rate)
+                    spent.append((_seconds(proxy) - before) / len(items) * 1000)
+                    rate = asyncio.run(_all(relay, names))
+                    rates.setdefault(("theirs", kind), []).append(rate)
+    rows = []
+    for kind, spent in cpu.items():
+        ours, theirs = median(rates["ours", kind]), median(rates["theirs", kind])
+        what = f"cold small {kind}s/s, {_READERS} readers ({median(spent):.2f} ms CPU each)"
+        rows.append(
+            Row(f"{what}, against nginx proxy_pass", f"{ours:,.0f}", f"{theirs:,.0f}",
+                ours / theirs, "≥ 3,000/s, ≤ 0.35 ms" if kind == "narinfo" else "")
+        )  # fmt: skip
+    return rows
+
+
+def measure_isolation() -> list[Row]:
+    """A client that asks one thing after another, beside one that asks for cold paths without end."""
+    items = [entry(f"item{n}", b"%d" % n).signed(UPSTREAM) for n in range(20_000)]
+    with _cache(items) as (folder, upstream), narseal_process(folder / "n", {"url": upstream}) as p:
+        alone, beside = asyncio.run(_beside(p, iter(items)))
+    return [
+        Row(f"{kind}, p50, beside a client with {_GREEDY} connections for cold paths, against alone",
+            f"{beside[kind]:.2f} ms", f"{alone[kind]:.2f} ms", beside[kind] / alone[kind], "≤ 2")
+        for kind in alone
+    ]  # fmt: skip
+
+
+@contextmanager
+def _cache(items: list[Entry]) -> Iterator[tuple[Path, str]]:
+    """A folder, and an upstream that has the items."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        write_cache(folder / "cache", *items)
+        with nginx(f"root {folder}/cache;", _BOTH) as upstream:
+            yield folder, upstream
+
+
+async def _all(url: str, names: list[str]) -> float:
+    """Ask for each once; how many a second."""
+    waiting = iter(names)
+
+    async def ask(session: aiohttp.ClientSession) -> None:
+        for name in waiting:
+            await _get(session, f"{url}/{name}")
+
+    async with _client(_READERS) as session:
+        start = time.monotonic()
+        await asyncio.gather(*(ask(session) for _ in range(_READERS)))
+        return len(names) / (time.monotonic() - start)
+
+
+async def _beside(
+    proxy: Process, items: Iterator[Entry]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians of a modest client's waiting, in milliseconds: alone, and beside a greedy one."""
+    async with _client(1, "127.0.0.2") as modest, _client(_GREEDY, "127.0.0.3") as greedy:
+        hot = next(items)
+        await _get(modest, f"{proxy.url}/{hot.hash}.narinfo")
+
+        async def probe() -> dict[str, float]:
+            took: dict[str, list[float]] = {}
+            for item in _first(items, _PROBES):
+                for kind, name in (
+                    ("a cached narinfo", f"{hot.hash}.narinfo"),
+                    ("a cold narinfo", f"{item.hash}.narinfo"),
+                    ("a cold NAR", item.info.url),
+                ):
+                    took.setdefault(kind, []).append(await _get(modest, f"{proxy.url}/{name}"))
+            return {kind: median(times) * 1000 for kind, times in took.items()}
+
+        await probe()
+        alone = await probe()
+        done = asyncio.Event()
+
+        async def ask() -> None:
+            for item in items:
+                if done.is_set():
+                    return
+                await _get(greedy, f"{proxy.url}/{item.hash}.narinfo")
+
+        asking = [asyncio.create_task(ask()) for _ in range(_GREEDY)]
+        await asyncio.sleep(0.5)
+        beside = await probe()
+        assert next(items, None), "there were too few paths for it"
+        done.set()
+        await asyncio.gather(*asking)
+        return alone, beside
+
+
+def _first(items: Iterator[Entry], count: int) -> Iterable[Entry]:
+    return [next(items) for _ in range(count)]
+
+
+def _client(connections: int, address: str = "127.0.0.1") -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=connections, local_addr=(address, 0))
+    )
+
+
+async def _get(session: aiohttp.ClientSession, url: str) -> float:
+    start = time.perf_counter()
+    async with session.get(url) as response:
+        assert response.status == 200, await response.text()
+        await response.read()
+    return time.perf_counter() - start
+
+
+def _seconds(proxy: Process) -> float:
+    """Of a processor that the worker took so far."""
+    fields = Path(f"/proc/{proxy.workers()[0]}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
