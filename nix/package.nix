@@ -15,6 +15,7 @@ python3Packages.buildPythonApplication {
 
   dependencies = with python3Packages; [
     aiofiles
+    aiohappyeyeballs
     aiohttp
     alembic
     backports-zstd
@@ -22,6 +23,7 @@ python3Packages.buildPythonApplication {
     cel-python
     click
     cryptography
+    httptools
     ijson
     jinja2
     prometheus-client

@@ -315,10 +315,10 @@ async def test_a_fault_of_the_disk_is_one_of_the_problems(
 ) -> None:
     """`index check` ended with a traceback, and said nothing of the files after it."""
     await brought(tmp_path, upstream, OPERATOR)
+    assert (await rebuild(tmp_path)).returncode == 0
     storage = tmp_path / "storage"
     nar = storage / NarInfo.parse((storage / f"{TWO.hash}.narinfo").read_bytes()).url
     config = tmp_path / "narseal.toml"
-    config.write_text(render_toml(settings(tmp_path)))
     done = await asyncio.to_thread(
         subprocess.run,
         [

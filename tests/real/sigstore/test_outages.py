@@ -133,7 +133,7 @@ async def test_while_a_service_is_frozen_the_queue_grows_old_and_serving_goes_on
             urls = [(await client.narinfo(item.hash)).url for item in items]
             assert [(await client.get(url))[0] for url in urls] == [200] * len(items)
             await client.until(lambda: metric("narseal_attest_oldest_seconds") > 2.5)
-            assert metric("narseal_attest_queue") == 20
+            await client.until(lambda: metric("narseal_attest_queue") == 20)  # all are published
             status, _, headers = await client.get(f"{urls[-1]}.sigstore.json")
             assert (status, headers["Retry-After"]) == (404, "1")
         finally:
