@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -191,9 +192,19 @@ def test_the_commands(log: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "good: 55 lines, 5 checkpoints\n")
     shown = narseal_command("audit", "show", log, "--path", "x-1", "--key", "op-1")
     assert len(shown.stdout.splitlines()) == 11
-    as_json = narseal_command("audit", "show", log, "--json", "--since", "2020-01-01").stdout
+    as_json = narseal_command(
+        "audit", "show", log, "--json", "--since", "2020-01-01T00:00:00Z"
+    ).stdout
     assert [json.loads(line)["n"] for line in as_json.splitlines()] == list(range(1, 56))
     lines = log.read_bytes().splitlines(keepends=True)
+    last = datetime.fromisoformat(json.loads(lines[-1])["time"])
+    for hours, found in ((-1, 55), (1, 0)):  # as times, not as texts
+        zone = timezone(timedelta(hours=-9 * hours))
+        since = (last + timedelta(hours=hours)).astimezone(zone).isoformat()
+        done = narseal_command("audit", "show", log, "--since", since)
+        assert len(done.stdout.splitlines()) == found
+    done = narseal_command("audit", "show", log, "--since", "yesterday")
+    assert done.returncode == 2 and "--since" in done.stderr
     log.write_bytes(b"".join(lines[:4] + lines[5:]))
     done = narseal_command("audit", "verify", log, "--json")
     assert done.returncode == 1

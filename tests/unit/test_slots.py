@@ -85,30 +85,34 @@ async def test_who_has_the_fewest_is_next() -> None:
         task.cancel()
 
 
-async def test_beside_others_nobody_has_more_than_a_few() -> None:
+async def test_nobody_has_more_than_another_wants() -> None:
     now = 100.0
-    slots = FairSlots(12, beside=2, clock=lambda: now)
+    slots = FairSlots(12, levelled=True, clock=lambda: now)
+    tasks = [asyncio.create_task(slots.take("greedy")) for _ in range(40)]
     given = 0
-    tasks = [asyncio.create_task(slots.take("greedy")) for _ in range(20)]
 
     async def held_after(*, giving: int) -> int:
+        nonlocal given
         for _ in range(giving):
             slots.give("greedy")
+        given += giving
         await _settle()
         return len([task for task in tasks if task.done()]) - given
 
-    await _settle()
     assert await held_after(giving=0) == 6  # half: nobody else is there
     await slots.take("modest")
-    given = 4
-    assert await held_after(giving=4) == 2  # none of those is taken again
-    given = 5
-    assert await held_after(giving=1) == 2
+    assert await held_after(giving=5) == 1  # none of those is taken again
+    assert await held_after(giving=1) == 1
     slots.give("modest")
-    given = 6
-    assert await held_after(giving=1) == 2  # who asked a moment ago may ask again
+    assert await held_after(giving=1) == 1  # who asked a moment ago may ask again
+    others = [asyncio.create_task(slots.take("modest")) for _ in range(4)]
+    await _settle()
+    assert await held_after(giving=1) == 4  # it wants as much itself
+    for task in others:
+        task.cancel()
+        if task.done():
+            slots.give("modest")
     now += LATELY * 2
-    given = 7
     assert await held_after(giving=1) == 6
     for task in tasks:
         task.cancel()

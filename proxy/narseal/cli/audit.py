@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from narseal.cli.load import time_of
 from narseal.cli.sigstore import Expectation, expectation_options
 from narseal.errors import ConfigError, MalformedKey
 from narseal.nix.keys import PublicKey
@@ -70,10 +72,11 @@ def show(log: Path, path: str | None, key: str | None, since: str | None, as_jso
     """Print what LOG says was signed."""
     from narseal.signer import audit as logs
 
+    began = time_of(since) if since else None
     for record in logs.records(log):
         subject, name = str(record.get("subject", "")), str(record.get("key", ""))
-        late = since is None or str(record.get("time", "")) >= since
-        if (path and path not in subject) or (key and key != name) or not late:
+        is_old = began is not None and _is_before(record.get("time"), began)
+        if (path and path not in subject) or (key and key != name) or is_old:
             continue
         if as_json:
             click.echo(json.dumps(record, separators=(",", ":")))
@@ -82,6 +85,14 @@ def show(log: Path, path: str | None, key: str | None, since: str | None, as_jso
                 f"{record.get('n'):>8} {record.get('time')} {record.get('kind')} {subject}"
                 f" {name} {record.get('evidence', '')}".rstrip()
             )
+
+
+def _is_before(time: object, began: datetime) -> bool:
+    """Whether a line's time is known to be earlier."""
+    try:
+        return datetime.fromisoformat(str(time)) < began
+    except (ValueError, TypeError):
+        return False
 
 
 def _anchored(file: Path, expectation: Expectation) -> list[AuditHead]:

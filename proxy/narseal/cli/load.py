@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from pathlib import Path
 
 import click
@@ -38,3 +39,14 @@ def read(file: Path) -> str:
         raise ConfigError(f"{file}: {error.strerror}; name the file with --config") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8: {error}") from error
+
+
+def time_of(text: str) -> datetime:
+    """The value of `--since`: a time with its zone; UsageError if it is none."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise click.UsageError(f"--since: {error}") from error
+    if found.tzinfo is None:
+        raise click.UsageError("--since needs a time zone, for example 2026-11-21T10:00:00Z")
+    return found

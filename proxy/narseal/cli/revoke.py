@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from narseal.cli.load import config_option, load
+from narseal.cli.load import config_option, load, time_of
 from narseal.cli.sigstore import progress
 from narseal.errors import ConfigError
 
@@ -48,9 +48,9 @@ def revoke(
 ) -> None:
     """Revoke a substituter KEY by its name, ours or an upstream's; a cosign key; an identity.
 
-    Every worker stops using it at once. Its signatures are taken off everything that is served; what
-    still verifies by an upstream's signature, its content address or its content is signed with
-    the keys that are active. A KEY that is neither configured nor has signed anything here is taken
+    Every worker stops using it at once. Its signatures are taken off everything; what still verifies by
+    another upstream's signature, its content address or its content is signed with the keys that are
+    active, the rest is withdrawn. A KEY that is neither configured nor has signed anything here is taken
     for a typing error. Run it on narseal's machine, as its user. Exit code 1 if something
     could not be signed anew.
     """
@@ -77,7 +77,7 @@ def revoke(
             click.echo(f"… and {len(outcome.withdrawn) - _SHOWN} more; --json has them", err=True)
         click.echo(
             f"revoked {revocation.name}: taken off {outcome.stripped} paths, {outcome.signed} of"
-            f" them signed anew; {outcome.bundles} bundles dropped"
+            f" them signed anew, {len(outcome.withdrawn)} not; {outcome.bundles} bundles dropped"
         )
     sys.exit(1 if outcome.withdrawn else 0)
 
@@ -99,7 +99,7 @@ def _revocation(
     if identity is not None:
         if not issuer or not since:
             raise click.UsageError("--identity needs --issuer and --since")
-        return Revocation("identity", identity, issuer, _time(since), reason)
+        return Revocation("identity", identity, issuer, _past(since), reason)
     if issuer or since:
         raise click.UsageError("--issuer and --since belong to --identity")
     if cosign_key is not None:
@@ -135,13 +135,8 @@ async def _revoke(
             return await substituter.revoking.revoke(revocation, told, cosign_key=cosign_key)
 
 
-def _time(text: str) -> float:
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise click.UsageError(f"--since: {error}") from error
-    if found.tzinfo is None:
-        raise click.UsageError("--since needs a time zone, for example 2026-11-21T10:00:00Z")
+def _past(text: str) -> float:
+    found = time_of(text)
     if found > datetime.now(UTC):
         raise ConfigError(f"--since {text} is in the future")
     return found.timestamp()

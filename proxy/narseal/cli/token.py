@@ -42,7 +42,7 @@ def add(name: str, tokens_file: Path, allow: tuple[str, ...], expires: str | Non
             "NAME is 1 to 100 of: letters, digits and . _ @ : / + -, as a netrc can have it"
         )
     if not allow:
-        raise click.UsageError("say what it covers: --allow '*-app-*', or --allow '*'")
+        raise click.UsageError("say what it covers: --allow 'app-*', or --allow '*'")
     for glob in allow:
         try:
             check_name_glob(glob)

@@ -33,7 +33,7 @@ class Token:
 
     id: str
     name: str
-    #: Globs on store path names, such as `*-app-*`.
+    #: Globs on store path names, such as `app-*`.
     allow: tuple[str, ...]
     #: Unix time; None: never.
     expires: float | None

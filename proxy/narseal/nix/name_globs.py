@@ -1,4 +1,4 @@
-"""Globs on the names of store paths: `*-app-*` is about `/nix/store/<hash>-my-app-1.0`.
+"""Globs on the names of store paths: `app-*` is about `/nix/store/<hash>-app-1.0`.
 
 As Python's fnmatch has them: `*`, `?`, `[a-c]`, `[!a-c]`; case counts.
 """

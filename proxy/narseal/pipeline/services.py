@@ -57,8 +57,6 @@ _LOOK = 0.25  # seconds between two looks at the index's file, and at the folder
 
 #: Questions that are worked on at the same time; those that wait for an upstream are not counted.
 _TURNS = 64
-#: Of one client, while others ask, too.
-_TURNS_BESIDE = 3
 #: Bytes of small files, coded and decoded, that may be on their way at a time; and those of one
 #: address or one upstream. What a narinfo is while it is admitted is some five times as much.
 _MEMORY = 16 << 20
@@ -107,7 +105,7 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
         sigstore=SigstoreSetup(config.cosign),
         # who may read is asked each time where reading needs a token: nothing is kept then
         hot=HotMap(max_bytes=0 if config.upload.private else config.limits.hot_map, epoch=epoch),
-        turns=FairSlots(_TURNS, beside=_TURNS_BESIDE),
+        turns=FairSlots(_TURNS, levelled=True),
         memory_of_upstreams=Budget(_MEMORY, each=_MEMORY_OF_EACH),
         memory_of_uploads=Budget(_MEMORY, each=_MEMORY_OF_EACH),
     )

@@ -7,6 +7,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from itertools import islice
 from time import monotonic
 from types import TracebackType
 
@@ -16,6 +17,8 @@ asker: ContextVar[str] = ContextVar("asker", default="")
 
 #: Seconds for which who asked counts as somebody beside others.
 LATELY = 1.0
+#: With so many of those who asked last an asker is compared.
+_COMPARED = 16
 
 
 class FairSlots:
@@ -23,18 +26,20 @@ class FairSlots:
 
     A slot that becomes free goes to the one who holds the fewest; among the same asker's, to who
     came first. Where slots stand for work of our own, what others ask for takes the longer the more
-    of them are held: then nobody holds more than `beside` while others asked lately.
+    of them are held: such slots are `levelled`, and nobody holds more than somebody wants who asked
+    lately. So who asks one thing after another waits for one of another's, and those who ask for much
+    at a time do not slow each other down.
     """
 
     def __init__(
-        self, count: int, *, beside: int | None = None, clock: Callable[[], float] = monotonic
+        self, count: int, *, levelled: bool = False, clock: Callable[[], float] = monotonic
     ) -> None:
         self._free = count
         self._most = max(1, count // 2)
-        self._most_beside = min(self._most, beside or self._most)
+        self._is_levelled = levelled
         self._clock = clock
-        #: When each last asked, in that order.
-        self._asked: OrderedDict[str, float] = OrderedDict()
+        #: When each last asked, in that order, and how many slots it had and wanted then.
+        self._asked: OrderedDict[str, tuple[float, int]] = OrderedDict()
         self._held: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
@@ -78,19 +83,22 @@ class FairSlots:
 
     def _note(self, source: str) -> None:
         now = self._clock()
-        self._asked[source] = now
+        wants = self._held[source] + len(self._waiting.get(source, ())) + 1
+        self._asked[source] = now, wants
         self._asked.move_to_end(source)
-        while next(iter(self._asked.values())) < now - LATELY:
+        while next(iter(self._asked.values()))[0] < now - LATELY:
             self._asked.popitem(last=False)
 
     def _may(self, source: str) -> bool:
         """Whether an asker may have one more."""
         held = self._held[source]
-        if held < self._most_beside:
-            return True
-        last_other = next((at for who, at in reversed(self._asked.items()) if who != source), None)
-        has_company = last_other is not None and last_other >= self._clock() - LATELY
-        return held < self._most and not has_company
+        if not held or held >= self._most or not self._is_levelled:
+            return held < self._most
+        since = self._clock() - LATELY
+        for who, (at, wants) in islice(reversed(self._asked.items()), _COMPARED):
+            if who != source and at >= since and held >= wants:
+                return False
+        return True
 
     def _next(self) -> str | None:
         """Who gets the next slot; None: nobody who waits may have another."""

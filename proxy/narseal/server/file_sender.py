@@ -121,6 +121,17 @@ def read_piece(descriptor: int, size: int, start: int) -> bytes:
     return data
 
 
+async def read_small(threads: ThreadPools, descriptor: int, size: int) -> bytes:
+    """The first bytes of a file: at once if they are in memory, as they mostly are."""
+    data = bytearray(size)
+    try:
+        if os.preadv(descriptor, [data], 0, os.RWF_NOWAIT) == size:
+            return bytes(data)
+    except OSError:
+        pass
+    return await threads.run(read_piece, descriptor, size, 0)
+
+
 async def check_readable(threads: ThreadPools, descriptor: int, start: int) -> None:
     """StorageBroken if the first byte that is to be sent cannot be read."""
     try:  # at once if it is in memory, as it mostly is

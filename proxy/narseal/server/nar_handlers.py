@@ -13,7 +13,7 @@ from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter, View
 from narseal.server.conditional import file_etag, whole
 from narseal.server.file_answers import Broken, Head, send_file
-from narseal.server.file_sender import read_piece
+from narseal.server.file_sender import read_small
 from narseal.telemetry import metrics
 
 #: What the names of routes below `/upload/` begin with.
@@ -65,7 +65,8 @@ class NarHandlers:
         self, request: web.Request, file: str, found: StoredNar | Reader, source: str, mark: int
     ) -> web.StreamResponse:
         """A complete, verified file that is worth a place in memory."""
-        body = await self._services.threads.run(read_piece, found.descriptor, _SMALL, 0)
+        assert found.size is not None
+        body = await read_small(self._services.threads, found.descriptor, found.size)
         if len(body) != found.size:
             raise StorageBroken("wrong-content", f"nar/{file} is shorter than it was")
         answer = hot_answer("nar", _NAR, _IMMUTABLE, body, file_etag(file))

@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 WITHHELD = 1 << 20
 _CHUNK = 1 << 19
+#: Bytes of a file for which one thread is enough: each hand-over costs more than looking at them.
+_SMALL = 1 << 18
 _RESUMES = 16
 _PAUSE = 0.2  # seconds before the same upstream is asked again
 
@@ -277,6 +279,9 @@ class Transfer:
 
         def inspect(data: bytes) -> None:
             nonlocal running
+            if self.size is not None and self.size <= _SMALL:
+                self._inspect_portion(data)
+                return
             if running:
                 running.result()
             running = self._threads.start(self._inspect_portion, data)
@@ -327,7 +332,10 @@ class Transfer:
 
     async def _finish(self) -> Measured:
         start = perf_counter()
-        measured = await self._threads.run_transfer(self._inspection.finish)
+        if self._written <= _SMALL:
+            measured = self._inspection.finish()
+        else:
+            measured = await self._threads.run_transfer(self._inspection.finish)
         self._spent += perf_counter() - start
         return measured
 
