@@ -40,6 +40,18 @@ async def test_a_build_id_must_be_in_the_nar(first: str, suffix: str, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    "archive",
+    ["https://evil.example/{}", "../../{}", "../{}/more", "../{}?x", "../{}\n"],
+)
+async def test_a_pointer_names_a_file_of_this_cache(archive: str, tmp_path: Path) -> None:
+    member = f"lib/debug/.build-id/{MINE[:2]}/{MINE[2:]}.debug"
+    text = json.dumps({"archive": archive.format(ITEM.info.url), "member": member}).encode()
+    async with uploading(tmp_path) as uploader:
+        status, said = await uploader.put(f"debuginfo/{MINE}.debug", text)
+        assert (status, "of this cache" in said) == (422, True), said
+
+
+@pytest.mark.parametrize(
     "member",
     ["m", f"/lib/debug/.build-id/aa/{'a' * 38}.debug", f"lib/debug/.build-id/bb/{'b' * 38}.debug",
      f"lib/debug/.build-id/aa/../aa/{'a' * 38}.debug"],

@@ -22,6 +22,7 @@ from narseal.cosign.statement import Subject, render_statement
 from narseal.errors import ConfigError
 from narseal.nix.realisation import Realisation
 from narseal.pipeline.trust.policy import known_keys
+from tests.faults.test_schedules import revoke
 from tests.faults.test_uploads import Uploader, add
 from tests.tools.cache import Entry, entry, key
 from tests.tools.changing import everywhere
@@ -130,6 +131,29 @@ async def test_upload_is_kept_back_until_it_is_attested(tmp_path: Path) -> None:
         # others are not concerned
         assert (await pipeline.path(OTHER))[0] == 201
         await client.narinfo(OTHER.hash)
+
+
+async def test_what_an_attestation_lets_through_is_published_unasked(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as pipeline:
+        client = pipeline.client
+        assert await pipeline.path(APP) == (201, "")
+        spaced = json.dumps(json.loads(attested(APP)), indent=2).encode() + b"\n"
+        assert (await pipeline.attest(digest_of(APP), spaced))[0] == 201
+        await client.until(lambda: f"{APP.hash}.narinfo" in client.published())
+        body = (await client.get(f"attestations/{digest_of(APP)}"))[1]
+        assert body.count(b"\n") == 1  # a bundle a line, however it was written
+        assert json.loads(body)["dsseEnvelope"] == json.loads(spaced)["dsseEnvelope"]
+
+
+async def test_a_kept_back_upload_loses_a_revoked_keys_signature(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Nothing of ours is made for it, and what is revoked must come off nevertheless."""
+    there = {"url": upstream.url}
+    async with guarded(tmp_path, there) as pipeline:
+        await revoke(tmp_path, UPSTREAM.name, there)()
+        assert await pipeline.path(APP.signed(UPSTREAM, BUILDER)) == (201, "")
+        await kept_back(pipeline.client, APP)
 
 
 async def test_nothing_of_a_kept_back_path_carries_our_signature(tmp_path: Path) -> None:
