@@ -281,44 +281,40 @@ async def test_an_upstreams_key_is_revoked(tmp_path: Path, upstream: FakeCache) 
             assert signers(body) == {"upstream-2", "operator-1"}
 
 
-async def test_what_others_speak_for_stays_though_nobody_can_be_asked(
+async def test_a_revoked_key_brings_nothing_back_that_was_withdrawn(
     tmp_path: Path, upstream: FakeCache
 ) -> None:
-    """It was withdrawn, and lost while its upstream was away, or was taken out."""
+    """Whatever else carries its signature: only an upstream's narinfo says what a path has to have.
+
+    To take the signature of another pinned key for enough signed what only a revoked bundle's signer
+    had spoken for.
+    """
     other = key("upstream-2")
     both = entry("both", b"1", compression="zstd").signed(UPSTREAM, other)
     source = addressed("source", b"contents").signed(UPSTREAM)
-    rotten = entry("rotten", b"2", compression="zstd").signed(UPSTREAM, other)
-    alone = entry("alone", b"3", compression="zstd").signed(UPSTREAM)
-    items = (both, source, rotten, alone)
-    upstream.add(*items)
+    upstream.add(both, source)
     there = {"url": upstream.url, "public_keys": [str(UPSTREAM.public), str(other.public)]}
     with narseal_process(tmp_path, there, workers=2) as process:
         async with aiohttp.ClientSession() as session:
             client = Client(process.url, session, tmp_path / "storage")
-            for item in items:
+            for item in (both, source):
                 info = await client.narinfo(item.hash)
                 assert (await client.get(info.url))[0] == 200
-            names = {f"{item.hash}.narinfo" for item in items}
+            names = {f"{item.hash}.narinfo" for item in (both, source)}
             await client.until(lambda: names <= client.published())
-            file = tmp_path / "storage" / rotten.info.url
-            file.write_bytes(bytes([*file.read_bytes()[:-1], 0]))
             upstream.down = True
-            done = await asyncio.to_thread(
-                narseal_command, "revoke", "upstream-1", "--reason", "theirs was stolen",
-                "--config", tmp_path / "narseal.toml",
-            )  # fmt: skip
-            assert "taken off 4 paths, 2 of them signed anew, 2 not" in done.stdout, done.stderr
-            assert done.returncode == 1
-            for item in (rotten, alone):
-                assert f"not signed anew: {item.hash}" in done.stderr
-                assert (await client.get(f"{item.hash}.narinfo"))[0] in (502, 503, 504)
-            for item, who in ((both, {"upstream-2", "operator-1"}), (source, {"operator-1"})):
-                status, body, _ = await client.get(f"{item.hash}.narinfo")
-                assert status == 200
-                assert signers(body) == who
-            shown = {name for name in client.published() if name.endswith(".narinfo")}
-            assert shown == {f"{item.hash}.narinfo" for item in (both, source)}
+            for name in ("upstream-1", "operator-1", "upstream-2"):
+                done = await asyncio.to_thread(
+                    narseal_command, "revoke", name, "--reason", "stolen",
+                    "--config", tmp_path / "narseal.toml",
+                )  # fmt: skip
+                assert "0 of them signed anew" in done.stdout, done.stderr
+                assert (done.returncode, "admitted on the word" in done.stderr) == (1, True) or (
+                    "taken off 0 paths" in done.stdout
+                )
+                for item in (both, source):
+                    assert (await client.get(f"{item.hash}.narinfo"))[0] in (502, 503, 504)
+                assert not names & client.published()
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,9 @@ def revoke(
 ) -> None:
     """Revoke a substituter KEY by its name, ours or an upstream's; a cosign key; an identity.
 
-    Every worker stops using it at once. Its signatures are taken off everything; what still verifies by
-    another upstream's signature, its content address or its content is signed with the keys that are
-    active, the rest is withdrawn. A KEY that is neither configured nor has signed anything here is taken
+    Every worker stops using it at once. Its signatures are taken off everything; what was admitted on
+    other evidence and still verifies is signed with the keys that are active, the rest is withdrawn, and
+    admitted anew when it is asked for and an upstream has it on other evidence. A KEY that is neither configured nor has signed anything here is taken
     for a typing error. Run it on narseal's machine, as its user. Exit code 1 if something
     could not be signed anew.
     """

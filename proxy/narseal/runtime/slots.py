@@ -17,6 +17,8 @@ asker: ContextVar[str] = ContextVar("asker", default="")
 
 #: Seconds for which who asked counts as somebody beside others.
 LATELY = 1.0
+#: So many an asker may have in any case: with one alone, writes that share a commit are lost.
+_LEAST = 2
 #: With so many of those who asked last an asker is compared.
 _COMPARED = 16
 
@@ -38,6 +40,7 @@ class FairSlots:
         self._most = max(1, count // 2)
         self._is_levelled = levelled
         self._clock = clock
+        self._looking: asyncio.TimerHandle | None = None
         #: When each last asked, in that order, and how many slots it had and wanted then.
         self._asked: OrderedDict[str, tuple[float, int]] = OrderedDict()
         self._held: Counter[str] = Counter()
@@ -55,6 +58,8 @@ class FairSlots:
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(source, deque()).append(future)
+        if self._is_levelled and self._looking is None:  # whom nobody else keeps from it by then
+            self._looking = asyncio.get_running_loop().call_later(LATELY * 1.1, self._look)
         try:
             await future
         except asyncio.CancelledError:
@@ -68,6 +73,15 @@ class FairSlots:
         self._held[source] -= 1
         if not self._held[source]:
             del self._held[source]
+        self._share_out()
+
+    def _look(self) -> None:
+        self._looking = None
+        self._share_out()
+        if self._waiting:
+            self._looking = asyncio.get_running_loop().call_later(LATELY * 1.1, self._look)
+
+    def _share_out(self) -> None:
         while self._free and (next_ := self._next()) is not None:
             queue = self._waiting[next_]
             future = queue.popleft()
@@ -96,7 +110,7 @@ class FairSlots:
             return held < self._most
         since = self._clock() - LATELY
         for who, (at, wants) in islice(reversed(self._asked.items()), _COMPARED):
-            if who != source and at >= since and held >= wants:
+            if who != source and at >= since and held >= max(wants, _LEAST):
                 return False
         return True
 

@@ -59,6 +59,11 @@ def migrate(url: str) -> None:
             config.attributes["connection"] = connection
             alembic.command.upgrade(config, "head")
     except (OSError, sqlite3.Error, SQLAlchemyError, alembic.util.CommandError) as error:
+        if "database is locked" in str(error):
+            raise ConfigError(
+                f"storage.index {file}: another process has been writing for {_BUSY_MS // 1000} s;"
+                " nothing was changed, run it again"
+            ) from error
         raise ConfigError(f"storage.index {file}: {error}") from error
 
 

@@ -12,7 +12,6 @@ from narseal.nix.addressing import check_content_address
 from narseal.nix.keyring import KeyRing
 from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.services import Services
-from narseal.pipeline.trust.evidence import CONTENT_ADDRESS
 from narseal.pipeline.trust.policy import content_digests
 from narseal.runtime.threads import by_size
 from narseal.storage import Admitted, NarRecord, PathRecord, RealisationRecord
@@ -21,9 +20,10 @@ from narseal.storage.records import says
 
 R = TypeVar("R", PathRecord, RealisationRecord)
 
-_NO_OTHER = (
-    "was withdrawn: nothing else that is here speaks for it; if an upstream has it on other evidence,"
-    " it is served again when it is asked for"
+#: Only who admits looks for other evidence: what a path has to have depends on the upstream that has it.
+_WITHDRAWN = (
+    "was withdrawn: it was admitted on the word of what is revoked; it is served again when it is asked"
+    " for and an upstream has it on other evidence"
 )
 
 
@@ -72,55 +72,20 @@ class Renewal:
     async def renew_path(self, hash_part: str) -> None:
         """Sign an admitted path anew, as if it had been asked for; see `path`.
 
-        One that was withdrawn is admitted again on other evidence, if that is here. NotFound if there
-        is none.
+        NotFound if it is not admitted, or was withdrawn.
         """
         found = await self._index.path(hash_part)
-        if found and found[0].withdrawn:
-            found = await self._admitted_again(*found)
-        if not found:
-            raise NotFound(f"{hash_part} {_NO_OTHER}")
+        if not found or found[0].withdrawn:
+            raise NotFound(f"{hash_part} {_WITHDRAWN}")
         await self.path(found)
 
     async def renew_realisation(self, key: str) -> None:
         """The same for a realisation; Denied, too, if policy keeps the path back that it is of."""
         record = await self._index.realisation(key)
-        if record and record.withdrawn:
-            signed = await self._on_other_signatures(record)
-            record = await self._index.admit_realisation(signed) if signed else None
-        if not record:
-            raise NotFound(f"{key} {_NO_OTHER}")
+        if not record or record.withdrawn:
+            raise NotFound(f"{key} {_WITHDRAWN}")
         await self.check_out_path(record)
         await self.realisation(record)
-
-    async def _admitted_again(self, path: PathRecord, nar: NarRecord) -> Admitted | None:
-        """A withdrawn path with a stored NAR, which is hashed; None if nothing else speaks for it."""
-        if not nar.stored:
-            return None
-        again = await self._on_other_signatures(path)
-        if again is None:
-            if path.info.ca is None or not path.info.ca.is_evidence:
-                return None
-            check_content_address(path.info)
-            again = await self._without_revoked(path, CONTENT_ADDRESS)
-        await self._publisher.verify_stored(path.info, nar)
-        return await self._index.admit(again, nar)
-
-    async def _on_other_signatures(self, record: R) -> R | None:
-        """A withdrawn record on the word of all pinned keys that signed it and are not revoked."""
-        pinned = self._pinned.without((await self._index.revocations.now()).keys)
-        message = record.message
-        good = await by_size(len(message), pinned.verified, message, record.signatures)
-        names = sorted({signature.key_name for signature in good})
-        if not names:
-            return None
-        return await self._without_revoked(record, f"signature {' '.join(names)}")
-
-    async def _without_revoked(self, record: R, evidence: str) -> R:
-        revoked = (await self._index.revocations.now()).keys
-        kept = tuple(s for s in record.signatures if s.key_name not in revoked)
-        again = replace(record, evidence=evidence, withdrawn=False)
-        return again.signed(kept, record.ours - revoked)
 
     async def strip_path(self, hash_part: str) -> None:
         """Take revoked keys' signatures off a path that is not served."""

@@ -41,7 +41,6 @@ class Revoking:
 
     def __init__(self, services: Services, renewal: Renewal, repair: Repair) -> None:
         self._index = services.index
-        self._epoch = services.epoch
         self._folder = services.folder
         self._threads = services.threads
         self._countersigner = services.countersigner
@@ -108,7 +107,6 @@ class Revoking:
                         withdrawn.append((key, str(error)))
                         await strip(key)
                     progress("paths", stripped)
-            self._epoch.arrive()  # what was absent meanwhile may be here again
             bundles = 0
         else:
             bundles = await self._drop_bundles(revocation, cosign_key, progress)
