@@ -200,6 +200,8 @@ async def test_what_is_signed_anew_waits_for_its_sigstore_signature(tmp_path: Pa
         await found.withdraw(stored.file)
         assert (await found.attestations.queue())[0] == 0
         await found.admit(PathRecord(ITEM.info, stored.file, "content"), stored)
+        await found.attestations.drop(await found.attestations.oldest(9))
+        assert (await found.attestations.queue())[0] == 0
         await found.paths.sign(HASH, [by("b_1")])
         assert (await found.attestations.queue())[0] == 1
 
