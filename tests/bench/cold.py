@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import aiohttp
@@ -102,7 +103,7 @@ async def _beside(
 
         async def probe() -> dict[str, float]:
             took: dict[str, list[float]] = {}
-            for item in _first(items, _PROBES):
+            for item in islice(items, _PROBES):
                 for kind, name in (
                     ("a cached narinfo", f"{hot.hash}.narinfo"),
                     ("a cold narinfo", f"{item.hash}.narinfo"),
@@ -113,7 +114,7 @@ async def _beside(
 
         await probe()
         alone = await probe()
-        for_modest = _first(items, _PROBES)
+        for_modest = [*islice(items, _PROBES)]
         urls = [f"{proxy.url}/{item.hash}.narinfo" for item in items]
         items = iter(for_modest)
         # in a process of its own: its load is not to delay who measures
@@ -143,10 +144,6 @@ def _ask_all(urls: list[str]) -> None:
             await asyncio.gather(*(ask(session) for _ in range(_GREEDY)))
 
     asyncio.run(ask_all())
-
-
-def _first(items: Iterator[Entry], count: int) -> Iterable[Entry]:
-    return [next(items) for _ in range(count)]
 
 
 def _client(connections: int, address: str = "127.0.0.1") -> aiohttp.ClientSession:

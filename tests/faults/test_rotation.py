@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -51,6 +52,12 @@ def signers(body: bytes) -> set[str]:
             if known.public.name == signature.key_name:
                 assert known.public.verifies(message, signature)
     return {s.key_name for s in info.signatures}
+
+
+async def by_command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`narseal revoke`, beside what serves."""
+    config = folder / "narseal.toml"
+    return await asyncio.to_thread(narseal_command, "revoke", *words, "--config", config)
 
 
 def in_folder(folder: Path) -> list[set[str]]:
@@ -199,10 +206,7 @@ async def test_revoked_while_64_readers_read(tmp_path: Path, upstream: FakeCache
 
             readers = [asyncio.create_task(read(n)) for n in range(64)]
             await client.until(lambda: counts["before"] > 100)
-            outcome = await asyncio.to_thread(
-                narseal_command, "revoke", "operator-1", "--reason", "stolen", "--json",
-                "--config", tmp_path / "narseal.toml",
-            )  # fmt: skip
+            outcome = await by_command(tmp_path, "operator-1", "--reason", "stolen", "--json")
             revoked_at = time.monotonic()
             await client.until(lambda: counts["after"] > 100)
             done.set()
@@ -242,10 +246,7 @@ async def test_the_only_key_is_revoked_and_another_follows(
             client = Client(process.url, session, tmp_path / "storage")
             for item in items:
                 await client.get((await client.narinfo(item.hash)).url)
-            done = await asyncio.to_thread(
-                narseal_command, "revoke", "operator-1", "--reason", "lost",
-                "--config", tmp_path / "narseal.toml",
-            )  # fmt: skip
+            done = await by_command(tmp_path, "operator-1", "--reason", "lost")
             assert done.returncode == 1
             assert "no key of the operator's is active" in done.stderr
             assert "taken off 5 paths, 0 of them signed anew" in done.stdout
@@ -271,10 +272,7 @@ async def test_an_upstreams_key_is_revoked(tmp_path: Path, upstream: FakeCache) 
             client = Client(process.url, session, tmp_path / "storage")
             for item in (one, two):
                 await client.narinfo(item.hash)
-            done = await asyncio.to_thread(
-                narseal_command, "revoke", "upstream-1", "--reason", "theirs was stolen",
-                "--config", tmp_path / "narseal.toml",
-            )  # fmt: skip
+            done = await by_command(tmp_path, "upstream-1", "--reason", "theirs was stolen")
             assert "withdrawn" in done.stderr, done.stderr
             assert await client.refusal(f"{one.hash}.narinfo") == "unsigned"
             body = (await client.get(f"{two.hash}.narinfo"))[1]
@@ -304,10 +302,7 @@ async def test_a_revoked_key_brings_nothing_back_that_was_withdrawn(
             await client.until(lambda: names <= client.published())
             upstream.down = True
             for name in ("upstream-1", "operator-1", "upstream-2"):
-                done = await asyncio.to_thread(
-                    narseal_command, "revoke", name, "--reason", "stolen",
-                    "--config", tmp_path / "narseal.toml",
-                )  # fmt: skip
+                done = await by_command(tmp_path, name, "--reason", "stolen")
                 assert "0 of them signed anew" in done.stdout, done.stderr
                 assert (done.returncode, "admitted on the word" in done.stderr) == (1, True) or (
                     "taken off 0 paths" in done.stdout

@@ -169,7 +169,7 @@ async def test_a_turn_that_ended_while_it_waited_for_its_slot_leaves_none_taken(
     let_go = asyncio.Event()
 
     async def wait() -> None:
-        async with turn.aside():
+        async with turn:
             await let_go.wait()
 
     back = asyncio.create_task(wait())
@@ -233,7 +233,7 @@ async def test_who_is_cancelled_waits_for_no_slot() -> None:
     assert turn
 
     async def wait() -> None:
-        async with turn.aside():
+        async with turn:
             await asyncio.Event().wait()
 
     waiting = asyncio.create_task(wait())

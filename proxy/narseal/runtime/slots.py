@@ -9,7 +9,6 @@ from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from itertools import islice
 from time import monotonic
-from types import TracebackType
 
 #: On whose behalf a task works: a client's address. Tasks that it starts inherit it.
 asker: ContextVar[str] = ContextVar("asker", default="")
@@ -28,9 +27,9 @@ class FairSlots:
 
     A slot that becomes free goes to the one who holds the fewest; among the same asker's, to who
     came first. Where slots stand for work of our own, what others ask for takes the longer the more
-    of them are held: such slots are `levelled`, and nobody holds more than somebody wants who asked
-    lately. So who asks one thing after another waits for one of another's, and those who ask for much
-    at a time do not slow each other down.
+    of them are held: such slots are `levelled`, and nobody holds more than two, or than anybody wants
+    who asked lately. So who asks one thing after another waits for two of another's, and those who ask
+    for much at a time do not slow each other down.
     """
 
     def __init__(
@@ -52,14 +51,14 @@ class FairSlots:
 
     async def take(self, source: str) -> None:
         """Wait for a slot; to be given back."""
-        self._note(source)
+        if self._is_levelled:
+            self._note(source)
         if self._free and self._may(source):
             self._grant(source)
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(source, deque()).append(future)
-        if self._is_levelled and self._looking is None:  # whom nobody else keeps from it by then
-            self._looking = asyncio.get_running_loop().call_later(LATELY * 1.1, self._look)
+        self._look_later()
         try:
             await future
         except asyncio.CancelledError:
@@ -75,11 +74,15 @@ class FairSlots:
             del self._held[source]
         self._share_out()
 
+    def _look_later(self) -> None:
+        """Who waits because others asked may have a slot when that is long ago."""
+        if self._is_levelled and self._waiting and self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(LATELY * 1.1, self._look)
+
     def _look(self) -> None:
         self._looking = None
         self._share_out()
-        if self._waiting:
-            self._looking = asyncio.get_running_loop().call_later(LATELY * 1.1, self._look)
+        self._look_later()
 
     def _share_out(self) -> None:
         while self._free and (next_ := self._next()) is not None:
@@ -132,17 +135,12 @@ class _Taken(AbstractAsyncContextManager[None]):
     async def __aenter__(self) -> None:
         await self._slots.take(self._source)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._slots.give(self._source)
 
 
 class Turn(AbstractAsyncContextManager[None]):
-    """A slot that a piece of work has, and gives up while it waits for somebody else."""
+    """A slot that a piece of work has, and gives up within: while it waits for somebody else."""
 
     def __init__(self, slots: FairSlots, source: str) -> None:
         self._slots = slots
@@ -194,20 +192,11 @@ class Turn(AbstractAsyncContextManager[None]):
             self._has_slot = False
             self._slots.give(self._source)
 
-    def aside(self) -> AbstractAsyncContextManager[object]:
-        """See below."""
-        return self
-
     async def __aenter__(self) -> None:
         self._away += 1
         self._give()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, asyncio.CancelledError):
             self._away -= 1  # who is cancelled waits for nothing; what goes on has no slot then
         else:
@@ -225,5 +214,4 @@ _turn: ContextVar[Turn | None] = ContextVar("turn", default=None)
 
 def aside() -> AbstractAsyncContextManager[object]:
     """Give the present work's turn up, if it has one, while somebody else is waited for."""
-    present = _turn.get()
-    return present.aside() if present else _NOTHING
+    return _turn.get() or _NOTHING

@@ -14,7 +14,7 @@ from narseal.errors import NarsealError, StorageBroken
 from narseal.pipeline.services import Services
 from narseal.runtime.files import OpenFile
 from narseal.server.conditional import caching, etag_matches, span_of
-from narseal.server.file_sender import FileSender, Follow, check_readable, read_piece
+from narseal.server.file_sender import FileSender, Follow, read_piece, read_soon
 from narseal.telemetry import metrics
 
 _log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ async def send_file(
         return response
     if follow:
         await follow(start)
-    await check_readable(services.threads, descriptor, start)
+    await read_soon(services.threads, descriptor, 1, start)  # StorageBroken while it can be said
     await response.prepare(request)
 
     async def all_there(_: int) -> int:

@@ -121,25 +121,15 @@ def read_piece(descriptor: int, size: int, start: int) -> bytes:
     return data
 
 
-async def read_small(threads: ThreadPools, descriptor: int, size: int) -> bytes:
-    """The first bytes of a file: at once if they are in memory, as they mostly are."""
+async def read_soon(threads: ThreadPools, descriptor: int, size: int, start: int) -> bytes:
+    """As `read_piece`, without a thread if all of it is in memory, as it mostly is."""
     data = bytearray(size)
     try:
-        if os.preadv(descriptor, [data], 0, os.RWF_NOWAIT) == size:
+        if os.preadv(descriptor, [data], start, os.RWF_NOWAIT) == size:
             return bytes(data)
     except OSError:
-        pass
-    return await threads.run(read_piece, descriptor, size, 0)
-
-
-async def check_readable(threads: ThreadPools, descriptor: int, start: int) -> None:
-    """StorageBroken if the first byte that is to be sent cannot be read."""
-    try:  # at once if it is in memory, as it mostly is
-        if os.preadv(descriptor, [bytearray(1)], start, os.RWF_NOWAIT):
-            return
-    except OSError:
         pass  # it would wait for the disk, or the file system knows no such reading
-    await threads.run(read_piece, descriptor, 1, start)
+    return await threads.run(read_piece, descriptor, size, start)
 
 
 def _shorter() -> StorageBroken:

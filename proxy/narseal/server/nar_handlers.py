@@ -13,7 +13,7 @@ from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter, View
 from narseal.server.conditional import file_etag, whole
 from narseal.server.file_answers import Broken, Head, send_file
-from narseal.server.file_sender import read_small
+from narseal.server.file_sender import read_soon
 from narseal.telemetry import metrics
 
 #: What the names of routes below `/upload/` begin with.
@@ -66,7 +66,7 @@ class NarHandlers:
     ) -> web.StreamResponse:
         """A complete, verified file that is worth a place in memory."""
         assert found.size is not None
-        body = await read_small(self._services.threads, found.descriptor, found.size)
+        body = await read_soon(self._services.threads, found.descriptor, found.size, 0)
         if len(body) != found.size:
             raise StorageBroken("wrong-content", f"nar/{file} is shorter than it was")
         answer = hot_answer("nar", _NAR, _IMMUTABLE, body, file_etag(file))

@@ -72,15 +72,7 @@ class Admissions:
         """
         revoked = revoked_keys(connection)
         _check_not_revoked(path, revoked)
-        bound = self.bind(connection, nar)
-        wanted = replace(path, nar_file=bound.file), bound
-        if _NEW_PATH.run(connection, **path_values(wanted[0])):
-            pin = wanted
-        else:
-            pin = self._pin(connection, wanted, revoked)
-        if pin[1].stored and self._attest:
-            enqueue(connection, [pin[1].file])
-        return pin
+        return self._admit_as(connection, path, self.bind(connection, nar), revoked)
 
     def admit_stored(
         self, connection: Connection, path: PathRecord, nar: NarRecord
@@ -88,11 +80,25 @@ class Admissions:
         """Pin what was published under its own hash; None where its name is another NAR's."""
         named = NAR_BY_FILE.first(connection, file=nar.file)
         if named is None:
-            _NEW_NAR.run(connection, **nar_values(replace(nar, verified_at=time.time())))
+            bound = replace(nar, verified_at=time.time())
+            _NEW_NAR.run(connection, **nar_values(bound))
             _ADD_BYTES.run(connection, more=nar.file_size or 0)
-        elif not _is_same(nar_of(named), nar):
+        elif not _is_same(bound := nar_of(named), nar):
             return None
-        return self.admit(connection, path, nar)
+        revoked = revoked_keys(connection)
+        _check_not_revoked(path, revoked)
+        return self._admit_as(connection, path, bound, revoked)
+
+    def _admit_as(
+        self, connection: Connection, path: PathRecord, bound: NarRecord, revoked: frozenset[str]
+    ) -> Admitted:
+        """Pin a path with a NAR whose name is bound."""
+        pin = replace(path, nar_file=bound.file), bound
+        if not _NEW_PATH.run(connection, **path_values(pin[0])):
+            pin = self._pin(connection, pin, revoked)
+        if pin[1].stored and self._attest:
+            enqueue(connection, [pin[1].file])
+        return pin
 
     def _pin(self, connection: Connection, wanted: Admitted, revoked: frozenset[str]) -> Admitted:
         """What is pinned, if it agrees; a withdrawn path is put in force again as `wanted`."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 Write = Callable[[Connection], T]
 
 _BUSY_MS = 10_000
+_BEGIN = "BEGIN IMMEDIATE"  # for writing: it waits, or fails, now and not in the middle
 #: Works that share a transaction, and seconds after which the loop has a turn between two of them.
 _GROUP = 64
 _LONGEST = 0.005
@@ -50,7 +51,7 @@ def migrate(url: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         engine = _engine(file, "rwc")
-        event.listen(engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
+        event.listen(engine, "begin", lambda c: c.exec_driver_sql(_BEGIN))
         with engine.begin() as connection:
             config = alembic.config.Config()
             config.set_main_option(
@@ -134,23 +135,15 @@ def _connect(file: Path) -> Connection:
     return _engine(file, "rw").connect().execution_options(isolation_level="AUTOCOMMIT")
 
 
-class _Transaction:
-    """A transaction that waits for others' to end: committed on leaving, rolled back by an error."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._driver = driver_of(connection)
-
-    def __enter__(self) -> Connection:
-        self._driver.execute("BEGIN IMMEDIATE")
-        return self._connection
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._driver.execute("COMMIT")
-        finally:
-            _roll_back(self._driver)
+@contextmanager
+def _transaction(driver: sqlite3.Connection) -> Iterator[None]:
+    """One that waits for others' to end: committed on leaving, rolled back by an error."""
+    driver.execute(_BEGIN)
+    try:
+        yield
+        driver.execute("COMMIT")
+    finally:
+        _roll_back(driver)
 
 
 def _roll_back(driver: sqlite3.Connection) -> None:
@@ -264,7 +257,7 @@ class Engines:
         """
 
         def done(connection: Connection) -> T:
-            with _Transaction(connection):
+            with _transaction(driver_of(connection)):
                 return work(connection)
 
         self._presence.check()
@@ -317,7 +310,7 @@ class Engines:
     async def _begin(self, writer: sqlite3.Connection) -> None:
         """Begin a transaction, in a thread if another process has one."""
         try:
-            writer.execute("BEGIN IMMEDIATE")
+            writer.execute(_BEGIN)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
                 raise
@@ -342,6 +335,6 @@ class Engines:
 def _begin_patiently(writer: sqlite3.Connection) -> None:
     writer.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
     try:
-        writer.execute("BEGIN IMMEDIATE")
+        writer.execute(_BEGIN)
     finally:
         writer.execute("PRAGMA busy_timeout=0")

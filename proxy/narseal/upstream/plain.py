@@ -13,7 +13,6 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from ipaddress import ip_address
-from types import TracebackType
 from typing import Any, Self, cast
 
 import aiohappyeyeballs
@@ -285,12 +284,7 @@ class Answer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self.keeps and not (self.is_over or self._error):
             self._line.let_end()
         else:
