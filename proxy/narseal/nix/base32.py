@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import re
+from functools import lru_cache
 
 from narseal.errors import MalformedHash
 
@@ -14,7 +14,7 @@ CHARS = "[0-9a-df-np-sv-z]"
 _TEXT = re.compile(f"{CHARS}*", re.ASCII)
 _HEX32 = "0123456789abcdefghijklmnopqrstuv"
 _TO_HEX32 = str.maketrans(ALPHABET, _HEX32)
-_FROM_HEX32 = str.maketrans(_HEX32, ALPHABET)
+_PAIRS = [high + low for high in ALPHABET for low in ALPHABET]
 
 
 def encoded_length(size: int) -> int:
@@ -22,13 +22,13 @@ def encoded_length(size: int) -> int:
     return (size * 8 + 4) // 5
 
 
+@lru_cache(4096)  # each hash of a path is written several times while it is admitted and published
 def encode(data: bytes) -> str:
     """Bytes to nix32: the number they form, little-endian, most significant digit first."""
     chars = encoded_length(len(data))
-    pad = -(5 * chars) % 8
-    number = int.from_bytes(data, "little") << pad
-    raw = base64.b32hexencode(number.to_bytes((5 * chars + pad) // 8, "big"))
-    return raw[:chars].decode().lower().translate(_FROM_HEX32)
+    number = int.from_bytes(data, "little")
+    tops = range((chars + 1) // 2 * 10 - 10, -1, -10)  # of two digits each
+    return "".join([_PAIRS[number >> top & 1023] for top in tops])[-chars or None :]
 
 
 def decode(text: str, size: int) -> bytes:

@@ -66,15 +66,21 @@ class KeyRing:
         return next((s.key_name for s in self._good(message, signatures)), None)
 
     def kept(
-        self, message: bytes, signatures: Iterable[Signature], *, most: int
+        self,
+        message: bytes,
+        signatures: Iterable[Signature],
+        *,
+        most: int,
+        good: Collection[Signature] = (),
     ) -> tuple[Signature, ...]:
         """The signatures that are worth keeping, at most `most`, in order.
 
-        What bears a name of this ring is kept only if it verifies; of the others nobody here can
-        tell, and they are kept as they came.
+        What bears a name of this ring is kept only if it verifies, or is among the `good` ones that did;
+        of the others nobody here can tell, and they are kept as they came.
         """
         found = tuple(dict.fromkeys(signatures))
-        good = self.verified(message, found)
+        more = self.verified(message, [s for s in found if s not in good])
+        good = [s for s in found if s in good or s in more]
         strangers = [signature for signature in found if signature.key_name not in self]
         return tuple(sorted([*good, *strangers[: max(0, most - len(good))]]))
 

@@ -36,6 +36,8 @@ MAX_SIZE = (1 << 63) - 1
 
 _INTEGER = re.compile(r"[0-9]{1,20}", re.ASCII)
 _LINE = re.compile(rb"[!-9;-~]{1,64}: ?[ -~]*")
+#: Good lines, in one go.
+_LINES = re.compile(rb"(?:[!-9;-~]{1,64}+: [ -~]*+\n)*+")
 _URL = re.compile(r"[!-~]{1,2048}", re.ASCII)
 _UNKNOWN_DERIVER = "unknown-deriver"
 _KNOWN = frozenset(
@@ -101,7 +103,7 @@ class NarInfo:
 
     def with_signatures(self, signatures: tuple[Signature, ...]) -> NarInfo:
         """The same path with these signatures instead."""
-        return replace(self, signatures=signatures)
+        return self if signatures == self.signatures else replace(self, signatures=signatures)
 
     def render(self) -> bytes:
         """The text, fields in the order in which Nix writes them."""
@@ -136,16 +138,22 @@ class _Parser:
         self.fields: dict[str, tuple[int, str]] = {}
         self.signatures: list[Signature] = []
         self.malformed_signatures = 0
-        for number, line in enumerate(data[:-1].split(b"\n"), 1):
-            self._take(number, line)
+        if not _LINES.fullmatch(data):
+            self._complain(data)
+        for number, line in enumerate(data[:-1].decode("ascii").split("\n"), 1):
+            self._take(number, *line.split(": ", 1))
 
-    def _take(self, number: int, line: bytes) -> None:
-        if not _LINE.fullmatch(line):
-            raise MalformedNarInfo(f"not `Name: value` in ASCII: {line[:80]!r}", line=number)
-        name, _, value = line.decode("ascii").partition(":")
-        if not value.startswith(" "):  # without it Nix takes the next line for the value
-            raise MalformedNarInfo("no space after the colon", line=number, field=name)
-        value = value[1:]
+    @staticmethod
+    def _complain(data: bytes) -> None:
+        """Say which line is none, and why."""
+        for number, line in enumerate(data[:-1].split(b"\n"), 1):
+            if not _LINE.fullmatch(line):
+                raise MalformedNarInfo(f"not `Name: value` in ASCII: {line[:80]!r}", line=number)
+            if not _LINES.fullmatch(line + b"\n"):  # Nix takes the next line for the value
+                name = line.decode("ascii").partition(":")[0]
+                raise MalformedNarInfo("no space after the colon", line=number, field=name)
+
+    def _take(self, number: int, name: str, value: str) -> None:
         if not value and name != "References":
             raise MalformedNarInfo("is empty", line=number, field=name)
         if name == "Sig":

@@ -136,7 +136,7 @@ async def _watch(services: Services) -> None:
     while True:
         await services.threads.run(presence.look)
         try:
-            presence.check()
+            presence.check(is_anew=True)
         except IndexGone as error:
             services.hot.suspend()
             metrics.index_present.set(0)

@@ -265,7 +265,7 @@ class Engines:
             result = await self._long_writes.run(done)
         except _FAULTS as error:
             raise Unavailable(f"the index cannot be written: {error}") from error
-        self._presence.check()
+        self._presence.check(is_anew=True)
         return result
 
     async def run(self) -> None:
@@ -302,7 +302,7 @@ class Engines:
             await self._in_thread(partial(writer.execute, "COMMIT"))
         finally:
             _roll_back(writer)
-        self._presence.check()  # else it was committed to a file that nobody will read
+        self._presence.check(is_anew=True)  # else it was committed to a file that nobody will read
         if not self._checkpointing and monotonic() - self._checkpointed > _CHECKPOINTS:
             self._checkpointing = asyncio.create_task(self._checkpoint())
         return outcomes

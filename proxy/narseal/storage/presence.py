@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from time import monotonic
 
 from narseal.errors import ConfigError, IndexGone
 
@@ -16,6 +17,10 @@ def index_file(url: str) -> Path:
 def epoch_file(url: str) -> Path:
     """Where the workers on the index at `url` keep their shared number."""
     return index_file(url).with_suffix(".epoch")
+
+
+#: Seconds for which it is not looked again.
+_MOMENT = 0.002
 
 
 class Presence:
@@ -34,6 +39,7 @@ class Presence:
         except OSError as error:
             raise ConfigError(f"{error.filename}: {error.strerror}") from error
         self._gone: str | None = None
+        self._checked = 0.0
 
     def look(self) -> None:
         """Look whether each file is at its name, for `check`. Blocks; for a thread."""
@@ -48,14 +54,23 @@ class Presence:
                 gone = f"{file} was replaced while it was in use"
         self._gone = gone
 
-    def check(self) -> None:
-        """IndexGone if a file was deleted or emptied, or was not at its name at the last look."""
+    def check(self, *, is_anew: bool = False) -> None:
+        """IndexGone if a file was deleted or emptied, or was not at its name at the last look.
+
+        What was found a moment ago, for the same request most likely, is good unless it is to be
+        looked at anew.
+        """
+        now = monotonic()
+        if now - self._checked < _MOMENT and not is_anew:
+            return
+        self._checked = 0.0
         for file, descriptor in self._files.items():
             opened = os.fstat(descriptor)  # of an open file: it does not wait for a disk
             if not opened.st_nlink or not opened.st_size:
                 raise IndexGone(f"{file} was deleted, replaced or emptied while in use; {_HELP}")
         if self._gone:
             raise IndexGone(f"{self._gone}; {_HELP}")
+        self._checked = now
 
 
 _HELP = (

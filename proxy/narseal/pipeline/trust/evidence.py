@@ -56,12 +56,12 @@ def weigh(
     message = info.fingerprint()
     info = info.with_signatures(tuple(s for s in info.signatures if s.key_name not in revoked))
     pinned = KeyRing.of(upstream.public_keys)
-    signer = pinned.without(revoked).signer(message, info.signatures)
+    good = pinned.without(revoked).verified(message, info.signatures)
     known = KeyRing.of(upstream.public_keys, own_keys.keys)
-    kept = info.with_signatures(known.kept(message, info.signatures, most=MOST_BUT_OURS))
-    if signer:
+    kept = info.with_signatures(known.kept(message, info.signatures, most=MOST_BUT_OURS, good=good))
+    if good:
         content_first = upstream.sign_when == "content" or upstream.verify != "signature"
-        return kept, Evidence(f"signature {signer}", content_first)
+        return kept, Evidence(f"signature {good[0].key_name}", content_first)
     if info.ca is not None and info.ca.is_evidence:
         return kept, Evidence(CONTENT_ADDRESS, content_first=True)
     if upstream.verify != "signature" and not pinned:
