@@ -13,6 +13,8 @@ import hashlib
 import io
 import json
 import lzma
+import os
+import signal
 import stat
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -360,10 +362,12 @@ async def nar_of_an_upstream_that_is_larger_than_it_says(world: World) -> None:
     assert (await world.get(text))[0] in (404, 502)
 
 
-async def _open(world: World, data: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def _open(
+    world: World, data: bytes, address: str = "127.0.0.1"
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A connection that brought some bytes, and waits."""
     host, port = world.process.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    reader, writer = await asyncio.open_connection(host, int(port), local_addr=(address, 0))
     writer.write(data)
     with suppress(ConnectionError):
         await writer.drain()
@@ -418,6 +422,25 @@ async def narinfos_of_many_connections_that_do_not_end(world: World) -> None:
         return await world.put(f"{'3' * 32}.narinfo", bytes(1000)) == 422
 
     await eventually(taken)
+
+
+@bomb
+async def bodies_that_arrive_in_the_same_instant(world: World) -> None:
+    """Of 900 connections, each of which has as much as one read brings. Others are answered meanwhile."""
+    token = f"Host: x\r\nAuthorization: Bearer {world.token}\r\n"
+    head = f"PUT /nar/{'3' * 52}.nar HTTP/1.1\r\n{token}Content-Length: {MIB}\r\n\r\n"
+    assert await world.put(f"{'3' * 32}.narinfo", b"x") == 422  # the token is known now
+    [worker] = world.process.workers()
+    lines = [await _open(world, head.encode(), f"127.0.0.{2 + n % 3}") for n in range(900)]
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        for _, writer in lines:
+            writer.write(bytes(400_000))
+        await asyncio.sleep(1)  # the kernel has what it takes
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    assert (await world.get("healthz"))[0] == 200
+    await _statuses(lines)
 
 
 @bomb

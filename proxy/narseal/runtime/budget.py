@@ -60,6 +60,8 @@ class Claim:
 
     def take(self, size: int) -> None:
         """Room for more bytes; Unavailable if there is none."""
+        if not size:
+            return
         self._budget.take(self._holder, size)
         self._size += size
 

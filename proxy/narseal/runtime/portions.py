@@ -25,7 +25,7 @@ async def in_turns(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 async def in_portions(
     chunks: AsyncIterator[bytes], work: Callable[[bytes], object], run: Run
 ) -> int:
-    """Have `run` do `work` on all of `chunks`, in order, some 256 KiB at a time; bytes in all.
+    """Have `run` do `work` on all of `chunks`, in order, up to 256 KiB at a time; bytes in all.
 
     However it ends, no thread is at work any more when it has ended.
     """
@@ -33,10 +33,11 @@ async def in_portions(
     total = 0
     async for chunk in in_turns(chunks):
         total += len(chunk)
-        portion += chunk
-        if len(portion) >= _PORTION:
-            await _whole(run(work, bytes(portion)))
+        if portion and len(portion) + len(chunk) > _PORTION:
+            full = bytes(portion)
             portion.clear()
+            await _whole(run(work, full))
+        portion += chunk
     if portion:
         await _whole(run(work, bytes(portion)))
     return total

@@ -13,12 +13,17 @@ from narseal.nix.encoded import EncodedBody
 from narseal.pipeline.nars.pace import Pace
 from narseal.pipeline.services import Services
 from narseal.pipeline.uploads.arriving import ArrivingFile
-from narseal.runtime.budget import Claim, counted
+from narseal.runtime.budget import Budget, Claim, counted
 from narseal.runtime.files import OpenFile
 from narseal.runtime.portions import in_portions, in_turns
 from narseal.telemetry import metrics
 
 _LARGE = 1 << 20  # bytes; of more than so many, there is one body in memory at a time
+#: Bytes of a body into a file that are under way in memory: what a thread works on, what gathers for it, and
+#: what one read brings. And those of all, and of each address: who finds no room asks again.
+_UNDER_WAY = 768 << 10
+_ALL_UNDER_WAY = 64 << 20
+_EACH_UNDER_WAY = 48 << 20
 
 
 class Bodies:
@@ -34,7 +39,15 @@ class Bodies:
         self._stall_timeout = self._upload.stall_timeout
         self._least_rate = services.config.limits.least_rate
         self._memory = services.memory_of_uploads
+        self._under_way = Budget(_ALL_UNDER_WAY, each=_EACH_UNDER_WAY)
         self._large = asyncio.Semaphore(1)
+
+    def under_way(self, request: web.Request) -> Claim:
+        """Room for a body on its way into a file: a context. Unavailable if too many come at a time."""
+        claim = self._under_way.claim(request.remote or "")
+        size = request.content_length
+        claim.take(_UNDER_WAY if size is None else min(size, _UNDER_WAY))
+        return claim
 
     async def chunks(self, request: web.Request) -> AsyncIterator[bytes]:
         """A body as it comes, so that who sends nothing holds no room for longer than he may."""
@@ -67,9 +80,11 @@ class Bodies:
         assert limit <= _LARGE
         body = bytearray()
         with self._memory.claim(request.remote or "") as room:
-            await self._take(request, limit, room.counting(body.extend), room)
-            data = bytes(body)
-            body.clear()
+            try:
+                await self._take(request, limit, room.counting(body.extend), room)
+                data = bytes(body)
+            finally:
+                body.clear()  # what failed may be kept, with all that it knows, until it is collected
             yield data
 
     @asynccontextmanager
@@ -83,13 +98,14 @@ class Bodies:
 
     async def file(self, request: web.Request, limit: int) -> OpenFile:
         """A body in a file on its way in, decoded; StorageFull if all uploads are too large."""
-        arriving = await self._threads.run(ArrivingFile, self._folder.local, self._upload)
-        try:
-            await self._take(request, limit, arriving.write)
-            return await self._threads.run(arriving.whole)
-        except BaseException:
-            await self._threads.run(arriving.discard)
-            raise
+        with self.under_way(request):
+            arriving = await self._threads.run(ArrivingFile, self._folder.local, self._upload)
+            try:
+                await self._take(request, limit, arriving.write)
+                return await self._threads.run(arriving.whole)
+            except BaseException:
+                await self._threads.run(arriving.discard)
+                raise
 
     async def _take(
         self,

@@ -69,7 +69,8 @@ class UploadHandlers:
             raise BadUpload("a NAR has no Content-Encoding: its compression is in its narinfo")
         chunks = self._bodies.chunks(request)
         uploads = self._substituter.uploads
-        await uploads.put_nar(request.match_info["file"], request.content_length, chunks)
+        with self._bodies.under_way(request):
+            await uploads.put_nar(request.match_info["file"], request.content_length, chunks)
         return web.Response(status=201)
 
     async def narinfo(self, request: web.Request) -> web.Response:
