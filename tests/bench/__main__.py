@@ -1,7 +1,7 @@
 """`make bench`: narseal beside nginx in one run on this machine, as ratios.
 
 Prints a Markdown table (docs/benchmarks.md holds one) and exits 1 if an aim is missed by far.
-Names on the command line choose: narinfo, cold, isolation, storage, relay, copy, upload, memory, cosign, custody,
+Names on the command line choose: narinfo, cold, isolation, storage, relay, copy, distance, upload, memory, cosign, custody,
 reader, zstd.
 """
 
@@ -10,7 +10,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from tests.bench import cold, copying, cosigning, custody, memory, narinfo, nars, reader, uploading
+from tests.bench import (
+    cold,
+    copying,
+    cosigning,
+    custody,
+    distance,
+    memory,
+    narinfo,
+    nars,
+    reader,
+    uploading,
+)
 from tests.bench.table import Row, render
 
 
@@ -27,6 +38,7 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
     "storage": nars.measure_storage,
     "relay": nars.measure_relay,
     "copy": copying.measure,
+    "distance": distance.measure,
     "upload": uploading.measure,
     "memory": memory.measure,
     "cosign": cosigning.measure,

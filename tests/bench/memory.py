@@ -33,7 +33,8 @@ def measure() -> list[Row]:
         big = _big(folder / "cache")
         with (
             nginx(f"root {folder}/cache;", {0, 1}) as upstream,
-            narseal_process(folder / "n", {"url": upstream}) as proxy,
+            # all narinfos are of one NAR, which would be brought, and published with all of them
+            narseal_process(folder / "n", {"url": upstream}, prefetch="references") as proxy,
         ):
             start = time.monotonic()
             asyncio.run(_ask(proxy.url, hashes))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import resource
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from aiohttp import web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from narseal.nix.narinfo import NarInfo
 from tests.tools.cache import entry
-from tests.tools.narseal import UPSTREAM, Client, metric, narseal
+from tests.tools.narseal import UPSTREAM, Client, Process, metric, narseal, narseal_process
 from tests.tools.upstream import FakeCache
 from tests.tools.waiting import PATIENCE, eventually
 
@@ -23,7 +26,7 @@ ITEM = entry("item").signed(UPSTREAM)
 class Wire:
     """A raw connection."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client | Process) -> None:
         self.host, self.port = client.url.removeprefix("http://").split(":")
 
     async def __aenter__(self) -> Wire:
@@ -116,6 +119,155 @@ async def test_the_hot_answer_says_what_the_slow_one_says(
                 await wire.send(get(target, "Range: bytes=0-3"))
                 assert (await wire.answer())[0] == 206
                 assert before >= 0
+
+
+async def test_a_miss_says_what_the_handlers_say(tmp_path: Path, upstream: FakeCache) -> None:
+    """What is not in memory: found, absent, refused, kept back, and what an upstream fails at."""
+    signed = [entry(f"item{n}").signed(UPSTREAM) for n in range(6)]
+    upstream.add(*signed, lying := entry("lying"))
+
+    async def fails(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=500)
+
+    upstream.fault(f"{signed[-1].hash}.narinfo", fails, times=100)
+    denied = {"match": "item1", "action": "deny"}
+    targets = [f"/{item.hash}.narinfo" for item in (*signed, lying, entry("absent"))]
+    targets += [f"/{item.info.url}" for item in (*signed, lying)]
+
+    def fields(head: bytes) -> dict[bytes, bytes]:
+        pairs = [line.split(b": ", 1) for line in head.split(b"\r\n")[1:] if line]
+        leave = (b"date", b"x-request-id", b"accept-ranges")
+        return {k.lower(): v for k, v in pairs if k.lower() not in leave}
+
+    answers: dict[str, list[tuple[int, dict[bytes, bytes], bytes]]] = {}
+    for way in ("plain", "odd"):  # each with nothing in memory
+        async with narseal(tmp_path / way, {"url": upstream.url}, policy=[denied]) as client:
+            for target in targets:
+                async with Wire(client) as wire:
+                    await wire.send(get(target, *(["X-Odd: 1"] if way == "odd" else [])))
+                    status, head, body = await wire.answer()
+                    if status != 200:
+                        assert b"X-Request-Id: " in head
+                    answers.setdefault(target, []).append((status, fields(head), body))
+    assert {200, 403, 404, 502} <= {found[0][0] for found in answers.values()}
+    for target, (plain, odd) in answers.items():
+        assert plain == odd, target
+
+
+async def test_what_comes_behind_a_miss_waits_for_it(tmp_path: Path, upstream: FakeCache) -> None:
+    others = [entry(f"other{n}").signed(UPSTREAM) for n in range(3)]
+    upstream.add(ITEM, *others)
+    asked, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def late(_: web.Request) -> web.StreamResponse:
+        asked.set()
+        await goes_on.wait()
+        return web.Response(body=ITEM.info.render())
+
+    upstream.fault(f"{ITEM.hash}.narinfo", late)
+    async with narseal(tmp_path, {"url": upstream.url}) as client, Wire(client) as wire:
+        await wire.send(get(f"/{ITEM.hash}.narinfo"))
+        await asked.wait()
+        for other in others:
+            await wire.send(get(f"/{other.hash}.narinfo"))
+        await wire.send(get("/nix-cache-info"))
+        goes_on.set()
+        for item in (ITEM, *others):
+            status, _, body = await wire.answer()
+            assert (status, NarInfo.parse(body).store_path) == (200, item.info.store_path)
+        assert (await wire.answer())[2].startswith(b"StoreDir")
+
+
+async def test_a_client_that_leaves_a_miss_is_counted_and_ends_no_flight(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    upstream.add(ITEM)
+    asked, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def late(_: web.Request) -> web.StreamResponse:
+        asked.set()
+        await goes_on.wait()
+        return web.Response(body=ITEM.info.render())
+
+    upstream.fault(f"{ITEM.hash}.narinfo", late)
+    async with narseal(tmp_path, {"url": upstream.url}) as client, Wire(client) as stays:
+        left = metric("narseal_requests_total", route="narinfo", code="499")
+        async with Wire(client) as leaves:
+            await leaves.send(get(f"/{ITEM.hash}.narinfo"))
+            await asked.wait()
+            await stays.send(get(f"/{ITEM.hash}.narinfo"))
+
+        async def is_counted() -> bool:
+            return metric("narseal_requests_total", route="narinfo", code="499") == left + 1
+
+        await eventually(is_counted)
+        goes_on.set()
+        assert (await stays.answer())[0] == 200
+    assert upstream.asked[f"{ITEM.hash}.narinfo"] == 1
+
+
+async def test_a_server_that_stops_answers_the_misses_that_it_has(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    upstream.add(ITEM)
+    asked, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def late(_: web.Request) -> web.StreamResponse:
+        asked.set()
+        await goes_on.wait()
+        return web.Response(body=ITEM.info.render())
+
+    upstream.fault(f"{ITEM.hash}.narinfo", late)
+    with narseal_process(tmp_path, {"url": upstream.url}) as proxy:
+        async with Wire(proxy) as wire:
+            await wire.send(get(f"/{ITEM.hash}.narinfo"))
+            await asked.wait()
+            proxy.process.terminate()
+            await eventually(lambda: refuses(proxy))
+            goes_on.set()
+            status, head, body = await wire.answer()
+            assert (status, b"Connection: close" in head) == (200, True)
+            assert NarInfo.parse(body).store_path == ITEM.info.store_path
+            assert await wire.reader.read() == b""
+        assert await asyncio.to_thread(proxy.process.wait, PATIENCE) == 0
+
+
+async def refuses(proxy: Process) -> bool:
+    """Whether there is nobody who takes a new connection."""
+    try:
+        async with Wire(proxy):
+            return False
+    except ConnectionError:
+        return True
+
+
+async def test_a_client_that_reads_nothing_takes_no_memory(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Each of its requests is small and plain, and each answer is a thousand times as long."""
+    item = entry("large", os.urandom(60_000)).signed(UPSTREAM)
+    upstream.add(item)
+    with narseal_process(tmp_path, {"url": upstream.url}) as proxy:
+        pid = proxy.workers()[0]
+        async with Wire(proxy) as wire:
+            for target in (f"/{item.hash}.narinfo", f"/{item.info.url}"):
+                await wire.send(get(target))
+                assert (await wire.answer())[0] == 200
+            before = memory_of(pid)
+            request = get(f"/{item.info.url}")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(10):
+                    for _ in range(
+                        3000
+                    ):  # each in a packet of its own: 180 MB if all were answered
+                        await wire.send(request)
+                        await asyncio.sleep(0.001)
+            assert memory_of(pid) - before < 32 << 20
+
+
+def memory_of(pid: int) -> int:
+    """Bytes that a process has in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 HOSTILE = [

@@ -222,8 +222,11 @@ async def test_a_client_who_asks_for_much_leaves_room_for_another(
 ) -> None:
     """Of one upstream, which hangs: the slots for it went to whoever came first."""
     cache, _ = caches
-    greedy = [entry(f"g{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(12)]
-    wanted = entry("wanted", b"w", compression="none").signed(UPSTREAM)
+    large = bytes(300_000)  # else a NAR is no transfer
+    greedy = [
+        entry(f"g{n}", b"%d" % n + large, compression="none").signed(UPSTREAM) for n in range(12)
+    ]
+    wanted = entry("wanted", b"w" + large, compression="none").signed(UPSTREAM)
     cache.add(*greedy, wanted)
     let_go = asyncio.Event()
 

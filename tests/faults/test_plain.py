@@ -432,7 +432,7 @@ async def test_many_who_are_cancelled_at_any_moment_hold_nothing() -> None:
             found = await asyncio.gather(*tasks, return_exceptions=True)
             assert found[1::2] == [b"%d" % n for n in range(1, 100, 2)]
             assert all(isinstance(e, asyncio.CancelledError | bytes) for e in found[::2])
-        assert upstream._own._busy == 0
+        assert upstream._lookups.own._busy == 0
         await asyncio.gather(*(upstream.get(f"{n}", limit=LIMIT) for n in range(64)))
 
 
@@ -452,7 +452,7 @@ async def test_what_drips_is_held_to_the_deadline(kind: str) -> None:
     async with serving(work) as host, asking(host.url, timeout=0.5) as upstream:
         with pytest.raises(UpstreamTimeout, match=r"no answer in 0\.5 s"):
             await upstream.get("it", limit=LIMIT)
-        assert upstream._own._busy == 0
+        assert upstream._lookups.own._busy == 0
 
 
 @on_both_loops
@@ -522,7 +522,7 @@ async def test_the_rest_of_an_answer_keeps_its_connection_if_it_is_short() -> No
         let_go.set()
 
         async def is_kept() -> bool:
-            return upstream._own._busy == 0
+            return upstream._lookups.own._busy == 0
 
         await eventually(is_kept)
         if host.came == 1:  # it was soon enough

@@ -322,6 +322,9 @@ class Config(BaseSettings):
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     store_dir: Annotated[str, AfterValidator(check_store_dir)] = "/nix/store"
     priority: Annotated[int, Field(ge=0, le=1_000_000)] = 30
+    #: What is brought in advance: the narinfos to which a path refers; and, once a client fetches a NAR, the small
+    #: NARs of the narinfos that it asked for.
+    prefetch: Literal["nars", "references", "off"] = "nars"
     upstream: tuple[UpstreamConfig, ...] = ()
     storage: StorageConfig = StorageConfig()
     signing: SigningConfig = SigningConfig()

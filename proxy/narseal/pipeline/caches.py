@@ -21,6 +21,11 @@ class Hot:
     rest: bytes
     body_size: int
 
+    @property
+    def body(self) -> bytes:
+        """The body alone."""
+        return self.rest[len(self.rest) - self.body_size :]
+
 
 class HotMap:
     """Finished answers by request target, least recently used out first.

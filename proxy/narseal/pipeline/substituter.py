@@ -15,10 +15,12 @@ from narseal.pipeline.attest.batches import Attester
 from narseal.pipeline.attest.bundles import Signatures
 from narseal.pipeline.nars.fetcher import Fetcher
 from narseal.pipeline.nars.publisher import Publisher, served
+from narseal.pipeline.nars.small import SmallNars
 from narseal.pipeline.nars.stored import StoredFiles
 from narseal.pipeline.paths.admission import Admission
 from narseal.pipeline.paths.finder import Finder
 from narseal.pipeline.paths.nars import Nars
+from narseal.pipeline.paths.prefetch import NarsInAdvance, question
 from narseal.pipeline.paths.realisations import Realisations
 from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.paths.side_files import SideFile, SideFiles
@@ -45,12 +47,32 @@ class View:
     admission: Admission
     finder: Finder
     nars: Nars
+    nars_in_advance: NarsInAdvance
     realisations: Realisations
     side_files: SideFiles
 
-    async def narinfo(self, hash_part: str) -> bytes:
-        """The countersigned narinfo of a hash; see `Admission.path`."""
-        return served(*await self.admission.path(hash_part)).render()
+    async def narinfo(self, hash_part: str, *, only_looks: bool = False) -> bytes:
+        """The countersigned narinfo of a hash; see `Admission.path`.
+
+        Unless its client `only_looks`, what it will ask for next is brought in advance.
+        """
+        if only_looks:
+            return served(*await self.admission.path(hash_part)).render()
+        self.admission.references.asked(hash_part)
+        with question():
+            path, nar = await self.admission.path(hash_part)
+        self.nars_in_advance.told(nar)
+        return served(path, nar).render()
+
+    async def small_nar(self, file: str, *, only_looks: bool) -> bytes | None:
+        """A small NAR that is not in storage yet; see `Nars.small` and `narinfo`."""
+        if not only_looks:
+            self.nars_in_advance.asked(file)
+        return await self.nars.small(file)
+
+    def stop_bringing(self) -> None:
+        """Bring nothing in advance any more."""
+        self.admission.references.is_off = self.nars_in_advance.is_off = True
 
     async def side_file(self, name: str) -> SideFile:
         """A listing, a log or a debug-info pointer.
@@ -77,6 +99,7 @@ class Substituter:
         self.status = Status(services)
         self._publisher = Publisher(services)
         self._fetcher = Fetcher(services, self._publisher)
+        self._small_nars = SmallNars(services, self._publisher)
         self._renewal = Renewal(services, self._publisher)
         self._bundles = UpstreamBundles(
             upstream_signers(config), services.index.revocations, services.threads
@@ -131,6 +154,7 @@ class Substituter:
     def begin_to_retire(self) -> None:
         """Other rules are in force: what is published from now on is left to them to show."""
         self._publisher.retired = True
+        self.everything.stop_bringing()
 
     async def retire(self) -> None:
         """Do nothing any more of its own accord; what is asked is answered on."""
@@ -143,10 +167,12 @@ class Substituter:
     def _view(self, services: Services) -> View:
         finder = Finder(services)
         admission = Admission(services, finder, self._fetcher, self._renewal, self._bundles)
+        nars = Nars(services, finder, self._fetcher, self._small_nars)
         return View(
             admission,
             finder,
-            Nars(services, finder, self._fetcher),
+            nars,
+            NarsInAdvance(services, nars.bring),
             Realisations(services, self._renewal, admission),
             SideFiles(services),
         )

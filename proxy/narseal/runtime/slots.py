@@ -16,8 +16,6 @@ asker: ContextVar[str] = ContextVar("asker", default="")
 
 #: Seconds for which who asked counts as somebody beside others.
 LATELY = 1.0
-#: So many an asker may have in any case: with one alone, writes that share a commit are lost.
-_LEAST = 2
 #: With so many of those who asked last an asker is compared.
 _COMPARED = 16
 
@@ -27,9 +25,9 @@ class FairSlots:
 
     A slot that becomes free goes to the one who holds the fewest; among the same asker's, to who
     came first. Where slots stand for work of our own, what others ask for takes the longer the more
-    of them are held: such slots are `levelled`, and nobody holds more than two, or than anybody wants
-    who asked lately. So who asks one thing after another waits for two of another's, and those who ask
-    for much at a time do not slow each other down.
+    of them are held: such slots are `levelled`, and nobody holds more than anybody else wants who asked
+    lately. So who asks one thing after another waits for one of another's, and those who ask for much at
+    a time do not slow each other down.
     """
 
     def __init__(
@@ -113,7 +111,7 @@ class FairSlots:
             return held < self._most
         since = self._clock() - LATELY
         for who, (at, wants) in islice(reversed(self._asked.items()), _COMPARED):
-            if who != source and at >= since and held >= max(wants, _LEAST):
+            if who != source and at >= since and held >= wants:
                 return False
         return True
 
@@ -210,6 +208,16 @@ class Turn(AbstractAsyncContextManager[None]):
 
 _NOTHING = nullcontext()
 _turn: ContextVar[Turn | None] = ContextVar("turn", default=None)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Work that is started within has a turn of its own."""
+    token = _turn.set(None)
+    try:
+        yield
+    finally:
+        _turn.reset(token)
 
 
 def aside() -> AbstractAsyncContextManager[object]:

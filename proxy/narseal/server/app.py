@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import secrets
 from collections.abc import Awaitable, Callable
@@ -13,24 +12,21 @@ from aiohttp.typedefs import Middleware
 
 from narseal.errors import NarsealError
 from narseal.nix.base32 import CHARS
-from narseal.nix.compression import COMPRESSIONS
 from narseal.runtime.slots import asker
 from narseal.server.auth import Gate
-from narseal.server.failure import failure
+from narseal.server.failure import failure, fault
 from narseal.server.file_answers import Broken
 from narseal.server.handlers import ReadHandlers
+from narseal.server.misses import FILE
 from narseal.server.nar_handlers import UPLOAD
 from narseal.server.tally import Tally
 from narseal.server.upload_handlers import UploadHandlers
 from narseal.telemetry.logs import request_id
 
-_log = logging.getLogger(__name__)
-
 _HASH = f"{CHARS}{{32}}"
 _PATH = rf"{CHARS}{{32}}-[0-9a-zA-Z+\-._?=]{{1,211}}"
 _OUTPUT = r"[0-9a-zA-Z+\-._?=]{1,211}"
-_SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(set(COMPRESSIONS.values())) if suffix)
-_FILE = rf"{{file:{CHARS}{{52}}\.nar({_SUFFIX})?}}"
+_FILE = f"{{file:{FILE}}}"
 _ID = web.RequestKey("id", str)
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._-]{1,64}", re.ASCII)
 
@@ -157,9 +153,8 @@ def accounting(tally: Tally) -> Middleware:
             except Broken as broken:
                 status = broken.status
                 return broken.response
-            except Exception:  # a fault of ours: the client gets a 500, the log the rest
-                _log.exception("%s %s failed", request.method, request.path)
-                response = web.Response(status=500, text="narseal failed; its log says how\n")
+            except Exception:
+                response = fault(f"{request.method} {request.path}")
             status = response.status
             if isinstance(response, web.HTTPException):
                 raise response

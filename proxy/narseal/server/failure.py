@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 from aiohttp import web
 
 from narseal.errors import NarsealError, NotYet, Unauthorised
+
+_log = logging.getLogger(__name__)
+
+
+def fault(what: str) -> web.Response:
+    """The exception that is being handled is a fault of ours: the client gets a 500, the log the rest."""
+    _log.exception("%s failed", what)
+    return web.Response(status=500, text="narseal failed; its log says how\n")
 
 
 def failure(error: NarsealError) -> web.Response:

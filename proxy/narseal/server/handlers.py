@@ -14,25 +14,24 @@ from narseal.pipeline.substituter import Substituter
 from narseal.runtime.files import OpenFile
 from narseal.server.conditional import cache, etag_of, etag_of_file, whole
 from narseal.server.file_answers import Head, noting_faults, send_file, send_lines
-from narseal.server.nar_handlers import NarHandlers, hot_answer, is_upload, view_of
+from narseal.server.hot_answers import NARINFO, SHORT, SMALL, HotAnswers
+from narseal.server.nar_handlers import NarHandlers, is_upload, view_of
 from narseal.storage import storage_errors
 from narseal.telemetry import metrics
 
-_SHORT = "public, max-age=300"
-_NARINFO = "text/x-nix-narinfo"
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _LISTED = 1000
-_SMALL = 64 << 10  # bytes that are answered from memory
 
 
 class ReadHandlers:
     """The handlers of one worker."""
 
-    def __init__(self, substituter: Substituter) -> None:
+    def __init__(self, substituter: Substituter, answers: HotAnswers) -> None:
         self._substituter = substituter
         self._services = substituter.services
+        self._answers = answers
         #: Those of NAR files.
-        self.nars = NarHandlers(substituter)
+        self.nars = NarHandlers(substituter, answers)
         self._page = jinja2.Environment(
             loader=jinja2.PackageLoader("narseal.server"), autoescape=True
         ).get_template("status.html")
@@ -41,23 +40,17 @@ class ReadHandlers:
     async def cache_info(self, _: web.Request) -> web.Response:
         """Our own nix-cache-info, never an upstream's."""
         text = self._substituter.cache_info.render()
-        return web.Response(text=text, content_type="text/x-nix-cache-info", headers=cache(_SHORT))
+        return web.Response(text=text, content_type="text/x-nix-cache-info", headers=cache(SHORT))
 
     async def narinfo(self, request: web.Request) -> web.StreamResponse:
         """A countersigned narinfo."""
         if is_upload(request):
             body = await self._substituter.stored.narinfo(request.match_info["hash"])
-            return whole(request, body, _NARINFO, "no-store", etag_of(body))
-        hot = self._services.hot
-        target = f"/{request.match_info['hash']}.narinfo".encode()
-        mark = hot.mark()
-        if (answer := hot.get(target)) is not None:
-            metrics.hot_hits.inc()
-            body = answer.rest[-answer.body_size :]
-        else:
-            body = await self._substituter.everything.narinfo(request.match_info["hash"])
-            hot.put(target, hot_answer("narinfo", _NARINFO, _SHORT, body, etag_of(body)), mark)
-        return whole(request, body, _NARINFO, _SHORT, etag_of(body))
+            return whole(request, body, NARINFO, "no-store", etag_of(body))
+        only_looks = request.method == "HEAD"
+        hash_part = request.match_info["hash"]
+        body = (await self._answers.narinfo(hash_part, only_looks=only_looks)).body
+        return whole(request, body, NARINFO, SHORT, etag_of(body))
 
     async def side_file(self, request: web.Request) -> web.StreamResponse:
         """A listing, a log or a debug-info pointer."""
@@ -69,7 +62,7 @@ class ReadHandlers:
         """A countersigned realisation."""
         name = request.match_info["name"]
         body = await view_of(self._substituter, request).realisations.get(name)
-        return whole(request, body, "application/json", _SHORT, etag_of(body))
+        return whole(request, body, "application/json", SHORT, etag_of(body))
 
     async def bundle(self, request: web.Request) -> web.StreamResponse:
         """The Sigstore bundle of a NAR file."""
@@ -77,7 +70,7 @@ class ReadHandlers:
         await self._substituter.everything.nars.check(file)
         found = await self._substituter.signatures.bundle_of(file)
         if isinstance(found, bytes):
-            return whole(request, found, _BUNDLE, _SHORT, etag_of(found))
+            return whole(request, found, _BUNDLE, SHORT, etag_of(found))
         return await self._file(request, found, _BUNDLE)
 
     async def signature(self, request: web.Request) -> web.StreamResponse:
@@ -85,14 +78,14 @@ class ReadHandlers:
         file = request.match_info["file"]
         await self._substituter.everything.nars.check(file)
         body = await self._substituter.signatures.signature_of(file)
-        return whole(request, body, "text/plain", _SHORT, etag_of(body))
+        return whole(request, body, "text/plain", SHORT, etag_of(body))
 
     async def certificate(self, request: web.Request) -> web.StreamResponse:
         """The certificate of that signature, for older cosign."""
         file = request.match_info["file"]
         await self._substituter.everything.nars.check(file)
         body = await self._substituter.signatures.certificate_of(file)
-        return whole(request, body, "application/x-pem-file", _SHORT, etag_of(body))
+        return whole(request, body, "application/x-pem-file", SHORT, etag_of(body))
 
     async def attestations(self, request: web.Request) -> web.StreamResponse:
         """Every bundle whose statement covers a digest, or a path's NAR, a line each."""
@@ -103,22 +96,22 @@ class ReadHandlers:
             )
         else:
             digests = await signatures.attestations_of(Hash.parse(request.match_info["digest"]))
-        head = Head("application/jsonl", _SHORT, etag_of(b"".join(digests)))
+        head = Head("application/jsonl", SHORT, etag_of(b"".join(digests)))
         with noting_faults(request.path):
             return await send_lines(request, self._services, head, signatures.bundles(digests))
 
     async def keys(self, _: web.Request) -> web.Response:
         """All public keys, as JSON."""
-        return web.json_response(await self._substituter.signatures.keys(), headers=cache(_SHORT))
+        return web.json_response(await self._substituter.signatures.keys(), headers=cache(SHORT))
 
     async def cosign_key(self, _: web.Request) -> web.Response:
         """The cosign.pub with which files and statements verify."""
-        return web.Response(text=self._substituter.signatures.public_key(), headers=cache(_SHORT))
+        return web.Response(text=self._substituter.signatures.public_key(), headers=cache(SHORT))
 
     async def trusted_root(self, request: web.Request) -> web.StreamResponse:
         """The trusted root of a private Sigstore instance."""
         body = self._substituter.signatures.trusted_root()
-        return whole(request, body, "application/json", _SHORT, etag_of(body))
+        return whole(request, body, "application/json", SHORT, etag_of(body))
 
     async def paths(self, request: web.Request) -> web.Response:
         """Hash parts of what is served, a line each, beyond `after`; for loopback callers."""
@@ -156,7 +149,7 @@ class ReadHandlers:
     async def pubkey(self, _: web.Request) -> web.Response:
         """The operator's public keys, a line each, for trusted-public-keys."""
         keys = await self._substituter.status.public_keys()
-        return web.Response(text="".join(f"{key}\n" for key in keys), headers=cache(_SHORT))
+        return web.Response(text="".join(f"{key}\n" for key in keys), headers=cache(SHORT))
 
     async def metrics(self, _: web.Request) -> web.Response:
         """Prometheus's text format, of all workers."""
@@ -187,10 +180,10 @@ class ReadHandlers:
     ) -> web.StreamResponse:
         """A file whose name is not its content's."""
         with noting_faults(request.path):
-            if file.size <= _SMALL:
+            if file.size <= SMALL:
                 body = await self._services.threads.run(_read, file)
-                return whole(request, body, content_type, _SHORT, etag_of(body))
-            head = Head(content_type, _SHORT, etag_of_file(file.descriptor))
+                return whole(request, body, content_type, SHORT, etag_of(body))
+            head = Head(content_type, SHORT, etag_of_file(file.descriptor))
             return await send_file(request, self._services, head, file.descriptor, file.size)
 
 

@@ -1,8 +1,9 @@
 """The hot path: a whole, plain GET on an idle connection is answered from memory.
 
 It recognises the request in the raw bytes: `GET <target> HTTP/1.1` and a block of harmless
-headers, nothing before, nothing behind. Anything else goes to aiohttp unchanged. It also keeps
-the deadline for a request's head and the bound on its size, and the bounds on connections, for both.
+headers, nothing before, nothing behind. What such a request asks for and is not in memory, `misses`
+finds. Anything else goes to aiohttp unchanged. It also keeps the deadline for a request's head and
+the bound on its size, and the bounds on connections, for all of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import resource
 from collections import Counter, deque
 from email.utils import formatdate
+from http import HTTPStatus
 from time import perf_counter, time
 from typing import Any
 
@@ -20,6 +22,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from narseal.config import LimitsConfig
 from narseal.pipeline.caches import HotMap
+from narseal.server.misses import Miss, Misses
 from narseal.server.tally import Tally
 
 _BEGIN = b"GET /"
@@ -80,22 +83,25 @@ class HotServer(web.Server):
         options: dict[str, Any],
         *,
         hot: HotMap,
+        misses: Misses | None,
         limits: LimitsConfig,
         tally: Tally,
     ) -> None:
         super().__init__(inner.request_handler, request_factory=inner.request_factory, **options)
         self.hot = hot
+        self.misses = misses
         self.tally = tally
         self.limits = limits
         #: Each answer is its connection's last.
         self.draining = False
-        #: The first lines of every answer, and when idle connections end, as of this second.
+        #: The first lines of an answer from memory, and when idle connections end, as of this second.
         self.begin = b""
         self.keepalive_until = 0.0
         #: Blocks of headers that were found harmless, so that each is looked at once.
         self.harmless: dict[bytes, None] = {}
         self.per_address: Counter[str] = Counter()
         self._options = options
+        self._date = ""
         self._tick()
 
     def __call__(self) -> RequestHandler:
@@ -104,14 +110,20 @@ class HotServer(web.Server):
 
     def _tick(self) -> None:
         """Every second: the Date header, and the deadlines of heads."""
-        date = formatdate(time(), usegmt=True)
-        self.begin = f"HTTP/1.1 200 OK\r\nDate: {date}\r\n".encode()
+        self._date = formatdate(time(), usegmt=True)
+        self.begin = self.begin_of(200)
         late = self._loop.time() - self.limits.header_timeout
         for protocol in self.connections:
             if isinstance(protocol, HotProtocol) and protocol.waits_since < late:
                 protocol.force_close()
         self.keepalive_until = self._loop.time() + self.limits.keepalive_timeout
         self._timer = self._loop.call_later(_SWEEP, self._tick)
+
+    def begin_of(self, status: int, *, is_last: bool = False) -> bytes:
+        """The first lines of an answer; `is_last` of its connection."""
+        last = "Connection: close\r\n" if is_last else ""
+        phrase = HTTPStatus(status).phrase
+        return f"HTTP/1.1 {status} {phrase}\r\nDate: {self._date}\r\n{last}".encode()
 
     def drain(self) -> None:
         """Close the connections that nobody waits at; the others end with their next answer.
@@ -139,15 +151,19 @@ class HotProtocol(RequestHandler):
 
     __slots__ = (
         "_address",
+        "_behind",
         "_body",
         "_body_left",
         "_deaf",
         "_eligible",
         "_head",
+        "_miss",
         "_partial",
         "_server",
+        "_to_close",
         "_turned_away",
         "_unanswered",
+        "missed",
         "waits_since",
     )
 
@@ -159,6 +175,13 @@ class HotProtocol(RequestHandler):
         self._partial = False
         self._eligible = False
         self._turned_away = False
+        #: What finds the answer to a request that was not in memory, and what came behind that.
+        self._miss: asyncio.Task[None] | None = None
+        self._behind = bytearray()
+        #: The connection is to be closed when that was answered.
+        self._to_close = False
+        #: The request that is handed on was looked for already, in vain.
+        self.missed = False
         #: Bytes of the head that is not whole yet; of those that are, and wait for their turn.
         self._head = 0
         self._unanswered: deque[int] = deque()
@@ -190,7 +213,9 @@ class HotProtocol(RequestHandler):
                 self._turn_away()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Give the connection's place away."""
+        """Give the connection's place away; nobody waits for an answer any more."""
+        if self._miss:
+            self._miss.cancel()
         self._server.per_address[self._address] -= 1
         if self._server.per_address[self._address] <= 0:
             del self._server.per_address[self._address]
@@ -199,6 +224,9 @@ class HotProtocol(RequestHandler):
     def data_received(self, data: bytes) -> None:
         """Answer from memory, or hand on to aiohttp."""
         if self._deaf:
+            return
+        if self._miss:
+            self._wait_behind(data)
             return
         if self._turned_away:
             self._turn_away()
@@ -210,13 +238,60 @@ class HotProtocol(RequestHandler):
             answer = server.hot.get(data[4:stop])
             head = data[stop:]
             # a block of headers that is known to be harmless is also known to be whole
-            if answer is not None and (head in server.harmless or self._is_harmless(head)):
-                self.transport.write(server.begin + answer.rest)  # type: ignore[union-attr]
-                self.waits_since = _NEVER
-                self._next_keepalive_close_time = server.keepalive_until
-                server.tally.hit(answer, data[4:stop], perf_counter() - start)
-                return
+            if head in server.harmless or self._is_harmless(head):
+                if answer is not None:
+                    self.transport.write(server.begin + answer.rest)  # type: ignore[union-attr]
+                    self.waits_since = _NEVER
+                    self._next_keepalive_close_time = server.keepalive_until
+                    server.tally.hit(answer, data[4:stop], perf_counter() - start)
+                    return
+                if server.misses and (miss := server.misses.of(data[4:stop], start)):
+                    self.waits_since = _NEVER
+                    self._miss = self._loop.create_task(self._answer(server.misses, miss, data))
+                    return
         self._hand_on(data)
+
+    def _wait_behind(self, data: bytes) -> None:
+        """Keep what comes behind a request that is being answered, as much as heads may have together."""
+        self._behind += data
+        if len(self._behind) >= MAX_HEAD:
+            self.force_close()
+
+    async def _answer(self, misses: Misses, miss: Miss, request: bytes) -> None:
+        """Find what was not in memory, answer, and go on with what came behind the request."""
+        answer = await misses.answer(miss, self._address)
+        self._miss = None
+        if self.transport is None or self._force_close:
+            return
+        if answer is None:
+            self.missed = True
+            self._hand_on(request)
+        else:
+            server = self._server
+            begin = server.begin_of(answer.status, is_last=server.draining)
+            self.transport.write(begin + answer.rest)
+            self._next_keepalive_close_time = server.keepalive_until
+            if server.draining or self._to_close:
+                self.force_close()
+                return
+        if self._to_close:
+            self.close()
+        elif self._behind:
+            behind = bytes(self._behind)
+            self._behind.clear()
+            self.data_received(behind)
+
+    def _process_keepalive(self) -> None:
+        """As aiohttp's, which does not know of what `_answer` is about."""
+        if self._miss:
+            self._next_keepalive_close_time = self._server.keepalive_until
+        super()._process_keepalive()
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's
+        """Let a running answer end, for a bounded time."""
+        if self._miss:
+            await asyncio.wait([self._miss], timeout=timeout)
+        await super().shutdown(timeout)
 
     def _turn_away(self) -> None:
         """Say that there is no room now; a connection that is just closed looks like a fault."""
@@ -224,10 +299,18 @@ class HotProtocol(RequestHandler):
             self.transport.write(_NO_ROOM)
         self.force_close()
 
+    def pause_writing(self) -> None:
+        """The client takes nothing: what it asks for now is aiohttp's, which waits for it."""
+        self._eligible = False
+        super().pause_writing()
+
     def close(self) -> None:
         """See RequestHandler.close."""
         self._eligible = False
-        super().close()
+        if self._miss:
+            self._to_close = True
+        else:
+            super().close()
 
     def force_close(self) -> None:
         """See RequestHandler.force_close."""
@@ -295,6 +378,7 @@ class HotProtocol(RequestHandler):
             not self._partial
             and self._is_parked()
             and self.transport is not None
+            and not self._paused
             and not self._server.draining
         )
         return self._eligible
@@ -313,6 +397,7 @@ class HotProtocol(RequestHandler):
         """Aiohttp waits for a request: none is being answered and none is queued."""
         return (
             self._waiter is not None
+            and self._miss is None
             and not self._waiter.done()
             and not self._messages
             and not self._force_close

@@ -7,30 +7,27 @@ import asyncio
 from aiohttp import web
 
 from narseal.errors import StorageBroken, UpstreamTimeout
-from narseal.pipeline.caches import Hot
 from narseal.pipeline.nars.stored import StoredNar
 from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter, View
 from narseal.server.conditional import file_etag, whole
 from narseal.server.file_answers import Broken, Head, send_file
 from narseal.server.file_sender import read_soon
+from narseal.server.hot_answers import FIRST_BYTE, IMMUTABLE, NAR, SMALL, HotAnswers
+from narseal.server.hotpath import HotProtocol
 from narseal.telemetry import metrics
 
 #: What the names of routes below `/upload/` begin with.
 UPLOAD = "upload-"
-_IMMUTABLE = "public, max-age=31536000, immutable"
-_SMALL = 64 << 10
-_NAR = "application/x-nix-nar"
-# a client gives up after 300 s without a byte (Nix's stalled-download-timeout)
-_FIRST_BYTE = 280.0
 
 
 class NarHandlers:
     """The handlers of NAR files."""
 
-    def __init__(self, substituter: Substituter) -> None:
+    def __init__(self, substituter: Substituter, answers: HotAnswers) -> None:
         self._substituter = substituter
         self._services = substituter.services
+        self._answers = answers
 
     async def nar(self, request: web.Request) -> web.StreamResponse:
         """A NAR: from memory, from storage, or while it comes in.
@@ -50,12 +47,16 @@ class NarHandlers:
         return await self._answer(request, file)
 
     async def _answer(self, request: web.Request, file: str) -> web.StreamResponse:
+        if not is_upload(request) and not _was_missed(request):
+            only_looks = request.method == "HEAD"
+            if (small := await self._answers.small_nar(file, only_looks=only_looks)) is not None:
+                return whole(request, small.body, NAR, IMMUTABLE, file_etag(file))
         mark = self._services.hot.mark()
         found = await view_of(self._substituter, request).nars.get(file)
         try:
             if isinstance(found, Reader):
                 return await self._relay(request, file, found, mark)
-            if found.size <= _SMALL and request.method == "GET":
+            if found.size <= SMALL and request.method == "GET":
                 return await self._small(request, file, found, "storage", mark)
             return await self._send(request, file, found.descriptor, found.size, None)
         finally:
@@ -69,24 +70,22 @@ class NarHandlers:
         body = await read_soon(self._services.threads, found.descriptor, found.size, 0)
         if len(body) != found.size:
             raise StorageBroken("wrong-content", f"nar/{file} is shorter than it was")
-        answer = hot_answer("nar", _NAR, _IMMUTABLE, body, file_etag(file))
-        self._services.hot.put(f"/nar/{file}".encode(), answer, mark)
-        metrics.nar_bytes.labels(source).inc(len(body))
-        return whole(request, body, _NAR, _IMMUTABLE, file_etag(file))
+        self._answers.nar(file, body, source, mark)
+        return whole(request, body, NAR, IMMUTABLE, file_etag(file))
 
     async def _relay(
         self, request: web.Request, file: str, reader: Reader, mark: int
     ) -> web.StreamResponse:
         """Follow a transfer. Errors before the first byte are answers, later ones a broken line."""
         try:
-            async with asyncio.timeout(_FIRST_BYTE):
+            async with asyncio.timeout(FIRST_BYTE):
                 if request.method == "HEAD":
                     await reader.whole()
                 await reader.follow(0)
         except TimeoutError as error:
-            raise UpstreamTimeout(f"nar/{file}: nothing came in {_FIRST_BYTE} s") from error
+            raise UpstreamTimeout(f"nar/{file}: nothing came in {FIRST_BYTE} s") from error
         assert reader.size is not None  # nothing is released before it is known
-        if reader.size <= _SMALL and request.method == "GET":
+        if reader.size <= SMALL and request.method == "GET":
             await reader.whole()
             return await self._small(request, file, reader, "upstream", mark)
         return await self._send(request, file, reader.descriptor, reader.size, reader)
@@ -94,7 +93,7 @@ class NarHandlers:
     async def _send(
         self, request: web.Request, file: str, descriptor: int, size: int, reader: Reader | None
     ) -> web.StreamResponse:
-        head = Head(_NAR, _IMMUTABLE, file_etag(file))
+        head = Head(NAR, IMMUTABLE, file_etag(file))
         follow = reader.follow if reader else None
         response = await send_file(request, self._services, head, descriptor, size, follow)
         if response.prepared:
@@ -108,16 +107,15 @@ def is_upload(request: web.Request) -> bool:
     return (request.match_info.route.name or "").startswith(UPLOAD)
 
 
+def _was_missed(request: web.Request) -> bool:
+    """Whether `Misses` looked for it, and gave it to aiohttp; said once."""
+    protocol = request.protocol
+    if not isinstance(protocol, HotProtocol):
+        return False
+    missed, protocol.missed = protocol.missed, False
+    return missed
+
+
 def view_of(substituter: Substituter, request: web.Request) -> View:
     """Below `/upload/` no upstream is asked: a pusher wants to know what is here."""
     return substituter.stored if is_upload(request) else substituter.everything
-
-
-def hot_answer(route: str, content_type: str, control: str, body: bytes, etag: str) -> Hot:
-    """A finished answer, as the hot path sends it."""
-    head = (
-        f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
-        f"Cache-Control: {control}\r\nETag: {etag}\r\nAccept-Ranges: bytes\r\n"
-        "Server: narseal\r\n\r\n"
-    )
-    return Hot(route, head.encode() + body, len(body))

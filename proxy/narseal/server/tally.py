@@ -29,7 +29,7 @@ class Tally:
             self._line("GET", target.decode("ascii"), 200, seconds)
 
     def answered(self, route: str, method: str, path: str, status: int, seconds: float) -> None:
-        """An answer through aiohttp."""
+        """Any other answer."""
         metrics.requests.labels(route, str(status)).inc()
         metrics.request_seconds.labels(route).observe(seconds)
         if self._access_log:

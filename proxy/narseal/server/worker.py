@@ -22,7 +22,9 @@ from narseal.runtime.portions import READ_AHEAD
 from narseal.server.app import application, metrics_application
 from narseal.server.auth import Gate
 from narseal.server.handlers import ReadHandlers
+from narseal.server.hot_answers import HotAnswers
 from narseal.server.hotpath import HotServer
+from narseal.server.misses import Misses
 from narseal.server.oidc import Oidc
 from narseal.server.tally import Tally
 from narseal.server.tls import tls_context
@@ -50,7 +52,8 @@ async def work(
     metrics.prepare([upstream.label for upstream in config.upstream])
     async with metrics.flushing(), Substituter.opened(config, epoch=epoch) as substituter:
         tally = Tally(access_log=config.log.access)
-        handlers = ReadHandlers(substituter)
+        answers = HotAnswers(substituter)
+        handlers = ReadHandlers(substituter, answers)
         services, upload = substituter.services, config.upload
         gate = (
             Gate(
@@ -63,7 +66,9 @@ async def work(
         )
         putting = UploadHandlers(substituter, gate) if gate else None
         app = application(handlers, tally, putting, gate if upload.private else None)
-        runner = HotRunner(app, hot=services.hot, limits=config.limits, tally=tally)
+        # who may read is asked each time where reading needs a token
+        misses = None if upload.private else Misses(answers, tally)
+        runner = HotRunner(app, hot=services.hot, misses=misses, limits=config.limits, tally=tally)
         await runner.setup()
         metrics_runner = web.AppRunner(metrics_application(handlers), access_log=None)
         await metrics_runner.setup()
@@ -105,7 +110,13 @@ class HotRunner(web.AppRunner):
 
     # web.AppRunner has slots; a subclass may add its own
     def __init__(
-        self, app: web.Application, *, hot: HotMap, limits: LimitsConfig, tally: Tally
+        self,
+        app: web.Application,
+        *,
+        hot: HotMap,
+        misses: Misses | None,
+        limits: LimitsConfig,
+        tally: Tally,
     ) -> None:
         # the pure Python parser is slower and has had its own holes
         if aiohttp.http_parser.HttpRequestParser is aiohttp.http_parser.HttpRequestParserPy:
@@ -122,6 +133,7 @@ class HotRunner(web.AppRunner):
         }
         super().__init__(app, shutdown_timeout=limits.shutdown_timeout, **self._options)
         self._hot = hot
+        self._misses = misses
         self._limits = limits
         self._tally = tally
 
@@ -131,6 +143,7 @@ class HotRunner(web.AppRunner):
             await site.stop()
         server = self.server
         assert isinstance(server, HotServer)  # it was set up
+        server.draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(_LONGEST):
                 while server.connections and not soon.is_set():
@@ -140,5 +153,10 @@ class HotRunner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         inner = await super()._make_server()
         return HotServer(
-            inner, self._options, hot=self._hot, limits=self._limits, tally=self._tally
+            inner,
+            self._options,
+            hot=self._hot,
+            misses=self._misses,
+            limits=self._limits,
+            tally=self._tally,
         )

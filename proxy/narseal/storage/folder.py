@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from narseal.runtime.files import OpenFile
@@ -39,6 +40,10 @@ class Folder:
     async def write(self, name: str, data: bytes) -> None:
         """Publish a small file."""
         await self._threads.run(self.local.write, name, data)
+
+    async def write_all(self, files: Mapping[str, bytes]) -> None:
+        """Publish several small files."""
+        await self._threads.run(self.local.write_all, files)
 
     async def remove(self, name: str) -> None:
         """Take a file away; nothing if there is none."""

@@ -97,6 +97,13 @@ class Index:
         rows = self._engines.all(_PATHS_BY_FILE, file=file)
         return await admitted_of_all(rows, self.store_dir)
 
+    async def path_of(self, file: str) -> Admitted | None:
+        """One of them."""
+        row = self._engines.first(_PATHS_BY_FILE, file=file)
+        return (
+            None if row is None else await by_size(len(row.refs), admitted_of, row, self.store_dir)
+        )
+
     async def refusals(self) -> dict[tuple[str, str, bytes], tuple[str, float]]:
         """Which upstream's file is not taken for which NAR hash, why, and until what Unix time.
 

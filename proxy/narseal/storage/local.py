@@ -17,7 +17,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -176,12 +176,12 @@ class LocalStorage:
 
     def publish(self, descriptor: int, incoming: Path, name: str) -> None:
         """Give a complete file its name: fsync, rename, fsync of the folder, in that order."""
-        self._give_name(descriptor, name, lambda target: os.rename(incoming, target))
+        self._give_names({name: (descriptor, incoming)}, os.rename)
 
     def publish_new(self, descriptor: int, incoming: Path, name: str) -> bool:
         """The same unless there is a file of that name, whoever was faster; False then."""
         try:
-            self._give_name(descriptor, name, lambda target: os.link(incoming, target))
+            self._give_names({name: (descriptor, incoming)}, os.link)
         except Unavailable as error:
             if isinstance(error.__cause__, FileExistsError):
                 return False
@@ -189,13 +189,20 @@ class LocalStorage:
         incoming.unlink(missing_ok=True)
         return True
 
-    def _give_name(self, descriptor: int, name: str, act: Callable[[Path], None]) -> None:
-        target = self.path(name)
+    def _give_names(
+        self, files: Mapping[str, tuple[int, Path]], act: Callable[[Path, Path], None]
+    ) -> None:
+        """To complete files on their way in: all are on disk before the first one has its name."""
         with storage_errors():
-            os.fsync(descriptor)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            act(target)
-            _sync(target.parent)
+            for descriptor, _ in files.values():
+                os.fsync(descriptor)
+            folders = {self.path(name).parent for name in files}
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            for name, (_, incoming) in files.items():
+                act(incoming, self.path(name))
+            for folder in folders:
+                _sync(folder)
 
     def link(self, name: str, other: str) -> None:
         """Give a published file another name, too."""
@@ -210,17 +217,23 @@ class LocalStorage:
 
     def write(self, name: str, data: bytes) -> None:
         """Publish a small file, over an older one of its name if need be."""
-        descriptor, incoming = self.incoming()
+        self.write_all({name: data})
+
+    def write_all(self, files: Mapping[str, bytes]) -> None:
+        """The same of several; all of them are on disk before the first one has its name."""
+        arrived: dict[str, tuple[int, Path]] = {}
         try:
             with storage_errors():
-                with open(descriptor, "wb", closefd=False) as file:
-                    file.write(data)
-                self.publish(descriptor, incoming, name)
-        except Unavailable:
-            _drop(incoming)
-            raise
+                for name, data in files.items():
+                    arrived[name] = descriptor, _ = self._new(self._incoming)
+                    with open(descriptor, "wb", closefd=False) as file:
+                        file.write(data)
+            self.check()
+            self._give_names(arrived, os.rename)
         finally:
-            os.close(descriptor)
+            for descriptor, incoming in arrived.values():
+                os.close(descriptor)
+                _drop(incoming)  # nothing is there unless something failed
 
     def read(self, name: str) -> bytes | None:
         """A small file's bytes, None if there is none."""
@@ -352,14 +365,7 @@ class LocalStorage:
 
     def _create(self, folder: Path) -> tuple[int, Path]:
         """A file that cannot be published in another folder: there it is not, under this name."""
-        path = folder / f"{os.getpid()}-{secrets.token_hex(16)}"
-        with storage_errors():
-            try:
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                descriptor = os.open(path, flags, 0o644)
-            except FileNotFoundError:
-                self.check()
-                raise
+        descriptor, path = self._new(folder)
         try:
             self.check()
         except Unavailable:
@@ -367,6 +373,17 @@ class LocalStorage:
             _drop(path)
             raise
         return descriptor, path
+
+    def _new(self, folder: Path) -> tuple[int, Path]:
+        """An empty file, in whatever folder is there: to be checked once all are made."""
+        path = folder / f"{os.getpid()}-{secrets.token_hex(16)}"
+        with storage_errors():
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                return os.open(path, flags, 0o644), path
+            except FileNotFoundError:
+                self.check()
+                raise
 
 
 def _narinfos(names: list[str]) -> list[str]:

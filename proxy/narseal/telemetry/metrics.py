@@ -116,7 +116,11 @@ tokens_file_errors = counter(
     "narseal_tokens_file_errors_total", "Looks at a tokens file that cannot be used."
 )
 prefetch_stopped = counter(
-    "narseal_prefetch_stopped_total", "Paths whose references were too many to fetch in advance."
+    "narseal_prefetch_stopped_total", "Paths whose references were not all brought in advance."
+)
+prefetched = counters("narseal_prefetched_total", "Narinfos and NARs brought in advance.", ["kind"])
+prefetch_used = counters(
+    "narseal_prefetch_used_total", "Those of them that a client asked for then.", ["kind"]
 )
 slow_uploads = counter("narseal_slow_uploads_total", "Uploads that stalled, or only dripped.")
 attest_queue = Gauge(

@@ -37,6 +37,10 @@ class FileUpstream:
         found = await self.save(name, write, limit=limit)
         return None if found is None else bytes(body)
 
+    async def fetch(self, url: str, *, limit: int) -> bytes | None:
+        """See Upstream.fetch."""
+        return await self.get(_name_of(url), limit=limit)
+
     async def save(self, name: str, write: Callable[[bytes], object], *, limit: int) -> int | None:
         """See Upstream.save."""
         path, size = self._root / name, 0
@@ -58,7 +62,7 @@ class FileUpstream:
     @contextmanager
     def open(self, url: str, offset: int) -> Iterator[Body]:
         """See Upstream.open."""
-        path = self._root / unquote(url.partition("?")[0])
+        path = self._root / _name_of(url)
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(offset)
@@ -70,3 +74,7 @@ class FileUpstream:
 
     async def close(self) -> None:
         """Nothing is held."""
+
+
+def _name_of(url: str) -> str:
+    return unquote(url.partition("?")[0])

@@ -23,7 +23,8 @@ from narseal import __version__
 from narseal.runtime.portions import READ_AHEAD
 from narseal.upstream.addresses import public_socket
 
-_CONNECTIONS = 64
+#: Of a client, at a time.
+CONNECTIONS = 64
 _IDLE = 15.0  # seconds; then a connection is closed
 _RESOLVED = 10.0  # seconds that a host's addresses are remembered
 _NEXT_ADDRESS = 0.25  # seconds; then the host's next address is tried as well (RFC 8305)
@@ -87,7 +88,7 @@ class Client:
         self._tls = tls
         self._connect_timeout = connect_timeout
         self._socket = public_socket if public_only else None
-        self._slots = asyncio.Semaphore(_CONNECTIONS)
+        self._slots = asyncio.Semaphore(CONNECTIONS)
         self._busy = 0
         self._lines: set[_Line] = set()
         self._idle: list[_Line] = []  # since when: the latest last
@@ -178,7 +179,7 @@ class Client:
             self._sweeping = loop.call_at(self._idle[0].idle_since + _IDLE, self._sweep)
 
     async def _connected(self, place: Place) -> _Line:
-        while self._idle and self._busy + len(self._idle) > _CONNECTIONS:
+        while self._idle and self._busy + len(self._idle) > CONNECTIONS:
             self._idle.pop(0).close()  # they lead elsewhere
         loop = asyncio.get_running_loop()
         addresses = await self._addresses(place)
@@ -217,7 +218,7 @@ class Client:
             found = await loop.getaddrinfo(*name, type=socket.SOCK_STREAM, flags=flags)
         except UnicodeError as error:
             raise BrokenAnswer(f"{place.host[:80]!a} is no host's name") from error
-        if len(self._resolved) >= _CONNECTIONS:
+        if len(self._resolved) >= CONNECTIONS:
             self._resolved.clear()
         self._resolved[name] = (loop.time() + _RESOLVED, found)
         return found

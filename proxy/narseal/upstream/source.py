@@ -35,6 +35,12 @@ class Upstream(Protocol):
         bytes, UpstreamTrouble or UpstreamTimeout, Unavailable if there is no room for them.
         """
 
+    async def fetch(self, url: str, *, limit: int) -> bytes | None:
+        """A small NAR by the URL of its narinfo, if all of it comes at once; None if it is confirmed absent.
+
+        Raises as `get` does. Of an upstream that answers and then breaks off, or is slow, that says nothing more.
+        """
+
     async def save(self, name: str, write: Callable[[bytes], object], *, limit: int) -> int | None:
         """A file that may be large, given to `write` in a thread, portion by portion.
 

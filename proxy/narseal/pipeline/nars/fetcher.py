@@ -42,6 +42,10 @@ class Fetcher:
         self._slots = Slots(limits.transfers, least_rate=limits.least_rate)
         self._running: dict[str, Transfer] = {}
 
+    def is_running(self, file: str) -> bool:
+        """Whether a transfer of a file is under way."""
+        return file in self._running
+
     def join(self, file: str) -> Reader | None:
         """Read along with the transfer of a file that is under way."""
         transfer = self._running.get(file)
@@ -118,32 +122,10 @@ class Fetcher:
         return transfer
 
     async def _publish(self, record: NarRecord, transfer: Transfer, measured: Measured) -> None:
-        known = record.file_hash in (None, measured.file_hash)
-        found = replace(
-            record,
-            file=record.file if known else file_name(measured.file_hash, record.compression),
-            file_hash=measured.file_hash,
-            file_size=measured.file_size,
-        )
-        if not known:  # the true name, too, may have been given to another NAR by a lie
-            found = replace(found, file=(await self._index.bind(found)).file)
-        true = replace(found, stored=True)
-        if not known or record.file_size not in (None, measured.file_size):
-            metrics.corrected.inc()
-            _log.warning(
-                "corrected FileHash or FileSize of %s",
-                record.file,
-                extra={"upstream": record.upstream, "url": record.url, "file": true.file},
-            )
-        await self.publisher.nar((transfer.descriptor, transfer.path), record, true)
-        paths = [
-            path.info.store_path.hash_part for path, _ in await self._index.paths_of(true.file)
-        ]
-        if true != replace(record, stored=True):  # else the narinfo says just what it said
-            for hash_part in paths:
-                self._hot.drop(f"/{hash_part}.narinfo".encode())
-        for hash_part in paths:
-            await self.publisher.narinfo(hash_part)
+        publisher = self.publisher
+        true = await publisher.named(record, measured)
+        await publisher.nar((transfer.descriptor, transfer.path), record, true)
+        await publisher.narinfos(await publisher.narinfos_of(record, true))
 
     async def fetch_first(
         self,

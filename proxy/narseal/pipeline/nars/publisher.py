@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from narseal.errors import Refused
+from narseal.nix.inspection import Measured
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.nars.inspect import inspect_stored
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
-from narseal.storage import NarRecord, PathRecord
+from narseal.storage import NarRecord, PathRecord, file_name
 from narseal.storage.folder import Incoming
+from narseal.telemetry import metrics
+
+_log = logging.getLogger(__name__)
 
 
 class Publisher:
@@ -20,41 +27,96 @@ class Publisher:
         self._policy = services.policy
         self._folder = services.folder
         self._index = services.index
+        self._hot = services.hot
         self._epoch = services.epoch
         self._ring = services.countersigner.ring
         self._threads = services.threads
         #: Whether other rules than ours are in force by now.
         self.retired = False
 
+    async def named(self, record: NarRecord, measured: Measured) -> NarRecord:
+        """What a claimed record is in truth, once its bytes were measured; under a name that is bound."""
+        known = record.file_hash in (None, measured.file_hash)
+        found = replace(
+            record,
+            file=record.file if known else file_name(measured.file_hash, record.compression),
+            file_hash=measured.file_hash,
+            file_size=measured.file_size,
+        )
+        if not known:  # the true name, too, may have been given to another NAR by a lie
+            found = replace(found, file=(await self._index.bind(found)).file)
+        true = replace(found, stored=True)
+        if not known or record.file_size not in (None, measured.file_size):
+            metrics.corrected.inc()
+            _log.warning(
+                "corrected FileHash or FileSize of %s",
+                record.file,
+                extra={"upstream": record.upstream, "url": record.url, "file": true.file},
+            )
+        return true
+
+    async def narinfos_of(self, claimed: NarRecord, true: NarRecord) -> list[str]:
+        """The hash parts of the paths of a NAR that was just published.
+
+        Where the record changed, their narinfos are answered anew.
+        """
+        paths = [
+            path.info.store_path.hash_part for path, _ in await self._index.paths_of(true.file)
+        ]
+        if true != replace(claimed, stored=True):  # else the narinfo says just what it said
+            for hash_part in paths:
+                self._hot.drop(f"/{hash_part}.narinfo".encode())
+        return paths
+
     async def nar(self, incoming: Incoming, claimed: NarRecord, true: NarRecord) -> None:
-        """Publish verified bytes: fsync, rename, fsync of the folder, index row, narinfos.
+        """Publish verified bytes: fsync, rename, fsync of the folder, index row.
 
         `true` is a bound name; `claimed`, where it is another, goes on as a name of the same bytes.
         """
         await self._folder.publish(incoming, f"nar/{true.file}")
         await self._index.publish(claimed, true)
 
-    async def narinfo(self, hash_part: str) -> None:
-        """Make the folder say of a path what the index and policy say now.
+    async def small_nars(self, arrived: Sequence[tuple[bytes, NarRecord, NarRecord]]) -> None:
+        """The same, in this order, of several that are in memory: bytes, `claimed`, `true`.
 
-        Its narinfo is there if it is served and its NAR is stored. What was withdrawn while the
-        file was being written is taken away again.
+        When it raises, no write is under way any more.
+        """
+        await self._folder.write_all({f"nar/{true.file}": body for body, _, true in arrived})
+        done = await asyncio.gather(
+            *(self._index.publish(was, true) for _, was, true in arrived), return_exceptions=True
+        )
+        for failure in filter(None, done):
+            raise failure
+
+    async def narinfo(self, hash_part: str) -> None:
+        """Make the folder say of a path what the index and policy say now; see `narinfos`."""
+        await self.narinfos([hash_part])
+
+    async def narinfos(self, hash_parts: Collection[str]) -> None:
+        """Make the folder say of paths what the index and policy say now.
+
+        A narinfo is there if it is served and its NAR is stored. What was withdrawn while the files
+        were being written is taken away again.
         """
         if self.retired:  # the workers with the present rules look after it
             self._epoch.ask_for_repair()
             return
-        name = f"{hash_part}.narinfo"
         seen = None
         while seen != (mark := self._epoch.read()):
             seen = mark
-            found = await self._index.path(hash_part)
             revoked = (await self._index.revocations.now()).keys
-            if found and await self._is_visible(*found, revoked):
-                info = served(*found)
-                kept = tuple(s for s in info.signatures if s.key_name not in revoked)
-                await self._folder.write(name, info.with_signatures(kept).render())
-            else:
-                await self._folder.remove(name)
+            visible: dict[str, bytes] = {}
+            for hash_part in hash_parts:
+                found = await self._index.path(hash_part)
+                name = f"{hash_part}.narinfo"
+                if found and await self._is_visible(*found, revoked):
+                    info = served(*found)
+                    kept = tuple(s for s in info.signatures if s.key_name not in revoked)
+                    visible[name] = info.with_signatures(kept).render()
+                else:
+                    await self._folder.remove(name)
+            if visible:
+                await self._folder.write_all(visible)
 
     async def _is_visible(self, path: PathRecord, nar: NarRecord, revoked: frozenset[str]) -> bool:
         if path.withdrawn or not nar.stored:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from contextvars import ContextVar
-from dataclasses import dataclass
 
 from narseal.cosign.verify import Verified
 from narseal.errors import (
@@ -19,11 +17,11 @@ from narseal.errors import (
     Unavailable,
 )
 from narseal.nix.inspection import Measured, check_addressed
-from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.nars.fetcher import Fetcher
 from narseal.pipeline.nars.transfer import Origin
 from narseal.pipeline.paths.finder import Candidate, Finder
 from narseal.pipeline.paths.lookup import Lookup
+from narseal.pipeline.paths.prefetch import References
 from narseal.pipeline.paths.renewal import Renewal, path_request
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.evidence import CONTENT_ADDRESS
@@ -31,25 +29,11 @@ from narseal.pipeline.trust.sigstore import signer_of
 from narseal.pipeline.trust.upstream_bundles import UpstreamBundles
 from narseal.storage import Admitted, NarRecord, PathRecord, still_says
 from narseal.storage.claims import verified_by
-from narseal.telemetry import metrics
 from narseal.upstream import Upstream
 from narseal.upstream.race import Answers
 
 _log = logging.getLogger(__name__)
 _TRIES = 4
-#: Paths that one question may have fetched in advance, however deep they refer to each other.
-_MOST_PREFETCHED = 500
-
-
-@dataclass(slots=True)
-class _Budget:
-    """What is left of them."""
-
-    left: int
-
-
-#: Of the question on whose behalf a task fetches in advance.
-_budget: ContextVar[_Budget | None] = ContextVar("prefetch", default=None)
 
 
 class Admission:
@@ -75,6 +59,8 @@ class Admission:
         self._renewal = renewal
         self._bundles = bundles
         self._lookup: Lookup[Admitted] = Lookup(services, self._find)
+        #: Brings references in advance.
+        self.references = References(services, self.path, self._lookup.is_under_way)
 
     async def path(self, hash_part: str) -> Admitted:
         """The admitted, countersigned path of a hash, which policy lets through.
@@ -198,12 +184,11 @@ class Admission:
     ) -> tuple[NarRecord, Verified | None]:
         """The NAR, fetched and hashed where its content comes first; and its bundle, if it has one."""
         info, evidence = candidate.info, candidate.evidence
+        self.references.of(info)
         recompress = self._config.storage.recompress and info.compression in ("xz", "bzip2")
         if not evidence.content_first and not recompress:
             await self._policy.check(info, frozenset((info.nar_hash.digest,)))
             return NarRecord.of(info, upstream.config.url), None
-        self._services.tasks.start(self._prefetch(info), f"references of {info.store_path}")
-
         bundles: list[Verified] = []
 
         async def check(measured: Measured) -> None:
@@ -226,22 +211,3 @@ class Admission:
         origin = Origin(upstream, info.url)
         nar = await self._fetcher.fetch_first(info, origin, check, scan=evidence.scan)
         return nar, bundles[0] if bundles else None
-
-    async def _prefetch(self, info: NarInfo) -> None:
-        """Where content comes first, the references will be asked for next, and theirs after them.
-
-        Up to a bound: else an upstream that makes up paths would be followed for ever.
-        """
-        budget = _budget.get() or _Budget(_MOST_PREFETCHED)
-        _budget.set(budget)  # of this task, and of those that it starts
-        for reference in info.references:
-            if reference != info.store_path:
-                if not budget.left:
-                    metrics.prefetch_stopped.inc()
-                    _log.info("%s: no more of its references in advance", info.store_path)
-                    return
-                budget.left -= 1
-                try:
-                    await self.path(reference.hash_part)
-                except NarsealError as error:
-                    _log.debug("prefetch of %s: %s", reference, error)

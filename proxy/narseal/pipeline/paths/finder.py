@@ -21,6 +21,7 @@ from narseal.pipeline.services import Services
 from narseal.pipeline.trust.evidence import Evidence, weigh
 from narseal.pipeline.trust.policy import content_digests
 from narseal.runtime.budget import Claim
+from narseal.runtime.single_flight import SingleFlight
 from narseal.runtime.threads import by_size
 from narseal.storage import Admitted, NarRecord, PathRecord, conflict
 from narseal.telemetry import metrics
@@ -56,6 +57,9 @@ class Finder:
         self._policy = services.policy
         self._signing: Lookup[tuple[Signature, ...]] = Lookup(services, self._more_signatures)
         self._memory = services.memory_of_upstreams
+        self._reading: SingleFlight[int, dict[tuple[str, str, bytes], tuple[str, float]]] = (
+            SingleFlight(services.tasks, on_joined=lambda: None)
+        )
         self._refusals: tuple[int, dict[tuple[str, str, bytes], tuple[str, float]]] | None = None
 
     def candidates(
@@ -168,18 +172,22 @@ class Finder:
         self._previewing.remember(name, verdict)
         raise verdict
 
+    async def own_origin(self, record: NarRecord) -> Origin | None:
+        """Where the file of an admitted path is at its own upstream, unless it was wrong there lately."""
+        own = next((u for u in self._upstreams if u.config.url == record.upstream), None)
+        if not own or not record.url:
+            return None
+        if await self._refusal(record.upstream, record.url, record.nar_hash):
+            return None
+        return Origin(own, record.url)
+
     async def origins(self, record: NarRecord, info: NarInfo) -> AsyncIterator[Origin]:
         """Where the very file of an admitted path can be had: its own upstream, then others."""
-        own = next((u for u in self._upstreams if u.config.url == record.upstream), None)
-        if (
-            own
-            and record.url
-            and not await self._refusal(record.upstream, record.url, record.nar_hash)
-        ):
-            yield Origin(own, record.url)
+        if own := await self.own_origin(record):
+            yield own
         answers = Answers()
         hash_part = info.store_path.hash_part
-        others = [upstream for upstream in self._upstreams if upstream is not own]
+        others = [u for u in self._upstreams if u.config.url != record.upstream]
         async with self._asked(others, hash_part, answers) as found:
             async for upstream, candidate in found:
                 if _same_file(record, info, candidate.info):
@@ -255,7 +263,7 @@ class Finder:
         """Why an upstream's file is not taken for a NAR now; read anew when others are."""
         now = self._epoch.refusals()
         if self._refusals is None or self._refusals[0] != now:
-            self._refusals = (now, await self._index.refusals())
+            self._refusals = (now, await self._reading.join(now, self._index.refusals))
         reason, until = self._refusals[1].get((upstream, url, nar_hash.digest), (None, 0.0))
         return reason if until > time() else None
 

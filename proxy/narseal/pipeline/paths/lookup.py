@@ -72,6 +72,10 @@ class Lookup(Generic[R]):
             ) from error
         raise Unavailable(f"{key}: what may be served is changing; ask again")
 
+    def is_under_way(self, key: str) -> bool:
+        """Whether somebody is finding an answer."""
+        return key in self._flights
+
     def remember(self, key: str, verdict: NarsealError) -> None:
         """Remember that nobody has a thing, or why it is refused, for a time."""
         if isinstance(verdict, NotFound | Refused | Malformed | Denied):

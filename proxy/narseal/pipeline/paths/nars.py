@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from narseal.errors import NotFound, StorageBroken
 from narseal.pipeline.nars.fetcher import Fetcher
+from narseal.pipeline.nars.small import SmallNars, is_small
 from narseal.pipeline.nars.stored import StoredFiles, StoredNar
 from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.paths.finder import Finder
@@ -18,12 +19,15 @@ _KNOWN = 20_000
 class Nars:
     """The files that admitted narinfos name. Without upstreams, only those in storage."""
 
-    def __init__(self, services: Services, finder: Finder, fetcher: Fetcher) -> None:
+    def __init__(
+        self, services: Services, finder: Finder, fetcher: Fetcher, small: SmallNars
+    ) -> None:
         self._services = services
         self._index = services.index
         self._policy = services.policy
         self._finder = finder
         self._fetcher = fetcher
+        self._small = small
         self._files = StoredFiles(services, fetcher.publisher)
         #: Stored files, so that one that is asked for again costs no question to the index.
         self._known: dict[str, NarRecord] = {}
@@ -51,6 +55,38 @@ class Nars:
             if (begun := await self._fetch(record)) is not None:
                 return begun
 
+    async def small(self, file: str) -> bytes | None:
+        """A small file that is not in storage yet, whole and verified; None if `get` is to give it.
+
+        Raises as `get` does.
+        """
+        self._index.presence.check()
+        if not self._services.upstreams:
+            return None
+        await self.check(file)
+        if (waiting := self._small.waiting(file)) is not None:
+            return waiting
+        if file in self._known or self._fetcher.is_running(file):
+            return None
+        record = await self._index.nar(file)
+        if record is None or record.stored or not is_small(record):
+            return None
+        mark = self._services.epoch.read()
+        found = await self._index.path_of(file)
+        origin = await self._finder.own_origin(record)
+        if found is None or origin is None:
+            return None
+        body = await self._small.fetch(record, found[0].info, origin)
+        if body is not None and mark != self._services.epoch.read():
+            await self.check(file)
+        return body
+
+    async def bring(self, file: str) -> bool:
+        """Bring a small file, if it is not here or on its way; whether it was brought. Raises as `get` does."""
+        if self._small.waiting(file) is not None:
+            return False
+        return await self.small(file) is not None
+
     async def check(self, file: str) -> None:
         """Denied if policy keeps back every path that a NAR file is of."""
         if not self._policy.active or (record := await self._index.nar(file)) is None:
@@ -77,10 +113,10 @@ class Nars:
         await self._files.strike(record, error)
 
     async def _fetch(self, record: NarRecord) -> Reader | None:
-        paths = await self._index.paths_of(record.published_as or record.file)
-        if not paths:
+        found = await self._index.path_of(record.published_as or record.file)
+        if found is None:
             raise NotFound(f"no narinfo names nar/{record.file} any more")
-        info = paths[0][0].info
+        info = found[0].info
         return await self._fetcher.start(record, info, lambda: self._finder.origins(record, info))
 
     async def _opened_before(self, file: str) -> StoredNar | None:
