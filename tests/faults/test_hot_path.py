@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import resource
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -230,6 +231,37 @@ async def test_a_server_that_stops_answers_the_misses_that_it_has(
             assert NarInfo.parse(body).store_path == ITEM.info.store_path
             assert await wire.reader.read() == b""
         assert await asyncio.to_thread(proxy.process.wait, PATIENCE) == 0
+
+
+async def test_a_worker_that_is_replaced_answers_the_misses_that_it_has(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    upstream.add(ITEM)
+    asked, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def late(_: web.Request) -> web.StreamResponse:
+        asked.set()
+        await goes_on.wait()
+        return web.Response(body=ITEM.info.render())
+
+    upstream.fault(f"{ITEM.hash}.narinfo", late)
+    with narseal_process(tmp_path, {"url": upstream.url}) as proxy:
+        async with Wire(proxy) as wire:
+            await wire.send(get(f"/{ITEM.hash}.narinfo"))
+            await asked.wait()
+            [old] = proxy.workers()
+            config = tmp_path / "narseal.toml"
+            config.write_text(f"priority = 31\n{config.read_text()}")
+            proxy.process.send_signal(signal.SIGHUP)
+
+            async def is_replaced() -> bool:
+                return bool(set(proxy.workers()) - {old})
+
+            await eventually(is_replaced)
+            await asyncio.sleep(0.5)  # some looks at what can be closed
+            goes_on.set()
+            status, head, _ = await wire.answer()
+            assert (status, b"Connection: close" in head) == (200, True)
 
 
 async def refuses(proxy: Process) -> bool:
