@@ -317,7 +317,7 @@ async def test_a_true_name_that_a_lie_has_taken_stays_with_the_lie(
     liar = entry("liar").but(file_hash=honest.info.file_hash, url="nar/liar").signed(UPSTREAM)
     wrong_hash = honest.but(file_hash=Hash.sha256(b"another"), url="nar/honest")
     upstream.add(liar, wrong_hash)
-    async with narseal(tmp_path, {"url": upstream.url}) as client:
+    async with narseal(tmp_path, {"url": upstream.url}, prefetch="off") as client:
         taken = await client.narinfo(liar.hash)
         first = await client.narinfo(honest.hash)
         assert (await client.get(first.url))[1] == honest.file
