@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 import time
 
+from tests.bench.closures import built, copy, seconds
 from tests.bench.servers import median, nginx
 from tests.bench.table import Row
 from tests.tools.narseal import narseal_process
-from tests.tools.nix import Nix, nix
+from tests.tools.nix import nix
 
 PATHS = 600
 EXPRESSION = f"""
@@ -20,12 +21,7 @@ in sh "all" ("echo " + toString (builtins.genList (n: sh "p${{toString n}}" "ech
 def measure() -> list[Row]:
     """Seconds for the whole closure into an empty store, by a client without a cache."""
     with nix() as builder:
-        (builder.folder / "d.nix").write_text(EXPRESSION)
-        builder.script("nix key generate-secret --key-name builder-1 > key")
-        builder.config["secret-key-files"] = builder.path("key")
-        key = builder.script("nix key convert-secret-to-public < key")
-        path = builder.script("nix-build --no-out-link d.nix 2>/dev/null")
-        builder.script(f"nix copy --to 'file://{builder.path('cache')}?compression=zstd' {path}")
+        key, path = built(builder, EXPRESSION)
         cache = builder.folder / "cache"
         ours: dict[str, list[float]] = {"cold": [], "warm": []}
         theirs: dict[str, list[float]] = {"cold": [], "warm": []}
@@ -35,14 +31,14 @@ def measure() -> list[Row]:
                 for round_ in range(3):
                     folder = builder.folder / f"narseal{round_}"
                     with narseal_process(folder, {"url": static, "public_keys": [key]}) as proxy:
-                        ours["cold"].append(_copy(proxy.url, proxy.public_key, path))
+                        ours["cold"].append(seconds(copy, proxy.url, proxy.public_key, path))
                         while len(list((folder / "storage").glob("*.narinfo"))) < PATHS:
                             time.sleep(0.05)  # warm is what is published
-                        ours["warm"].append(_copy(proxy.url, proxy.public_key, path))
-                        ours["warm"].append(_copy(proxy.url, proxy.public_key, path))
-                    theirs["cold"].append(_copy(relay, key, path))
-                    theirs["warm"].append(_copy(static, key, path))
-                    theirs["warm"].append(_copy(static, key, path))
+                        ours["warm"].append(seconds(copy, proxy.url, proxy.public_key, path))
+                        ours["warm"].append(seconds(copy, proxy.url, proxy.public_key, path))
+                    theirs["cold"].append(seconds(copy, relay, key, path))
+                    theirs["warm"].append(seconds(copy, static, key, path))
+                    theirs["warm"].append(seconds(copy, static, key, path))
     rows = []
     for state, beside, aim in (("warm", "nginx static", "≤ 1.1"), ("cold", "nginx proxy_pass", "")):
         mine, other = median(ours[state]), median(theirs[state])
@@ -51,16 +47,3 @@ def measure() -> list[Row]:
                 f"{other:.2f} s", mine / other, aim)
         )  # fmt: skip
     return rows
-
-
-def _copy(url: str, key: str, path: str) -> float:
-    with nix() as client:
-        client.config["trusted-public-keys"] = key
-        client.run("nix", "--version")
-        start = time.monotonic()
-        client.run("nix", "copy", "--from", url, "--to", _store(client), path)
-        return time.monotonic() - start
-
-
-def _store(client: Nix) -> str:
-    return f"local?root={client.path('store')}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import secrets
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
+from tests.bench.closures import built, copy, seconds, store
 from tests.bench.servers import nginx
 from tests.bench.table import Row
 from tests.tools.narseal import narseal_process
@@ -36,19 +36,14 @@ def measure() -> list[Row]:
     """Seconds for the whole closure into an empty store."""
     rows: list[Row] = []
     with nix() as builder:
-        (builder.folder / "d.nix").write_text(_EXPRESSION)
-        builder.script("nix key generate-secret --key-name builder-1 > key")
-        builder.config["secret-key-files"] = builder.path("key")
-        key = builder.script("nix key convert-secret-to-public < key")
-        path = builder.script("nix-build --no-out-link d.nix 2>/dev/null")
-        builder.script(f"nix copy --to 'file://{builder.path('cache')}?compression=zstd' {path}")
+        key, path = built(builder, _EXPRESSION)
         with nginx(f"root {builder.folder / 'cache'};", {0, 1}) as near, _far(near) as far:
-            for way, take in (("`nix-store -r`", _realise), ("`nix copy`", _copy)):
+            for way, take in (("`nix-store -r`", _realise), ("`nix copy`", copy)):
                 with narseal_process(
                     builder.folder / f"n{len(rows)}", {"url": far, "public_keys": [key]}
                 ) as proxy:
-                    ours = _seconds(take, proxy.url, proxy.public_key, path)
-                theirs = _seconds(take, far, key, path)
+                    ours = seconds(take, proxy.url, proxy.public_key, path)
+                theirs = seconds(take, far, key, path)
                 rows.append(
                     Row(f"{way} of {_PATHS} paths, {_LEVELS} levels, cold, upstream {_RETURN * 1000:.0f} ms away,"
                         " against the same straight from it (time)", f"{ours:.2f} s", f"{theirs:.2f} s",
@@ -75,23 +70,6 @@ def _far(url: str) -> Iterator[str]:
         line.communicate()
 
 
-def _seconds(take: Callable[[Nix, str, str], None], url: str, key: str, path: str) -> float:
-    with nix() as client:
-        client.config["trusted-public-keys"] = key
-        client.run("nix", "--version")
-        start = time.monotonic()
-        take(client, url, path)
-        return time.monotonic() - start
-
-
-def _copy(client: Nix, url: str, path: str) -> None:
-    client.run("nix", "copy", "--from", url, "--to", _store(client), path)
-
-
 def _realise(client: Nix, url: str, path: str) -> None:
     options = ("--option", "substituters", url, "--option", "max-substitution-jobs", str(_JOBS))
-    client.run("nix-store", "--store", _store(client), *options, "-r", path)
-
-
-def _store(client: Nix) -> str:
-    return f"local?root={client.path('store')}"
+    client.run("nix-store", "--store", store(client), *options, "-r", path)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import aiohttp
 import pytest
 
 from narseal.pipeline.paths import prefetch as prefetch_room
+from tests.faults.test_isolation import neighbour
 from tests.tools.cache import Entry, entry
 from tests.tools.narseal import UPSTREAM, metric, narseal
 from tests.tools.upstream import FakeCache
@@ -83,11 +83,10 @@ async def test_nars_come_in_advance_once_a_client_fetches_one(
     others = [entry(f"other{n}").signed(UPSTREAM) for n in range(4)]
     upstream.add(*items, *others)
     used = metric("narseal_prefetch_used_total", kind="nar")
-    async with narseal(tmp_path, {"url": upstream.url}) as client, elsewhere() as other:
+    async with narseal(tmp_path, {"url": upstream.url}) as client, neighbour(client) as other:
         infos = [await client.narinfo(item.hash) for item in items]
         for item in others:
-            async with other.get(f"{client.url}/{item.hash}.narinfo") as response:
-                assert response.status == 200
+            await other.narinfo(item.hash)
         assert (await client.get(infos[-1].url))[1] == items[-1].file
         await client.until(lambda: all(info.url in client.published() for info in infos))
         for item, info in zip(items, infos, strict=True):
@@ -95,11 +94,6 @@ async def test_nars_come_in_advance_once_a_client_fetches_one(
         assert metric("narseal_prefetch_used_total", kind="nar") == used + len(items) - 1
     assert {upstream.asked[item.info.url] for item in items} == {1}
     assert {upstream.asked[item.info.url] for item in others} == {0}
-
-
-def elsewhere() -> aiohttp.ClientSession:
-    """A client at another address."""
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(local_addr=("127.0.0.2", 0)))
 
 
 async def test_nothing_is_brought_for_who_only_looks(tmp_path: Path, upstream: FakeCache) -> None:

@@ -74,16 +74,13 @@ class Misses:
         name = secrets.token_hex(8)
         request_id.set(name)
         asker.set(address)
-        status = 499  # the client left, as nginx has it
         try:
             answer = await self._found(miss, name)
-            if answer is None:
-                return None
-            status = answer.status
         except asyncio.CancelledError:
-            self._count(miss, status)
+            self._count(miss, 499)  # the client left, as nginx has it
             raise
-        self._count(miss, status)
+        if answer is not None:
+            self._count(miss, answer.status)
         return answer
 
     async def _found(self, miss: Miss, name: str) -> Answer | None:

@@ -34,7 +34,6 @@ class Fetcher:
         limits = self._config.limits
         self._folder = services.folder
         self._index = services.index
-        self._hot = services.hot
         self._tasks = services.tasks
         self._threads = services.threads
         #: What puts the files where they can be seen.
@@ -125,7 +124,7 @@ class Fetcher:
         publisher = self.publisher
         true = await publisher.named(record, measured)
         await publisher.nar((transfer.descriptor, transfer.path), record, true)
-        await publisher.narinfos(await publisher.narinfos_of(record, true))
+        await publisher.narinfos_of([(record, true)])
 
     async def fetch_first(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from narseal.errors import Refused
@@ -55,18 +55,20 @@ class Publisher:
             )
         return true
 
-    async def narinfos_of(self, claimed: NarRecord, true: NarRecord) -> list[str]:
-        """The hash parts of the paths of a NAR that was just published.
+    async def narinfos_of(self, published: Iterable[tuple[NarRecord, NarRecord]]) -> None:
+        """Publish the narinfos of NARs that just were, each as it was `claimed` and as it is.
 
-        Where the record changed, their narinfos are answered anew.
+        Where that differs, they are answered anew.
         """
-        paths = [
-            path.info.store_path.hash_part for path, _ in await self._index.paths_of(true.file)
-        ]
-        if true != replace(claimed, stored=True):  # else the narinfo says just what it said
-            for hash_part in paths:
-                self._hot.drop(f"/{hash_part}.narinfo".encode())
-        return paths
+        hash_parts: list[str] = []
+        for claimed, true in published:
+            paths = await self._index.paths_of(true.file)
+            found = [path.info.store_path.hash_part for path, _ in paths]
+            if true != replace(claimed, stored=True):  # else the narinfo says just what it said
+                for hash_part in found:
+                    self._hot.drop(f"/{hash_part}.narinfo".encode())
+            hash_parts += found
+        await self.narinfos(hash_parts)
 
     async def nar(self, incoming: Incoming, claimed: NarRecord, true: NarRecord) -> None:
         """Publish verified bytes: fsync, rename, fsync of the folder, index row.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import ExitStack
 from contextvars import Context
 from dataclasses import dataclass
+from io import BytesIO
 from time import perf_counter
 
 from narseal.errors import NarsealError, Unavailable
-from narseal.nix.inspection import Inspection, Measured
+from narseal.nix.inspection import Measured, inspect_file
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.nars.transfer import Origin
@@ -83,20 +85,18 @@ class SmallNars:
             return waiting
         if await self._index.nar(record.file) != record:
             return None
-        room = self._room.claim(origin.upstream.config.url)
-        try:
-            room.take((record.file_size or 0) + _BESIDE)
-            found = await self._fetched(record, info, origin)
-        except NarsealError as error:
-            level = logging.DEBUG if isinstance(error, Unavailable) else logging.INFO
-            _log.log(level, "nar/%s: a transfer is tried next: %s", record.file, error)
-            found = None
-        except BaseException:
-            room.release()
-            raise
-        if found is None:
-            room.release()
-            return None
+        with ExitStack() as rooms:
+            room = rooms.enter_context(self._room.claim(origin.upstream.config.url))
+            try:
+                room.take((record.file_size or 0) + _BESIDE)
+                found = await self._fetched(record, info, origin)
+            except NarsealError as error:
+                level = logging.DEBUG if isinstance(error, Unavailable) else logging.INFO
+                _log.log(level, "nar/%s: a transfer is tried next: %s", record.file, error)
+                return None
+            if found is None:
+                return None
+            rooms.pop_all()  # it is kept until the file is published
         body, measured = found
         self._arrived[record.file] = _Arrived(body, record, measured, room)
         if self._publishing is None:
@@ -113,9 +113,9 @@ class SmallNars:
             return None
         start = perf_counter()
         if record.nar_size <= _ON_LOOP:
-            measured = _inspected(info, body)
+            measured = inspect_file(info, BytesIO(body))
         else:
-            measured = await self._threads.run(_inspected, info, body)
+            measured = await self._threads.run(inspect_file, info, BytesIO(body))
         metrics.observe_verification("content", "good", perf_counter() - start)
         return body, measured
 
@@ -125,12 +125,11 @@ class SmallNars:
                 group = list(self._arrived.values())[:_GROUP]
                 try:
                     await self._publish(group)
-                except NarsealError as error:
-                    _log.warning("small NARs are not kept: %s", error)
-                    self._forget(group)
-                except Exception:
-                    _log.exception("small NARs are not kept")
-                    self._forget(group)
+                except Exception as error:
+                    fault = None if isinstance(error, NarsealError) else error
+                    _log.warning("small NARs are not kept: %s", error, exc_info=fault)
+                    for arrived in group:  # they are brought again when they are asked for
+                        self._hot.drop(f"/nar/{arrived.record.file}".encode())
                 finally:
                     for arrived in group:
                         del self._arrived[arrived.record.file]
@@ -138,30 +137,19 @@ class SmallNars:
         finally:
             self._publishing = None
 
-    def _forget(self, group: list[_Arrived]) -> None:
-        """Have them brought again when they are asked for."""
-        for arrived in group:
-            self._hot.drop(f"/nar/{arrived.record.file}".encode())
-
     async def _publish(self, group: list[_Arrived]) -> None:
         publisher = self._publisher
-        true = [await publisher.named(each.record, each.measured) for each in group]
-        claimed = [each.record for each in group]
-        bodies = [each.body for each in group]
+        arrived = [
+            (each.body, each.record, await publisher.named(each.record, each.measured))
+            for each in group
+        ]
         try:
-            await publisher.small_nars(list(zip(bodies, claimed, true, strict=True)))
+            await publisher.small_nars(arrived)
         finally:  # some may be stored though others could not be
-            told = [await publisher.narinfos_of(*pair) for pair in zip(claimed, true, strict=True)]
-            await publisher.narinfos([hash_part for paths in told for hash_part in paths])
+            await publisher.narinfos_of((claimed, true) for _, claimed, true in arrived)
 
 
 def is_small(record: NarRecord) -> bool:
     """Whether a file is one of those, by what its narinfo says."""
     size = record.file_size or 0
     return not record.published_as and 0 < size <= _MOST and record.nar_size <= _MOST_PLAIN
-
-
-def _inspected(info: NarInfo, body: bytes) -> Measured:
-    inspection = Inspection(info)
-    inspection.feed(body)
-    return inspection.finish()
