@@ -146,9 +146,11 @@ def test_what_could_not_be_kept_is_brought_again(tmp_path: Path) -> None:
 
 
 def plainly(proxy: Process, name: str) -> tuple[int, bytes]:
-    """Status and body of a request that may be answered from memory."""
+    """Status and body of a request that may be answered from memory: it is not its connection's first."""
     connection = http.client.HTTPConnection(proxy.url.removeprefix("http://"), timeout=PATIENCE)
     with closing(connection):
+        connection.request("GET", "/nix-cache-info")
+        connection.getresponse().read()
         connection.request("GET", f"/{name}")
         response = connection.getresponse()
         return response.status, response.read()
@@ -217,7 +219,8 @@ async def test_small_nars_that_stall_hold_up_no_others(
     for item in items:
         upstream.fault(item.info.url, stalls, times=2)
     healthy = cache_of(tmp_path, ITEMS[0])
-    async with narseal(tmp_path, {"url": upstream.url}, healthy, prefetch="off") as client:
+    more = {"prefetch": "off", "limits": {"lookups": 32}}
+    async with narseal(tmp_path, {"url": upstream.url}, healthy, **more) as client:
         infos = [await client.narinfo(item.hash) for item in (*items, ITEMS[0])]
         tasks = [asyncio.create_task(client.get(info.url)) for info in infos[:-1]]
         try:
@@ -255,7 +258,7 @@ async def test_small_files_that_are_large_hold_up_no_others(
     stored = entry("stored", os.urandom(300_000)).signed(UPSTREAM)
     assert len(larges[0].file) < 64 << 10
     upstream.add(*larges, stored)
-    async with narseal(tmp_path, {"url": upstream.url}) as client:
+    async with narseal(tmp_path, {"url": upstream.url}, prefetch="off") as client:
         infos = [await client.narinfo(item.hash) for item in (*larges, stored)]
         url = infos.pop().url
         await client.get(url)
