@@ -37,6 +37,7 @@ from narseal.pipeline.nars.transfer import Reader
 from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.upkeep import revocation
 from narseal.pipeline.uploads.attestations import Content
+from narseal.server.auth import Gate as TokenGate
 from narseal.storage import (
     Epoch,
     Folder,
@@ -113,7 +114,17 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     watch(HttpUpstream, "get")
     watch(FileKey, "sign")
     watch(Attester, "_run")
-    for name in ("read", "write", "remove", "publish", "incoming", "open_upload", "link"):
+    watch(TokenGate, "identify")
+    for name in (
+        "read",
+        "write",
+        "write_all",
+        "remove",
+        "publish",
+        "publish_in_group",
+        "incoming",
+        "link",
+    ):
         watch(Folder, name)
     yield gate
 
@@ -286,7 +297,7 @@ async def test_revocation_at_each_wait_of_a_publication(
             info = await client.narinfo(item.hash)
             gate.action = revoke(folder, UPSTREAM.name, there)
             await client.get(info.url)
-            await client.until(lambda: info.url in client.published() or gate.done)
+            await client.until(lambda: f"{item.hash}.narinfo" in client.published() or gate.done)
         gate.action = None
         async with narseal(folder, there) as client:  # what was under way has ended
             if gate.done:

@@ -85,7 +85,7 @@ async def test_uploaded_path_is_countersigned_and_kept(tmp_path: Path) -> None:
         assert info.fingerprint() == ITEM.info.fingerprint()
         assert (await client.get(info.url))[1] == ITEM.file
         assert (await client.head(ITEM.info.url))[0] == 200
-        assert client.published() == {f"{ITEM.hash}.narinfo", info.url}
+        await client.until(lambda: client.published() == {f"{ITEM.hash}.narinfo", info.url})
         assert not list((client.storage / ".narseal/uploads").iterdir())
         # the same again: nothing is new, nothing is lost
         assert await uploader.path(ITEM) == (200, "")

@@ -92,11 +92,11 @@ def test_an_arriving_file_that_cannot_be_cut_is_dropped(storage: LocalStorage) -
 def test_a_folder_that_is_not_the_indexs_has_no_names(storage: LocalStorage) -> None:
     """They were none, as if nothing waited and nothing could be put back."""
     waiting = WaitingFiles(storage)
-    assert not [*storage.narinfos(), *storage.refused_narinfos(), *waiting.take("me", "it")]
+    assert not [*storage.narinfos(), *storage.refused_narinfos(), *waiting.take("me", ["it"])]
     waiting.keep("me", "it", "log/x", upload(storage, b"log"))
-    assert [name for name, _ in waiting.take("me", "it")] == ["log/x"]
-    assert waiting.take("you", "it") == []
-    [(_, lies)] = waiting.take("me", "it")
+    assert [name for _, name, _ in waiting.take("me", ["it"])] == ["log/x"]
+    assert waiting.take("you", ["it"]) == []
+    [(_, _, lies)] = waiting.take("me", ["it"])
     storage.root.rename(storage.root.with_name("volume"))
     for is_empty in (False, True):  # there is none, or an empty mount point
         if is_empty:
@@ -104,7 +104,7 @@ def test_a_folder_that_is_not_the_indexs_has_no_names(storage: LocalStorage) -> 
         for ask in (
             storage.narinfos,
             storage.refused_narinfos,
-            lambda: waiting.take("me", "it"),
+            lambda: waiting.take("me", ["it"]),
             lambda: waiting.publish(lies, "log/x", lambda _: nullcontext()),
             lambda: waiting.drop(lies),
         ):
@@ -125,15 +125,15 @@ def test_what_waited_takes_no_room_where_a_file_is_already(storage: LocalStorage
 
     for data in (b"one", b"two"):
         waiting.keep("me", "it", "log/there", upload(storage, data))
-        [(name, lies)] = waiting.take("me", "it")
+        [(_, name, lies)] = waiting.take("me", ["it"])
         waiting.publish(lies, name, room)
-        assert waiting.take("me", "it") == []
+        assert waiting.take("me", ["it"]) == []
         waiting.publish(lies, name, room)  # somebody was faster
     waiting.keep("me", "it", "log/large", upload(storage, b"too much"))
-    [(name, lies)] = waiting.take("me", "it")
+    [(_, name, lies)] = waiting.take("me", ["it"])
     with pytest.raises(StorageFull):
         waiting.publish(lies, name, room)
-    assert waiting.take("me", "it") == [(name, lies)]
+    assert waiting.take("me", ["it"]) == [("it", name, lies)]
     assert asked == [3, 8]
     assert storage.read("log/there") == b"one"
     assert storage.lacks("log/large")
@@ -187,3 +187,17 @@ def test_of_two_files_of_one_name_the_first_stays(storage: LocalStorage) -> None
         assert file.path
         assert storage.publish_new(file.descriptor, file.path, "log/one") == (number == 0)
     assert storage.read("log/one") == b"0"
+
+
+def test_one_of_a_group_that_cannot_be_published_is_nobody_elses_trouble(
+    storage: LocalStorage,
+) -> None:
+    files = [(upload(storage, b"%d" % n), f"nar/{n}") for n in range(3)]
+    assert files[1][0].path
+    files[1][0].path.unlink()
+    outcomes = storage.publish_each(files)
+    assert [type(outcome) for outcome in outcomes] == [type(None), Unavailable, type(None)]
+    assert [storage.read(name) for _, name in files] == [b"0", None, b"2"]
+    del files
+    assert storage.names("nar") == ["0", "2"]
+    assert not list((storage.root / ".narseal/incoming").iterdir())

@@ -112,6 +112,7 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
     async with asyncio.TaskGroup() as group:
         # without the index nothing can be served: if this ends, the worker ends
         group.create_task(index.run(), name="index")
+        publishing = group.create_task(folder.run(), name="publish in groups")
         watching = [
             group.create_task(_watch(services), name="watch the index"),
             group.create_task(_watch_folder(services), name="watch the folder"),
@@ -126,6 +127,8 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
                 key.custodian.close()
             for task in watching:
                 task.cancel()
+            await folder.close()
+            await publishing
             await index.close()
             threads.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -25,10 +26,10 @@ class OpenFile:
         self.path = path
 
     @classmethod
-    def at(cls, path: Path) -> Self:
+    def at(cls, path: Path, *, is_incoming: bool = False) -> Self:
         """A file that is there; FileNotFoundError if it is not. Blocks."""
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return cls(descriptor, os.fstat(descriptor).st_size)
+        return cls(descriptor, os.fstat(descriptor).st_size, path if is_incoming else None)
 
     @classmethod
     def incoming(cls, created: tuple[int, Path]) -> Self:
@@ -46,6 +47,12 @@ class OpenFile:
     def read(self) -> bytes:
         """All of it. Blocks."""
         return os.pread(self.descriptor, self.size, 0)
+
+    def drop(self) -> None:
+        """Take it away now: an error may own it for longer. What fails here is not told instead of it. Blocks."""
+        if self.path:
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
     def __del__(self) -> None:
         os.close(self.descriptor)

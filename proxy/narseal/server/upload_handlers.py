@@ -75,11 +75,11 @@ class UploadHandlers:
 
     async def narinfo(self, request: web.Request) -> web.Response:
         """A narinfo, which makes its NAR visible."""
-        await self._gate.identify(request)
+        token = await self._gate.identify(request)
         uploads = self._substituter.uploads
         identify = partial(self._gate.identify, request, anew=True)
         async with self._bodies.small(request, narinfo.MAX_BYTES) as data:
-            new = await uploads.put_narinfo(request.match_info["hash"], data, identify)
+            new = await uploads.put_narinfo(request.match_info["hash"], data, token, identify)
         return web.Response(status=201 if new else 200)
 
     async def realisation(self, request: web.Request) -> web.Response:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from narseal.runtime.batching import Batcher
 from narseal.runtime.files import OpenFile
 from narseal.runtime.threads import ThreadPools
 from narseal.storage.local import LocalStorage
 
 #: A file on its way in: an open descriptor, and where it lies until it is published.
 Incoming = tuple[int, Path]
+
+#: Files that are published together.
+_GROUP = 64
 
 
 class Folder:
@@ -20,6 +25,15 @@ class Folder:
         #: For work that is in a thread already.
         self.local = local
         self._threads = threads
+        self._complete: Batcher[tuple[OpenFile, str], None] = Batcher(self._publish, most=_GROUP)
+
+    async def run(self) -> None:
+        """Publish in groups until closed."""
+        await self._complete.run()
+
+    async def close(self) -> None:
+        """Let `run` end once all is published that was given before."""
+        await self._complete.close()
 
     def path(self, name: str) -> Path:
         """Where a published file lies."""
@@ -61,6 +75,13 @@ class Folder:
         """Give a complete file its name, durably."""
         await self._threads.run(self.local.publish, *incoming, name)
 
+    async def publish_in_group(self, file: OpenFile, name: str) -> None:
+        """The same, together with what else is complete by then; the file may be let go of at any time."""
+        await self._complete.ask((file, name))
+
+    async def _publish(self, files: list[tuple[OpenFile, str]]) -> list[Any]:
+        return await self._threads.run(self.local.publish_each, files)
+
     async def link(self, name: str, other: str) -> None:
         """Give a published file another name, too."""
         await self._threads.run(self.local.link, name, other)
@@ -72,15 +93,3 @@ class Folder:
     async def quarantine(self, file: Path, label: str) -> None:
         """Keep a wrong file for the operator to look at."""
         await self._threads.run(self.local.quarantine, file, label)
-
-    async def keep_upload(self, incoming: Path, file: str) -> None:
-        """Let a NAR whose hash is its name wait for its narinfo."""
-        await self._threads.run(self.local.keep_upload, incoming, file)
-
-    async def open_upload(self, file: str) -> Incoming | None:
-        """A waiting NAR, open; None if there is none."""
-        return await self._threads.run(self.local.open_upload, file)
-
-    async def discard_upload(self, file: str) -> None:
-        """Let a NAR wait no more."""
-        await self._threads.run(self.local.discard_upload, file)

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -176,12 +176,41 @@ class LocalStorage:
 
     def publish(self, descriptor: int, incoming: Path, name: str) -> None:
         """Give a complete file its name: fsync, rename, fsync of the folder, in that order."""
-        self._give_names({name: (descriptor, incoming)}, os.rename)
+        self._give_names({name: (descriptor, incoming)}, _rename)
+
+    def publish_each(self, files: Sequence[tuple[OpenFile, str]]) -> list[Unavailable | None]:
+        """The same of several that have nothing to do with each other; what each failed with.
+
+        Each is on disk before it has its name.
+        """
+        outcomes: list[Unavailable | None] = []
+        folders: dict[Path, list[int]] = {}
+        with storage_errors():
+            _begin_to_write(file.descriptor for file, _ in files)
+        for number, (file, name) in enumerate(files):
+            try:
+                assert file.path is not None  # it is on its way in
+                with storage_errors():
+                    os.fsync(file.descriptor)
+                    _rename(file.path, self.path(name))
+                file.path = None
+                folders.setdefault(self.path(name).parent, []).append(number)
+                outcomes.append(None)
+            except Unavailable as error:
+                outcomes.append(error)
+        for folder, numbers in folders.items():
+            try:
+                with storage_errors():
+                    _sync(folder)
+            except Unavailable as error:
+                for number in numbers:
+                    outcomes[number] = error
+        return outcomes
 
     def publish_new(self, descriptor: int, incoming: Path, name: str) -> bool:
         """The same unless there is a file of that name, whoever was faster; False then."""
         try:
-            self._give_names({name: (descriptor, incoming)}, os.link)
+            self._give_names({name: (descriptor, incoming)}, _link)
         except Unavailable as error:
             if isinstance(error.__cause__, FileExistsError):
                 return False
@@ -194,14 +223,12 @@ class LocalStorage:
     ) -> None:
         """To complete files on their way in: all are on disk before the first one has its name."""
         with storage_errors():
+            _begin_to_write(descriptor for descriptor, _ in files.values())
             for descriptor, _ in files.values():
                 os.fsync(descriptor)
-            folders = {self.path(name).parent for name in files}
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
             for name, (_, incoming) in files.items():
                 act(incoming, self.path(name))
-            for folder in folders:
+            for folder in {self.path(name).parent for name in files}:
                 _sync(folder)
 
     def link(self, name: str, other: str) -> None:
@@ -226,14 +253,16 @@ class LocalStorage:
             with storage_errors():
                 for name, data in files.items():
                     arrived[name] = descriptor, _ = self._new(self._incoming)
-                    with open(descriptor, "wb", closefd=False) as file:
-                        file.write(data)
+                    write_whole(descriptor, data)
             self.check()
-            self._give_names(arrived, os.rename)
+            self._give_names(arrived, _rename)
+        except BaseException:
+            for _, incoming in arrived.values():
+                _drop(incoming)
+            raise
         finally:
-            for descriptor, incoming in arrived.values():
+            for descriptor, _ in arrived.values():
                 os.close(descriptor)
-                _drop(incoming)  # nothing is there unless something failed
 
     def read(self, name: str) -> bytes | None:
         """A small file's bytes, None if there is none."""
@@ -300,16 +329,16 @@ class LocalStorage:
         with storage_errors():
             os.rename(incoming, self.uploads / file)
 
-    def open_upload(self, file: str) -> tuple[int, Path] | None:
-        """A waiting NAR, open, under an incoming name of its own; None if there is none.
+    def open_upload(self, file: str) -> OpenFile | None:
+        """A waiting NAR, under an incoming name of its own; None if there is none.
 
         It stays among the uploads, for another client who brings the same path.
         """
         path = self._incoming / f"{os.getpid()}-{secrets.token_hex(16)}"
 
-        def link() -> tuple[int, Path]:
+        def link() -> OpenFile:
             os.link(self.uploads / file, path)
-            return os.open(path, os.O_RDWR | os.O_CLOEXEC), path
+            return OpenFile.at(path, is_incoming=True)
 
         return self.if_there(link, f"{_UPLOADS}/{file}")
 
@@ -397,6 +426,39 @@ def _narinfos(names: list[str]) -> list[str]:
 def on_disk(size: int) -> int:
     """The bytes that a file of a size takes."""
     return -(-max(size, 1) // _BLOCK) * _BLOCK
+
+
+def write_whole(descriptor: int, data: bytes) -> None:
+    """All of some bytes, where a file stands; OSError if that fails."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _begin_to_write(descriptors: Iterable[int]) -> None:
+    """Have the bytes of files on their way to the disk, before each is waited for.
+
+    A file system with a journal then commits it once, and not once for each file.
+    """
+    for descriptor in descriptors:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _rename(file: Path, name: Path) -> None:
+    _into_folder(os.rename, file, name)
+
+
+def _link(file: Path, name: Path) -> None:
+    _into_folder(os.link, file, name)
+
+
+def _into_folder(act: Callable[[Path, Path], None], file: Path, name: Path) -> None:
+    """Give a file a name, in a folder that is made if it is not there."""
+    try:
+        act(file, name)
+    except FileNotFoundError:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        act(file, name)
 
 
 def _drop(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -32,14 +32,15 @@ class WaitingFiles:
             os.fsync(file.descriptor)
             os.rename(file.path, self._local.uploads / f"{about}~{owner}~{name.replace('/', '!')}")
 
-    def take(self, owner: str, about: str) -> list[tuple[str, Path]]:
-        """Names of what somebody brought about a thing, and where it lies."""
-        prefix = f"{about}~{owner}~"
-        names = [name for name in self._names() if name.startswith(prefix)]
-        return [
-            (name.removeprefix(prefix).replace("!", "/"), self._local.uploads / name)
-            for name in names
-        ]
+    def take(self, owner: str, abouts: Collection[str]) -> list[tuple[str, str, Path]]:
+        """What somebody brought about some things: about which, its name, and where it lies."""
+        found: list[tuple[str, str, Path]] = []
+        for waiting in self._names():
+            about, _, rest = waiting.partition("~")
+            brought_by, _, name = rest.partition("~")
+            if brought_by == owner and about in abouts:
+                found.append((about, name.replace("!", "/"), self._local.uploads / waiting))
+        return found
 
     def publish(
         self, path: Path, name: str, room: Callable[[int], AbstractContextManager[None]]

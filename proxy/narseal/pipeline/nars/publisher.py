@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Iterable, Sequence
+from contextvars import Context
 from dataclasses import replace
+from itertools import islice
 
-from narseal.errors import Refused
+from narseal.errors import NarsealError, Refused
 from narseal.nix.inspection import Measured
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.nars.inspect import inspect_stored
@@ -18,6 +20,14 @@ from narseal.storage.folder import Incoming
 from narseal.telemetry import metrics
 
 _log = logging.getLogger(__name__)
+
+#: Seconds in which files gather that are published behind their answers, and how many are a group: each group
+#: waits for the disk a few times, however many it has.
+GATHERING = 0.05
+GROUP = 64
+#: Narinfo files that wait to be written, at most, and seconds between two tries.
+_MOST_BEHIND = 4096
+_PAUSE = 5.0
 
 
 class Publisher:
@@ -31,6 +41,10 @@ class Publisher:
         self._epoch = services.epoch
         self._ring = services.countersigner.ring
         self._threads = services.threads
+        self._tasks = services.tasks
+        #: Hash parts whose narinfo files are written behind an answer.
+        self._behind: set[str] = set()
+        self._writing: asyncio.Task[None] | None = None
         #: Whether other rules than ours are in force by now.
         self.retired = False
 
@@ -89,6 +103,36 @@ class Publisher:
         )
         for failure in filter(None, done):
             raise failure
+
+    def narinfo_behind(self, hash_part: str) -> None:
+        """Have it done soon, with others, and again until it succeeds: the index says already what is served.
+
+        A crash before that leaves a file out, which the next start writes (`upkeep/repair.py`).
+        """
+        self._behind.add(hash_part)
+        if self._writing is None:
+            work = self._write_behind()  # on behalf of all
+            self._writing = self._tasks.start(work, "write narinfo files", Context())
+
+    async def _write_behind(self) -> None:
+        try:
+            while self._behind:
+                await asyncio.sleep(GATHERING)
+                group = list(islice(self._behind, GROUP))
+                self._behind.difference_update(group)
+                try:
+                    await self.narinfos(group)
+                except NarsealError as error:
+                    _log.warning(
+                        "narinfo files are not written, and will be tried again: %s", error
+                    )
+                    self._behind.update(group)
+                    if len(self._behind) > _MOST_BEHIND:
+                        self._behind.clear()  # whoever looks after all finds them
+                        self._epoch.ask_for_repair()
+                    await asyncio.sleep(_PAUSE)
+        finally:
+            self._writing = None
 
     async def narinfo(self, hash_part: str) -> None:
         """Make the folder say of a path what the index and policy say now; see `narinfos`."""

@@ -12,12 +12,13 @@ from contextlib import ExitStack
 from contextvars import Context
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from time import perf_counter
 
 from narseal.errors import NarsealError, Unavailable
 from narseal.nix.inspection import Measured, inspect_file
 from narseal.nix.narinfo import NarInfo
-from narseal.pipeline.nars.publisher import Publisher
+from narseal.pipeline.nars.publisher import GATHERING, GROUP, Publisher
 from narseal.pipeline.nars.transfer import Origin
 from narseal.pipeline.services import Services
 from narseal.runtime.budget import Budget, Claim
@@ -37,7 +38,6 @@ _ON_LOOP = 256 << 10
 _ROOM = 32 << 20
 _ROOM_OF_EACH = 16 << 20
 _BESIDE = 16 << 10
-_GROUP = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,9 @@ class SmallNars:
     async def _publish_all(self) -> None:
         try:
             while self._arrived:
-                group = list(self._arrived.values())[:_GROUP]
+                if len(self._arrived) < GROUP:
+                    await asyncio.sleep(GATHERING)
+                group = list(islice(self._arrived.values(), GROUP))
                 try:
                     await self._publish(group)
                 except Exception as error:

@@ -11,6 +11,7 @@ from narseal.errors import BadUpload, UploadTooLarge
 from narseal.nix.hashes import Hash
 from narseal.runtime.files import OpenFile
 from narseal.storage import LocalStorage, storage_errors
+from narseal.storage.local import write_whole
 
 _STEP = 16 << 20  # bytes that are reserved at a time
 _SMALL_STEP = 256 << 10  # of what is mostly small
@@ -68,11 +69,10 @@ class ArrivingFile(_Arriving):
         return self._file
 
     def discard(self) -> None:
-        """Drop it now: an error may own it for longer. What fails here is not told instead of it."""
+        """See `OpenFile.drop`."""
         with suppress(OSError):
             os.ftruncate(self._file.descriptor, 0)
-        with suppress(OSError):
-            self._incoming[1].unlink(missing_ok=True)
+        self._file.drop()
 
 
 class ArrivingNar(_Arriving):
@@ -101,19 +101,15 @@ class ArrivingNar(_Arriving):
             raise BadUpload(f"the body has more than its {self._size} bytes")
         self._reserve_up_to(size)
         with storage_errors():
-            view = memoryview(portion)
-            while view:
-                view = view[os.write(self._incoming[0], view) :]
+            write_whole(self._incoming[0], portion)
         self._hasher.update(portion)
         self._written = size
 
     def keep(self, file: str) -> None:
         """Let it wait for its narinfo; BadUpload if it is not whole, or not what its name says."""
-        if self._size is not None and self._written != self._size:
-            raise BadUpload(f"the body ended after {self._written} of {self._size} bytes")
-        found = Hash("sha256", self._hasher.digest())
-        if found.nix32 != file.partition(".")[0]:
-            raise BadUpload(f"nar/{file}: the file's hash is {found}")
+        if self._size is not None:
+            _check_length(self._written, self._size)
+        _check_name(file, self._hasher.digest())
         with storage_errors():
             os.ftruncate(self._incoming[0], self._written)
         self._storage.keep_upload(self._incoming[1], file)
@@ -123,7 +119,37 @@ class ArrivingNar(_Arriving):
         self._storage.discard(self._incoming)
 
 
+def keep_whole(
+    storage: LocalStorage, upload: UploadConfig, file: str, size: int, body: bytes
+) -> None:
+    """The same, in one go, of a NAR file that is in memory, of which `size` bytes were announced. Blocks."""
+    check_size(size, upload)
+    _check_length(len(body), size)
+    _check_name(file, hashlib.sha256(body).digest())
+    incoming = storage.arriving()
+    try:
+        storage.reserve(
+            incoming[0], size, max_age=upload.quarantine_age, max_bytes=upload.quarantine_size
+        )
+        with storage_errors():
+            write_whole(incoming[0], body)
+        storage.keep_upload(incoming[1], file)
+    finally:
+        storage.discard(incoming)
+
+
 def check_size(size: int | None, upload: UploadConfig) -> None:
     """UploadTooLarge if a NAR may not be so large."""
     if size is not None and size > upload.nar_size:
         raise UploadTooLarge(f"{size} bytes; upload.nar_size is {upload.nar_size}")
+
+
+def _check_length(length: int, size: int) -> None:
+    if length != size:
+        raise BadUpload(f"the body ended after {length} of {size} bytes")
+
+
+def _check_name(file: str, digest: bytes) -> None:
+    found = Hash("sha256", digest)
+    if found.nix32 != file.partition(".")[0]:
+        raise BadUpload(f"nar/{file}: the file's hash is {found}")

@@ -7,11 +7,9 @@ it lies there, published, countersigned and pinned, in that order.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from narseal.custody.tokens import Token
 from narseal.errors import (
@@ -20,6 +18,7 @@ from narseal.errors import (
     Denied,
     Forbidden,
     Malformed,
+    NarsealError,
     NotFound,
     Refused,
     Unavailable,
@@ -38,9 +37,10 @@ from narseal.pipeline.paths.finder import Finder
 from narseal.pipeline.paths.renewal import Renewal, path_request
 from narseal.pipeline.services import Services
 from narseal.pipeline.trust.policy import content_digests
-from narseal.pipeline.uploads.arriving import ArrivingNar, check_size
+from narseal.pipeline.uploads.arriving import ArrivingNar, check_size, keep_whole
 from narseal.pipeline.uploads.side_files import SideFileUploads
-from narseal.runtime.portions import in_portions
+from narseal.runtime.files import OpenFile
+from narseal.runtime.portions import in_portions, in_turns
 from narseal.runtime.threads import by_size
 from narseal.storage import (
     Admitted,
@@ -56,6 +56,7 @@ Identify = Callable[[], Awaitable[Token]]
 
 _log = logging.getLogger(__name__)
 _TRIES = 4
+_AT_ONCE = 256 << 10  # bytes of a NAR file that are written when all of them are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class _Arrived:
 
     record: NarRecord
     #: Where its verified bytes lie; None if they are published already.
-    incoming: tuple[int, Path] | None
+    incoming: OpenFile | None
 
 
 class Uploads:
@@ -110,27 +111,34 @@ class Uploads:
         uploads that arrive or wait take too much room.
         """
         run = self._threads.run
-        arriving = await run(ArrivingNar, self._folder.local, self._upload, size)
+        local = self._folder.local
+        if size is not None and size <= _AT_ONCE:
+            body = b"".join([chunk async for chunk in in_turns(chunks)])
+            await run(keep_whole, local, self._upload, file, size, body)
+            return
+        arriving = await run(ArrivingNar, local, self._upload, size)
         try:
             await in_portions(chunks, arriving.write, run)
             await run(arriving.keep, file)
         finally:
             await run(arriving.discard)
 
-    async def put_narinfo(self, hash_part: str, data: bytes, identify: Identify) -> bool:
+    async def put_narinfo(
+        self, hash_part: str, data: bytes, token: Token, identify: Identify
+    ) -> bool:
         """Admit a store path whose NAR was uploaded, or add signatures to one that is there.
 
-        `identify` is asked again once the NAR was hashed: its token may have been revoked since.
+        `token` is who began to bring it. `identify` says who brings it when the NAR was hashed: the token may have
+        been revoked since.
         Returns whether it is new. BadUpload, UploadConflict or Forbidden if not; a NAR that is not
         what the narinfo says is BadUpload too, and goes on waiting for one that agrees with it.
         """
         try:
             info = await by_size(len(data), self._parsed, hash_part, data)
-            token = await identify()
             trusted = await self._authorise(info, token)
             found = await self._index.path(hash_part)
             if found and not found[0].withdrawn:
-                await self._merge(found[0], found[1], info, token)
+                await self._merge(*found, info, identify)
                 return False
             await by_size(len(data), check_content_address, info)
             if not trusted:
@@ -173,8 +181,12 @@ class Uploads:
             )
         return None
 
-    async def _merge(self, path: PathRecord, nar: NarRecord, info: NarInfo, token: Token) -> None:
+    async def _merge(
+        self, path: PathRecord, nar: NarRecord, info: NarInfo, identify: Identify
+    ) -> None:
         """Add good signatures; whatever else the narinfo says stays as it was."""
+        token = await identify()
+        await self._authorise(info, token)
         message = info.fingerprint()
         if path.info.fingerprint() != message:
             raise UploadConflict(
@@ -244,22 +256,31 @@ class Uploads:
             measured = await self._threads.run_transfer(_inspect_stored, info, storage, record.file)
             self._check(info, measured)
             return _Arrived(record, None)
-        incoming = await self._folder.open_upload(file)
-        if incoming is None:
+        # a narinfo that disagrees proves nothing against the file, which another may claim
+        found = await self._threads.run_transfer(self._inspected, info, file)
+        if found is None:
             if await self._stored(file, info):  # another client was faster
                 return await self._arrived(info)
             raise BadUpload(f"nar/{file} is not here: upload it before its narinfo")
-        try:
-            measured = await self._threads.run_transfer(_inspect, info, incoming[0])
-            self._check(info, measured)
-        except (Refused, Malformed, BadUpload):
-            # a narinfo that disagrees proves nothing against the file, which another may claim
-            await self._folder.discard(incoming)
-            raise
+        incoming, measured = found
         record = NarRecord.from_file(
             info, file, file_hash=measured.file_hash, file_size=measured.file_size
         )
         return _Arrived(record, incoming)
+
+    def _inspected(self, info: NarInfo, file: str) -> tuple[OpenFile, Measured] | None:
+        """In a thread: a waiting file that is what the narinfo says; None if none waits."""
+        incoming = self._folder.local.open_upload(file)
+        if incoming is None:
+            return None
+        try:
+            with open(incoming.descriptor, "rb", buffering=0, closefd=False) as opened:
+                measured = inspect_file(info, opened, scan=True)
+            self._check(info, measured)
+        except BaseException:
+            incoming.drop()
+            raise
+        return incoming, measured
 
     async def _stored(self, file: str, info: NarInfo) -> NarRecord | None:
         record = await self._index.nar(file)
@@ -294,15 +315,14 @@ class Uploads:
             token = await identify()
             trusted = await self._authorise(info, token)
             if arrived.incoming:  # its name is its own hash: what is there under it is the same
-                await self._folder.publish(arrived.incoming, f"nar/{record.file}")
-        finally:
+                await self._folder.publish_in_group(arrived.incoming, f"nar/{record.file}")
+        except NarsealError:
             if arrived.incoming:
-                await self._folder.discard(arrived.incoming)
+                await self._threads.run(arrived.incoming.drop)
+            raise
         admitted = await self._signed_and_pinned(info, record, token, trusted)
-        file = info.url.removeprefix("nar/")
-        await self._publisher.narinfo(info.store_path.hash_part)
-        await self._side_files.claim(file, admitted, token)
-        await self._folder.discard_upload(file)
+        self._publisher.narinfo_behind(info.store_path.hash_part)
+        await self._side_files.claim(info.url.removeprefix("nar/"), admitted, token)
         self._epoch.arrive()
         path = admitted[0]
         _log.info(
@@ -340,13 +360,6 @@ class Uploads:
         record = replace(record, file=bound.file)
         await self._index.publish(bound, record)
         return await self._index.admit(replace(path, nar_file=bound.file), record)
-
-
-def _inspect(info: NarInfo, descriptor: int) -> Measured:
-    """In a thread: the whole file, decoded and hashed, and the references that it lacks."""
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    with open(descriptor, "rb", buffering=0, closefd=False) as file:
-        return inspect_file(info, file, scan=True)
 
 
 def _inspect_stored(info: NarInfo, storage: LocalStorage, file: str) -> Measured:

@@ -75,22 +75,34 @@ class SideFileUploads:
         await self._publish(name, file)
 
     async def claim(self, file: str, admitted: Admitted, token: Token) -> None:
-        """Publish what a token brought about a path, and about the NAR that it uploaded as `file`."""
+        """Publish what a token brought about a path, and about the NAR that it uploaded as `file`.
+
+        The NAR, which is stored, waits no more.
+        """
         path, nar = admitted
-        if not token.may(path.info.store_path.name):
-            return  # its narinfo was let in by a trusted key, which says nothing of these
-        for about in (path.info.store_path.hash_part, file):
-            waiting = await self._threads.run(self._waiting.take, token.id, about)
-            pointers = [name for name, _ in waiting if name.startswith(_DEBUGINFO)]
-            found = await self._in_nar(pointers, nar)
-            for name, lies in waiting:
-                if name.startswith(_DEBUGINFO) and name not in found:
-                    _log.warning("dropped: %s: nar/%s has no such build id", name, nar.file)
-                    await self._threads.run(self._waiting.drop, lies)
-                    continue
-                if about == file != nar.file:  # an upstream's lie has its name
-                    await self._threads.run(self._waiting.change, lies, file, nar.file)
-                await self._threads.run(self._publish_waiting, lies, name)
+        # if the token does not cover it, a trusted key let its narinfo in, which says nothing of these
+        owner = token.id if token.may(path.info.store_path.name) else None
+        waiting = await self._threads.run(
+            self._take, owner, (path.info.store_path.hash_part, file), file
+        )
+        pointers = [name for _, name, _ in waiting if name.startswith(_DEBUGINFO)]
+        found = await self._in_nar(pointers, nar)
+        for about, name, lies in waiting:
+            if name.startswith(_DEBUGINFO) and name not in found:
+                _log.warning("dropped: %s: nar/%s has no such build id", name, nar.file)
+                await self._threads.run(self._waiting.drop, lies)
+                continue
+            if about == file != nar.file:  # an upstream's lie has its name
+                await self._threads.run(self._waiting.change, lies, file, nar.file)
+            await self._threads.run(self._publish_waiting, lies, name)
+
+    def _take(
+        self, owner: str | None, abouts: tuple[str, ...], file: str
+    ) -> list[tuple[str, str, Path]]:
+        """In a thread: see `WaitingFiles.take`; and let the NAR wait no more."""
+        found = [] if owner is None else self._waiting.take(owner, abouts)
+        self._folder.local.discard_upload(file)
+        return found
 
     async def _in_nar(self, names: list[str], nar: NarRecord) -> frozenset[str]:
         """Of some debug-info pointers, those whose build id is in the NAR, which is in storage."""

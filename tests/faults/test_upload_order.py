@@ -1,0 +1,137 @@
+"""Uploads that come together: on disk, all of them, before anybody is told so."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import http.client
+import itertools
+import os
+import re
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.faults.test_process import fetch, strace
+from tests.faults.test_small_nars import ended
+from tests.faults.test_upload_storm import check, uploading
+from tests.tools.cache import Entry, entry
+from tests.tools.narseal import Process, narseal_process
+from tests.tools.waiting import PATIENCE, until
+
+ITEMS = [entry(f"item{n}", os.urandom(20_000), compression="zstd") for n in range(24)]
+LARGE = entry("large", os.urandom(600_000), compression="zstd")
+
+
+class Uploader:
+    """Brings paths, each over a connection of its own."""
+
+    def __init__(self, proxy: Process, token: str) -> None:
+        self._address = urlsplit(proxy.url).netloc
+        self._headers = {"Authorization": f"Bearer {token}"}
+        #: From which port each one's narinfo came.
+        self.ports: dict[str, int] = {}
+
+    def bring(self, item: Entry) -> int:
+        """The status of the narinfo, or of the NAR if it was not taken."""
+        with closing(http.client.HTTPConnection(self._address, timeout=PATIENCE)) as connection:
+            status = self._put(connection, item, item.info.url, item.file)
+            if status != 201:
+                return status
+            return self._put(connection, item, f"{item.hash}.narinfo", item.info.render())
+
+    def _put(
+        self, connection: http.client.HTTPConnection, item: Entry, name: str, body: bytes
+    ) -> int:
+        connection.request("PUT", f"/{name}", body, self._headers)
+        self.ports[item.hash] = connection.sock.getsockname()[1]
+        response = connection.getresponse()
+        response.read()
+        return response.status
+
+    def is_taken(self, item: Entry) -> bool:
+        """Whether it could be brought, in the end; nothing but a server that dies is in the way."""
+        try:
+            return self.bring(item) in (200, 201)
+        except (OSError, http.client.HTTPException):
+            return False
+
+
+def _all(act: Callable[[Entry], int], items: list[Entry]) -> list[int]:
+    with concurrent.futures.ThreadPoolExecutor(len(items)) as pool:
+        return list(pool.map(act, items))
+
+
+def test_what_is_answered_is_on_disk(tmp_path: Path) -> None:
+    """What a loss of power at any moment leaves: whatever was answered, and no index without bytes."""
+    token, settings = uploading(tmp_path)
+    storage, trace = tmp_path / "storage", tmp_path / "trace"
+    items = [*ITEMS, LARGE]
+    calls = "trace=fsync,fdatasync,rename,write,writev,sendto,sendmsg"
+    with narseal_process(tmp_path, upload=settings) as proxy:
+        uploader = Uploader(proxy, token)
+        with strace(proxy, "-yy", "-s", "12", "-e", calls, "-o", str(trace)):
+            assert _all(uploader.bring, items) == [201] * len(items)
+            until(lambda: len(list(storage.glob("*.narinfo"))) == len(items))
+    lines = ended(trace)
+
+    def at(*words: str, after: int = -1) -> int:
+        """Where the first call ended that names all of the words."""
+        return next(
+            n for n, line in enumerate(lines) if n > after and all(word in line for word in words)
+        )
+
+    for item in items:
+        renamed = at("rename", f'/{item.info.url}"')
+        synced = at("fsync(", lines[renamed].split('"')[1])
+        folder = at("fsync(", "/nar>", after=renamed)
+        recorded = at("sync(", "index.sqlite-wal", after=folder)
+        answers = f":{uploader.ports[item.hash]}]"
+        answered = at(answers, "HTTP/1.1 201", after=at(answers, "HTTP/1.1 201"))
+        assert synced < renamed < folder < recorded < answered, item.hash
+    renames = ["/nar/" in line for line in lines if re.search(r"rename\(|fsync\(.*/nar>", line)]
+    assert (True, True) in itertools.pairwise(renames), "no two were in a group"
+
+
+@pytest.mark.parametrize("call", ["openat", "write", "fsync", "link", "rename", "unlink", "close"])
+@pytest.mark.parametrize("number", [3, 9, 27])
+def test_killed_while_a_group_is_taken(call: str, number: int, tmp_path: Path) -> None:
+    """Whoever was told so finds his path; whoever was not brings it again; nothing is left over."""
+    token, settings = uploading(tmp_path)
+    inject = f"inject={call}:signal=KILL:when={number}"  # of a thread
+    items, taken = list(ITEMS), list[bool]()
+    with narseal_process(tmp_path, upload=settings) as proxy:
+        uploader = Uploader(proxy, token)
+        with strace(proxy, "-e", f"trace={call}", "-e", inject, "-o", "/dev/null") as tracer:
+            with concurrent.futures.ThreadPoolExecutor(len(ITEMS)) as pool:
+                taken += pool.map(uploader.is_taken, ITEMS)
+            while tracer.poll() is None:  # no thread has called it so often
+                items.append(entry(f"item{len(items)}", os.urandom(99), compression="zstd"))
+                taken.append(uploader.is_taken(items[-1]))
+        for item, was_taken in zip(items, taken, strict=True):
+            if was_taken:
+                assert uploader.bring(item) == 200
+            until(partial(uploader.is_taken, item))
+        folder = tmp_path / "storage"
+        until(lambda: len(list(folder.glob("*.narinfo"))) == len(items))
+        until(lambda: not any((folder / ".narseal/incoming").iterdir()))
+        assert "a worker died" in proxy.log.read_text()
+    assert check(tmp_path) == []
+
+
+def test_a_narinfo_file_that_could_not_be_written_is_tried_again(tmp_path: Path) -> None:
+    """Its path is served from the index meanwhile."""
+    token, settings = uploading(tmp_path)
+    item = ITEMS[0]
+    with narseal_process(tmp_path, upload=settings) as proxy:
+        uploader = Uploader(proxy, token)
+        eio = "inject=fsync:error=EIO:when=3"  # after the NAR's and its folder's
+        with strace(proxy, "-e", "trace=fsync", "-e", eio, "-o", "/dev/null"):
+            assert uploader.bring(item) == 201
+            until(lambda: "narinfo files are not written" in proxy.log.read_text())
+            assert not (tmp_path / "storage" / f"{item.hash}.narinfo").exists()
+            assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 200
+        until((tmp_path / "storage" / f"{item.hash}.narinfo").exists)
