@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ from narseal.errors import Refused, StorageFull, StorageGone, Unavailable
 from narseal.nix.cache_info import CacheInfo
 from narseal.pipeline.uploads.arriving import ArrivingFile
 from narseal.runtime.files import OpenFile, open_regular
+from narseal.runtime.threads import ThreadPools
 from narseal.storage import LocalStorage
+from narseal.storage.folder import Folder
 from narseal.storage.uploaded import UploadedFiles
 from narseal.storage.waiting import WaitingFiles
+from tests.tools.waiting import PATIENCE
 
 _BLOCK = 4096
 _TOO_LONG = "x" * 300  # ENAMETOOLONG
@@ -201,3 +206,30 @@ def test_one_of_a_group_that_cannot_be_published_is_nobody_elses_trouble(
     del files
     assert storage.names("nar") == ["0", "2"]
     assert not list((storage.root / ".narseal/incoming").iterdir())
+
+
+async def test_a_large_file_holds_up_no_group(storage: LocalStorage) -> None:
+    """The disk may take seconds for it."""
+    goes_on = threading.Event()
+
+    class SlowDisk(LocalStorage):
+        def publish_each(self, files: Sequence[tuple[OpenFile, str]]) -> list[Unavailable | None]:
+            if any(file.size > 1 << 20 for file, _ in files):
+                goes_on.wait(PATIENCE)
+            return super().publish_each(files)
+
+    threads = ThreadPools(transfers=1)
+    folder = Folder(SlowDisk(f"file://{storage.root}", "here"), threads)
+    running = asyncio.create_task(folder.run())
+    large = asyncio.create_task(
+        folder.publish_in_group(upload(storage, bytes(2 << 20)), "nar/large")
+    )
+    await asyncio.sleep(0)
+    await folder.publish_in_group(upload(storage, b"small"), "nar/small")
+    assert not large.done()
+    goes_on.set()
+    await large
+    assert storage.names("nar") == ["large", "small"]
+    await folder.close()
+    await running
+    threads.close()

@@ -14,8 +14,9 @@ from narseal.storage.local import LocalStorage
 #: A file on its way in: an open descriptor, and where it lies until it is published.
 Incoming = tuple[int, Path]
 
-#: Files that are published together.
+#: Files that are published together, and how many bytes such a one may have: the disk takes its time for more.
 _GROUP = 64
+_LARGE = 1 << 20
 
 
 class Folder:
@@ -76,8 +77,16 @@ class Folder:
         await self._threads.run(self.local.publish, *incoming, name)
 
     async def publish_in_group(self, file: OpenFile, name: str) -> None:
-        """The same, together with what else is complete by then; the file may be let go of at any time."""
-        await self._complete.ask((file, name))
+        """The same, together with what else is complete by then, unless it is large.
+
+        The file may be let go of at any time.
+        """
+        if file.size <= _LARGE:
+            await self._complete.ask((file, name))
+            return
+        [failure] = await self._publish([(file, name)])
+        if failure:
+            raise failure
 
     async def _publish(self, files: list[tuple[OpenFile, str]]) -> list[Any]:
         return await self._threads.run(self.local.publish_each, files)
