@@ -184,6 +184,38 @@ async def test_a_miss_says_what_the_handlers_say(tmp_path: Path, upstream: FakeC
         assert plain == odd, target
 
 
+async def test_who_only_looks_is_told_the_same_without_a_body(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """A HEAD of what is not in memory, and of what is: as the handlers answer it, and nothing behind that."""
+    large = entry("large", os.urandom(300_000)).signed(UPSTREAM)
+    upstream.add(ITEM, large)
+    absent = entry("absent")
+    for way in ("cold", "warm"):
+        async with narseal(tmp_path / way, {"url": upstream.url}, prefetch="off") as client:
+            for item in (ITEM, large):
+                await client.narinfo(item.hash)
+                if way == "warm":
+                    url = item.info.url
+                    await client.get(url)
+                    await client.until(lambda url=url: url in client.published())  # type: ignore[misc]
+                    await client.get(url)
+            async with Wire(client) as wire:
+                await wire.send(get("/nix-cache-info"))
+                expected = (await wire.answer())[2]
+                for item in (ITEM, large, absent):
+                    for target in (f"/{item.hash}.narinfo", f"/{item.info.url}"):
+                        heads = []
+                        for more in ([], ["X-Odd: 1"]):
+                            await wire.send(get(target, *more).replace(b"GET", b"HEAD", 1))
+                            head = await wire.reader.readuntil(b"\r\n\r\n")
+                            heads.append((head[:12], fields(head)))
+                            await wire.send(get("/nix-cache-info"))
+                            assert (await wire.answer())[2] == expected
+                        assert heads[0] == heads[1], target
+                        assert heads[0][0][-3:] == (b"404" if item == absent else b"200")
+
+
 async def test_what_comes_behind_a_miss_waits_for_it(tmp_path: Path, upstream: FakeCache) -> None:
     others = [entry(f"other{n}").signed(UPSTREAM) for n in range(3)]
     upstream.add(ITEM, *others)

@@ -1,7 +1,7 @@
 """The hot path: a whole, plain GET on an idle connection is answered from memory.
 
 It recognises the request in the raw bytes: `GET <target> HTTP/1.1` and a block of harmless
-headers, nothing before, nothing behind. What such a request asks for and is not in memory, `misses`
+headers, nothing before, nothing behind. What such a request, or a HEAD, asks for and is not in memory, `misses`
 finds. Anything else goes to aiohttp unchanged. It also keeps the deadline for a request's head and
 the bound on its size, and the bounds on connections, for all of them.
 """
@@ -25,7 +25,8 @@ from narseal.pipeline.caches import HotMap
 from narseal.server.misses import Miss, Misses
 from narseal.server.tally import Tally
 
-_BEGIN = b"GET /"
+_GET = b"GET /"
+_HEAD = b"HEAD /"
 _VERSION = b" HTTP/1.1\r\n"
 _END = b"\r\n\r\n"
 _MAX_TARGET = 100
@@ -232,10 +233,14 @@ class HotProtocol(RequestHandler):
             self._turn_away()
             return
         start = perf_counter()
-        if data.startswith(_BEGIN) and (self._eligible or self._is_eligible()):
-            stop = data.find(b" ", 4, _MAX_TARGET)
+        looks = False
+        if (data.startswith(_GET) or (looks := data.startswith(_HEAD))) and (
+            self._eligible or self._is_eligible()
+        ):
+            begin = 5 if looks else 4
+            stop = data.find(b" ", begin, _MAX_TARGET)
             server = self._server
-            answer = server.hot.get(data[4:stop])
+            answer = None if looks else server.hot.get(data[4:stop])
             head = data[stop:]
             # a block of headers that is known to be harmless is also known to be whole
             if head in server.harmless or self._is_harmless(head):
@@ -245,7 +250,9 @@ class HotProtocol(RequestHandler):
                     self._next_keepalive_close_time = server.keepalive_until
                     server.tally.hit(answer, data[4:stop], perf_counter() - start)
                     return
-                if server.misses and (miss := server.misses.of(data[4:stop], start)):
+                if server.misses and (
+                    miss := server.misses.of(data[begin:stop], start, only_looks=looks)
+                ):
                     self.waits_since = _NEVER
                     self._miss = self._loop.create_task(self._answer(server.misses, miss, data))
                     return

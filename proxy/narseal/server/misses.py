@@ -16,6 +16,7 @@ from aiohttp import web
 from narseal.errors import NarsealError
 from narseal.nix.base32 import CHARS
 from narseal.nix.compression import COMPRESSIONS
+from narseal.pipeline.caches import Hot
 from narseal.runtime.slots import asker
 from narseal.server.failure import failure, fault
 from narseal.server.hot_answers import HotAnswers
@@ -39,6 +40,8 @@ class Miss:
     target: bytes
     #: When it came (perf_counter).
     start: float
+    #: It is a HEAD.
+    only_looks: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +60,14 @@ class Misses:
         self._tally = tally
 
     @staticmethod
-    def of(target: bytes, start: float) -> Miss | None:
-        """What a request's target asks for; None if it is nothing of this kind."""
+    def of(target: bytes, start: float, *, only_looks: bool) -> Miss | None:
+        """What the target of a GET or HEAD asks for; None if it is nothing of this kind."""
         found = _TARGET.fullmatch(target)
         if found is None:
             return None
         narinfo, nar = found.groups()
         route, key = ("narinfo", narinfo) if narinfo else ("nar", nar)
-        return Miss(route, key.decode("ascii"), target, start)
+        return Miss(route, key.decode("ascii"), target, start, only_looks)
 
     async def answer(self, miss: Miss, address: str) -> Answer | None:
         """The answer to a client's request; None: only aiohttp's handlers can give one.
@@ -84,19 +87,32 @@ class Misses:
         return answer
 
     async def _found(self, miss: Miss, name: str) -> Answer | None:
+        looks = miss.only_looks
+        found: Hot | None
         try:
             if miss.route == "narinfo":
-                return Answer(200, (await self._answers.narinfo(miss.key)).rest)
-            found = await self._answers.small_nar(miss.key)
-            return Answer(200, found.rest) if found else None
+                found = await self._answers.narinfo(miss.key, only_looks=looks)
+            else:
+                found = await self._answers.small_nar(miss.key, only_looks=looks)
+            answer = Answer(200, found.rest) if found else None
         except NarsealError as error:
-            return _rendered(failure(error), name)
+            answer = _rendered(failure(error), name)
         except Exception:
-            return _rendered(fault(f"GET {miss.target.decode('ascii')}"), name)
+            answer = _rendered(fault(f"{_method(miss)} {miss.target.decode('ascii')}"), name)
+        if answer and looks:
+            head, end, _ = answer.rest.partition(b"\r\n\r\n")
+            answer = Answer(answer.status, head + end)
+        return answer
 
     def _count(self, miss: Miss, status: int) -> None:
         seconds = perf_counter() - miss.start
-        self._tally.answered(miss.route, "GET", miss.target.decode("ascii"), status, seconds)
+        self._tally.answered(
+            miss.route, _method(miss), miss.target.decode("ascii"), status, seconds
+        )
+
+
+def _method(miss: Miss) -> str:
+    return "HEAD" if miss.only_looks else "GET"
 
 
 def _rendered(response: web.Response, name: str) -> Answer:

@@ -47,7 +47,7 @@ class Nars:
                 return known
             record = await self._index.nar(file)
             if record is None:
-                raise NotFound(f"no narinfo that was served names nar/{file}")
+                raise _unnamed(file)
             if (stored := await self._stored(record)) is not None:
                 return stored
             if not self._services.upstreams:
@@ -61,15 +61,15 @@ class Nars:
         Raises as `get` does.
         """
         self._index.presence.check()
-        if not self._services.upstreams:
-            return None
         await self.check(file)
         if (waiting := self._small.waiting(file)) is not None:
             return waiting
         if file in self._known or self._fetcher.is_running(file):
             return None
         record = await self._index.nar(file)
-        if record is None or record.stored or not is_small(record):
+        if record is None:
+            raise _unnamed(file)
+        if record.stored or not is_small(record) or not self._services.upstreams:
             return None
         mark = self._services.epoch.read()
         found = await self._index.path_of(file)
@@ -148,3 +148,7 @@ class Nars:
             self._known.clear()
         self._known[record.file] = record
         return stored
+
+
+def _unnamed(file: str) -> NotFound:
+    return NotFound(f"no narinfo that was served names nar/{file}")
