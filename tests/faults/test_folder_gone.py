@@ -45,6 +45,13 @@ def mount_another(folder: Path) -> None:
     (folder / ".narseal/identity").write_text("another\n")
 
 
+def mount_a_copy(folder: Path) -> None:
+    """One with the same files, which bears no mark: both would be written from now on."""
+    folder.rename(folder.with_name("volume"))
+    shutil.copytree(folder.with_name("volume"), folder)
+    (folder / ".narseal/identity").unlink()
+
+
 def mount(folder: Path) -> None:
     """The right one again."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -83,7 +90,7 @@ def assert_nothing_was_struck(folder: Path) -> None:
     assert not list((folder / "storage/.narseal/quarantine").iterdir())
 
 
-@DAMAGE
+@pytest.mark.parametrize("damage", [unmount, lose, mount_another, mount_a_copy])
 def test_no_start_on_a_folder_that_is_not_the_indexs(
     damage: Callable[[Path], None], tmp_path: Path
 ) -> None:

@@ -233,6 +233,10 @@ async def test_side_files_stay_within_the_scope(tmp_path: Path) -> None:
         assert (await client.get(log))[1] == b"built"
         assert (await stranger.put(f"{owned.hash}.ls", squat))[0] == 403
         assert (await stranger.put(debug, pointer(owned, "b" * 40)))[0] == 403
+        bare = entry("bare-1.0", compression="zstd")
+        assert (await stranger.put(f"{bare.hash}.ls", squat))[0] == 201
+        assert (await owner.path(bare))[0] == 201
+        assert (await client.get(f"{bare.hash}.ls"))[0] == 404
 
 
 async def test_a_path_is_asked_for_by_its_whole_name(tmp_path: Path) -> None:

@@ -232,8 +232,7 @@ def _check_not_revoked(record: PathRecord | RealisationRecord, revoked: frozense
 def _is_same(bound: NarRecord, nar: NarRecord) -> bool:
     """Whether a name already stands for a stored NAR."""
     return (
-        bound.stored
-        and bound.published_as is None
+        bound.stored  # which another name of the same bytes never is
         and (bound.nar_hash, bound.nar_size, bound.compression, bound.file_hash)
         == (nar.nar_hash, nar.nar_size, nar.compression, nar.file_hash)
     )
