@@ -120,6 +120,8 @@ def test_killed_in_the_middle_of_uploads(tmp_path: Path) -> None:
     with narseal_process(tmp_path, upload=settings) as proxy:
         asyncio.run(_until_nothing_is_wrong(tmp_path))
         asyncio.run(bring(proxy, [], 0))
+    with narseal_process(tmp_path, upload=settings):
+        asyncio.run(_until_nothing_is_wrong(tmp_path))
     assert check(tmp_path) == []
     stored = {path.name for path in (tmp_path / "storage").glob("*.narinfo")}
     assert stored == {f"{item.hash}.narinfo" for item in items}

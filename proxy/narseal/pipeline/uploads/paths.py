@@ -56,7 +56,10 @@ Identify = Callable[[], Awaitable[Token]]
 
 _log = logging.getLogger(__name__)
 _TRIES = 4
-_AT_ONCE = 256 << 10  # bytes of a NAR file that are written when all of them are there
+#: Bytes of a NAR file that is written when all of it is there, and what part it is of all uploads at most: of a
+#: larger one it is said at once that there is no room.
+_AT_ONCE = 256 << 10
+_PARTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ class Uploads:
         """
         run = self._threads.run
         local = self._folder.local
-        if size is not None and size <= _AT_ONCE:
+        if size is not None and size <= min(_AT_ONCE, self._upload.quarantine_size // _PARTS):
             body = b"".join([chunk async for chunk in in_turns(chunks)])
             await run(keep_whole, local, self._upload, file, size, body)
             return
