@@ -514,7 +514,7 @@ async def test_changed_rules_at_each_wait_of_a_publication(
                 await old.everything.narinfo(item.hash)
 
                 async def reload() -> None:
-                    old.begin_to_retire()
+                    old.give_way()
                     await new.repair.look_after_all()
 
                 gate.action = reload

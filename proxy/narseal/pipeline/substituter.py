@@ -151,14 +151,13 @@ class Substituter:
         if failure:
             raise failure
 
-    def begin_to_retire(self) -> None:
-        """Other rules are in force: what is published from now on is left to them to show."""
+    def give_way(self) -> None:
+        """Other rules are in force: what is published from now on is left to those who have them to show."""
         self._publisher.retired = True
-        self.everything.stop_bringing()
 
     async def retire(self) -> None:
-        """Do nothing any more of its own accord; what is asked is answered on."""
-        self.begin_to_retire()
+        """Do nothing any more of its own accord; what is asked is answered on, and kept."""
+        self.everything.stop_bringing()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)

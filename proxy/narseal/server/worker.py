@@ -80,6 +80,8 @@ async def work(
         ready()
         await stop.asked.wait()
         handlers.draining = True
+        if not stop.soon.is_set():  # else nobody comes after this one
+            substituter.give_way()
         await substituter.retire()
         await runner.drain(stop.soon)
         await runner.cleanup()
