@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import statistics
 import tempfile
 import time
@@ -22,6 +23,7 @@ from narseal.custody.file import FileKey
 from narseal.custody.operator import Custodian
 from narseal.custody.pkcs11 import Pkcs11Key
 from narseal.custody.requests import PathRequest
+from narseal.nix.keys import Signature
 from tests.bench.table import Row
 from tests.tools.cache import Entry, entry, write_cache
 from tests.tools.narseal import OPERATOR, UPSTREAM, narseal_process
@@ -29,6 +31,7 @@ from tests.tools.signer import SoftHsm, signer
 
 _SIGNATURES = 4000
 _ON_THEIR_WAY = 512
+_GROUP = 64
 _ROUNDS = 3
 _COLD = 600
 
@@ -70,15 +73,66 @@ def _signing(items: list[Entry], urls: dict[str, str]) -> list[Row]:
         "agent": AgentKey,
         "SoftHSM": Pkcs11Key,
     }
-    rows = []
+    least = _least(items, urls["file"])
+    rows = [
+        Row("signatures a second by two processes that verify, write down, sign and verify,"
+            " and nothing else, against pynacl",
+            f"{least:,.0f}/s", f"{pynacl:,.0f}/s", least / pynacl, "")
+    ]  # fmt: skip
     for name, url in urls.items():
         rate = uvloop.run(_rate(open_[name](url), requests))
-        aim = "≥ 0.3" if name == "agent" else ""
+        aim = "≥ 0.25" if name == "agent" else ""
         rows.append(
             Row(f"signatures a second, {name}, {_ON_THEIR_WAY} on their way, against pynacl",
                 f"{rate:,.0f}/s", f"{pynacl:,.0f}/s", rate / pynacl, aim)
         )  # fmt: skip
     return rows
+
+
+def _least(items: list[Entry], url: str) -> float:
+    """What no signer can do without: two verifications and a signature each, and a line in a file.
+
+    The messages are there, and nothing is parsed or rendered: groups of 64 go to and fro as they are.
+    """
+    key = FileKey.load(url)
+    messages = [item.info.fingerprint() for item in items]
+    theirs = [item.info.signatures[0] for item in items]
+    groups = [slice(at, at + _GROUP) for at in range(0, len(items), _GROUP)]
+    ours, signers = socket.socketpair()
+    rates = []
+    for _ in range(_ROUNDS):
+        if not (pid := os.fork()):
+            try:
+                _sign(signers, key, [(messages[group], theirs[group]) for group in groups])
+            finally:
+                os._exit(0)
+        start = time.perf_counter()
+        ours.sendall(bytes(min(len(groups), _ON_THEIR_WAY // _GROUP)))
+        for number, group in enumerate(groups):
+            wanted = messages[group]
+            data = ours.recv(64 * len(wanted), socket.MSG_WAITALL)
+            if number + _ON_THEIR_WAY // _GROUP < len(groups):
+                ours.sendall(b"\0")
+            for at, message in enumerate(wanted):
+                signature = Signature(key.public.name, data[64 * at : 64 * at + 64])
+                assert key.public.verifies(message, signature)
+        rates.append(len(items) / (time.perf_counter() - start))
+        os.waitpid(pid, 0)
+    return statistics.median(rates)
+
+
+def _sign(
+    sock: socket.socket, key: FileKey, groups: list[tuple[list[bytes], list[Signature]]]
+) -> None:
+    with tempfile.TemporaryFile() as log:
+        for messages, evidence in groups:
+            sock.recv(1)  # one byte for each group that may be on its way
+            for message, signature in zip(messages, evidence, strict=True):
+                assert UPSTREAM.public.verifies(message, signature)
+            log.write(b"".join(messages))
+            log.flush()
+            os.fsync(log.fileno())
+            sock.sendall(b"".join([key.sign_message(message).data for message in messages]))
 
 
 async def _rate(key: Custodian, requests: list[PathRequest]) -> float:

@@ -58,6 +58,11 @@ SIGNER = (
     frame(kind="realisation", key="operator-1", name=f"realisations/{_OLD.id}.doi",
           body=_OLD.render().decode()),
     frame(kind="keys"),
+    wire.encode_several(
+        [{"id": 1, "kind": "keys"},
+         {"id": 2, "kind": "path", "key": "operator-1", "file": None,
+          "narinfo": ITEM.info.render(whole=False).decode()}]
+    ),
 )  # fmt: skip
 BUNDLES = (_SIGNER.sign_digest(bytes(32)), _SIGNER.sign_statement(_STATEMENT))
 STATEMENTS = (_STATEMENT,)

@@ -83,9 +83,9 @@ class ToSigner:
 
 def _signed_well(data: bytes, answers: bytes) -> bool:
     """Whether each signature is of a narinfo that was asked for, as the upstream signed it."""
-    frames = wire.Frames()
-    for frame in frames.feed(answers):
-        tree = json.loads(frame)
+    trees = (tree for body in wire.Frames().feed(answers) for tree in wire.decode_each(body))
+    for tree in trees:
+        assert isinstance(tree, dict)
         signature = str(tree.get("signature", ""))
         if not signature:
             continue

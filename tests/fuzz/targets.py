@@ -137,12 +137,14 @@ def _statement(data: bytes) -> None:
 
 def _signer_frames(data: bytes) -> None:
     """Torn anywhere, the frames are the same."""
-    whole = wire.Frames().feed(data)
+    whole = list(wire.Frames().feed(data))
     torn = wire.Frames()
     assert [frame for byte in data for frame in torn.feed(bytes([byte]))] == whole
     for frame in whole:
         with suppress(Malformed):
-            requests.parse(wire.decode(frame), store_dir="/nix/store")
+            for tree in wire.decode_each(frame):
+                if isinstance(tree, dict):
+                    requests.parse(tree, store_dir="/nix/store")
 
 
 def _range(data: bytes) -> None:

@@ -256,6 +256,29 @@ def forged(name: str, count: int) -> list[Signature]:
     return [Signature(name, bytes([n + 1]) * 64) for n in range(count)]
 
 
+def test_a_signature_has_its_length_and_a_key_has_its() -> None:
+    """libsodium takes both as one text: where one ends and the other begins is ours to know."""
+    message = b"1;/nix/store/a message"
+    good = KEY.sign(message)
+    assert KEY.public.verifies(message, good)
+    assert not KEY.public.verifies(message[1:], replace(good, data=good.data + message[:1]))
+    assert not KEY.public.verifies(good.data[-1:] + message, replace(good, data=good.data[:-1]))
+    assert not KEY.public.verifies(good.data + message, replace(good, data=b""))
+    assert not KEY.public.verifies(message, replace(good, data=bytes(64)))
+    assert not KEY.public.verifies(b"", good)
+    assert not replace(KEY.public, data=KEY.public.data[:-1]).verifies(message, good)
+    assert not replace(KEY.public, data=KEY.public.data + b"x").verifies(message, good)
+
+
+def test_a_narinfo_that_is_not_whole_has_all_that_is_evidence() -> None:
+    ca = ContentAddress(Method.NAR, Hash.sha256(b"x"))
+    item = ITEM.but(references=(A,), ca=ca, deriver=B, extra=(("System", "x"),))
+    info = item.signed(KEY, OTHER).info
+    part = NarInfo.parse(info.render(whole=False))
+    assert part == replace(info, file_hash=None, file_size=None, deriver=None, extra=())
+    assert part.ca and part.fingerprint() == info.fingerprint()
+
+
 def test_a_ring_knows_keys_by_name_and_by_bytes() -> None:
     namesake = key("impostor")
     false = replace(namesake.sign(MESSAGE), key_name=KEY.name)

@@ -9,20 +9,32 @@ import itertools
 import socket
 import threading
 import time
-from typing import Any, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 from urllib.parse import parse_qs, unquote
 
 from narseal.cosign.keys import CosignPublicKey
 from narseal.cosign.statement import AuditHead
 from narseal.custody import wire
 from narseal.custody.requests import Request
-from narseal.errors import ConfigError, Malformed, MalformedKey, Refused, Unavailable
+from narseal.errors import (
+    ConfigError,
+    Malformed,
+    MalformedKey,
+    NarsealError,
+    Refused,
+    Unavailable,
+)
 from narseal.nix.keys import PublicKey, Signature
 
 _ANSWER = 30.0  # seconds for one signature, its evidence and its audit record included
 _RECONNECT = 2.0  # seconds that a signer may be away before requests fail
 _PAUSE = 0.02
 _CONNECT = 5.0
+_FEW = 16  # signatures that are verified on the loop, for which it stands still less than 1 ms
+
+T = TypeVar("T")
 
 
 class AgentKey:
@@ -38,28 +50,33 @@ class AgentKey:
             raise ConfigError(f"{url}: {error}") from error
 
     async def sign(self, request: Request) -> Signature:
-        """The signer's signature, verified; Refused if it will not, Unavailable if it is away."""
-        answer = await self._line.ask(request.render() | {"key": self.public.name})
-        signature = Signature(self.public.name, _signature(answer))
-        if not self.public.verifies(request.message, signature):
-            raise Unavailable("the signer's signature is not by the key that it named at the start")
-        return signature
+        """The signer's signature, verified; Refused if it will not, Unavailable if it is away.
+
+        It is held to the public half that was read at the start, once: whoever listens at the path
+        by now, and whichever request the answer was meant for, what comes back is by that key and
+        over this message, or it goes nowhere. The evidence is not looked at again.
+        """
+        message, public = request.message, self.public
+
+        def read(answer: dict[str, Any]) -> Signature:
+            signature = Signature(public.name, _signature(answer))
+            if not public.verifies(message, signature):
+                raise Unavailable(
+                    f"the signer's signature is not by the key {public.name} that it had when narseal"
+                    " started: if its key was changed, restart narseal"
+                )
+            return signature
+
+        return await self._line.ask(request.render() | {"key": public.name}, read)
 
     async def head(self) -> AuditHead | None:
         """Where the signer's audit log stands; None while it is empty."""
-        answer = await self._line.ask({"kind": "head"})
-        try:
-            lines, text = answer["lines"], answer["hash"]
-            return AuditHead(int(lines), bytes.fromhex(text)) if lines else None
-        except (KeyError, TypeError, ValueError) as error:
-            raise Unavailable(f"the signer's answer cannot be read: {error!r}") from error
+        return await self._line.ask({"kind": "head"}, _head)
 
     async def note(self, kind: str, name: str, reason: str) -> None:
         """Have a revocation written down."""
         tree = {"kind": "revocation", "of": kind, "name": name, "reason": reason}
-        answer = await self._line.ask(tree | {"key": self.public.name})
-        if "noted" not in answer:
-            _signature(answer)
+        await self._line.ask(tree | {"key": self.public.name}, _noted)
 
     def close(self) -> None:
         """Let go of the line."""
@@ -111,16 +128,15 @@ class _Line:
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
 
-    async def ask(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """The answer; what was on its way when the signer went is asked again when it is back."""
+    async def ask(self, tree: dict[str, Any], read: Callable[[dict[str, Any]], T]) -> T:
+        """What the answer is read as; what was on its way when the signer went is asked again."""
         until = time.monotonic() + _RECONNECT
         while True:
             try:
                 connection = self._connection
                 if connection is None or connection.is_closed:
                     connection = await self._connect()
-                async with asyncio.timeout(_ANSWER):
-                    return await connection.ask(tree)
+                return await connection.ask(tree, read)
             except TimeoutError as error:
                 raise Unavailable(f"the signer at {self._path} does not answer") from error
             except OSError as error:
@@ -142,51 +158,94 @@ class _Line:
             return self._connection
 
 
+@dataclass(slots=True)
+class _Waiting(Generic[T]):
+    """A request whose answer has not come."""
+
+    future: asyncio.Future[T]
+    #: What an answer means; raises NarsealError if it is none that was asked for. Pure, so that any
+    #: thread may call it.
+    read: Callable[[dict[str, Any]], T]
+    #: By the loop's clock: later it is not waited for.
+    until: float
+
+    def settle(self, outcome: T | Exception) -> None:
+        if self.future.done():
+            return
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
+
 class _Connection(asyncio.Protocol):
     """Answers find their requests by number; what is asked in one turn of the loop goes at once."""
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._waiting: dict[int, _Waiting[Any]] = {}
         self._frames = wire.Frames()
-        self._unsent: list[bytes] = []
+        self._unsent: list[dict[str, Any]] = []
+        self._most = 1  # requests in a frame, until the signer says that it takes more
         self._transport: asyncio.Transport | None = None
+        self._reading: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.TimerHandle | None = None
+        self._why = "the line was closed"
         self.is_closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop has its own
+        self._transport.write(wire.encode({"id": 0, "kind": "keys"}))
 
     def data_received(self, data: bytes) -> None:
+        group: list[tuple[_Waiting[Any], dict[str, Any]]] = []
         try:
             for body in self._frames.feed(data):
-                tree = wire.decode(body)
-                future = self._waiting.get(tree.get("id", 0))
-                if future and not future.done():
-                    future.set_result(tree)
-        except Malformed:
+                for tree in wire.decode_each(body):
+                    if isinstance(tree, Malformed):
+                        raise tree
+                    if tree.get("id") is None:
+                        raise Malformed(f"the signer cannot read this narseal: {tree}"[:500])
+                    number = wire.number_of(tree)
+                    if number == 0:
+                        self._most = _most(tree)
+                    elif waiting := self._waiting.pop(number, None):
+                        group.append((waiting, tree))
+        except Malformed as error:
+            self._why = str(error)
             self.close()
+        if len(group) <= _FEW:
+            _settle(group, _read_all(group))
+        else:
+            task = asyncio.get_running_loop().create_task(self._read(group))
+            self._reading.add(task)
+            task.add_done_callback(self._reading.discard)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_closed = True
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(ConnectionError("the line was closed"))
+        if self._watch:
+            self._watch.cancel()
+        for waiting in self._waiting.values():
+            waiting.settle(ConnectionError(self._why))
 
-    async def ask(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """The answer; ConnectionError if the line ends before."""
+    async def ask(self, tree: dict[str, Any], read: Callable[[dict[str, Any]], T]) -> T:
+        """What the answer is read as; ConnectionError if the line ends before, TimeoutError if none comes."""
         if self.is_closed:
-            raise ConnectionError("the line was closed")
+            raise ConnectionError(self._why)
         loop = asyncio.get_running_loop()
         number = next(self._ids)
-        future = self._waiting[number] = loop.create_future()
+        future: asyncio.Future[T] = loop.create_future()
+        self._waiting[number] = _Waiting(future, read, loop.time() + _ANSWER)
+        if self._watch is None:
+            self._watch = loop.call_later(_ANSWER, self._look)
         try:
             if not self._unsent:
                 loop.call_soon(self._send)
-            self._unsent.append(wire.encode(tree | {"id": number}))
-            answer: dict[str, Any] = await future
-            return answer
+            tree["id"] = number
+            self._unsent.append(tree)
+            return await future
         finally:
-            del self._waiting[number]
+            self._waiting.pop(number, None)
 
     def close(self) -> None:
         """End the line."""
@@ -195,9 +254,44 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
 
     def _send(self) -> None:
-        data, self._unsent = b"".join(self._unsent), []
+        trees, self._unsent = self._unsent, []
         if self._transport and not self.is_closed:
-            self._transport.write(data)
+            self._transport.write(wire.encode_several(trees, most=self._most))
+
+    def _look(self) -> None:
+        """One clock for all that wait, of which the first waits longest."""
+        loop = asyncio.get_running_loop()
+        self._watch = None
+        for waiting in self._waiting.values():
+            if waiting.until > loop.time():
+                self._watch = loop.call_at(waiting.until, self._look)
+                break
+            waiting.settle(TimeoutError())
+
+    async def _read(self, group: list[tuple[_Waiting[Any], dict[str, Any]]]) -> None:
+        """Verify the signatures of a group beside the loop, which would stand still for them."""
+        _settle(group, await asyncio.to_thread(_read_all, group))
+
+
+def _most(tree: dict[str, Any]) -> int:
+    """How many requests a frame may have, as a signer's keys say; those of before know of one."""
+    most = tree.get("several")
+    return min(most, wire.MAX_SEVERAL) if type(most) is int and most > 0 else 1
+
+
+def _read_all(group: list[tuple[_Waiting[Any], dict[str, Any]]]) -> list[Any]:
+    outcomes: list[Any] = []
+    for waiting, tree in group:
+        try:
+            outcomes.append(waiting.read(tree))
+        except NarsealError as error:  # its asker's
+            outcomes.append(error)
+    return outcomes
+
+
+def _settle(group: list[tuple[_Waiting[Any], dict[str, Any]]], outcomes: list[Any]) -> None:
+    for (waiting, _), outcome in zip(group, outcomes, strict=True):
+        waiting.settle(outcome)
 
 
 def parse_url(url: str) -> tuple[str, str | None]:
@@ -248,6 +342,19 @@ def _connect(path: str) -> socket.socket:
         else:
             sock.settimeout(_ANSWER)
             return sock
+
+
+def _head(answer: dict[str, Any]) -> AuditHead | None:
+    try:
+        lines, text = answer["lines"], answer["hash"]
+        return AuditHead(int(lines), bytes.fromhex(text)) if lines else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise Unavailable(f"the signer's answer cannot be read: {error!r}") from error
+
+
+def _noted(answer: dict[str, Any]) -> None:
+    if "noted" not in answer:
+        _signature(answer)
 
 
 def _signature(answer: dict[str, Any]) -> bytes:

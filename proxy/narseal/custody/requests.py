@@ -25,8 +25,9 @@ class PathRequest:
         return self.info.fingerprint()
 
     def render(self) -> dict[str, Any]:
-        """As it goes to a signer."""
-        return {"kind": "path", "narinfo": self.info.render().decode("ascii"), "file": self.file}
+        """As it goes to a signer, which wants what it signs and its evidence, and nothing else."""
+        text = self.info.render(whole=False).decode("ascii")
+        return {"kind": "path", "narinfo": text, "file": self.file}
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,26 +105,31 @@ class NarInfo:
         """The same path with these signatures instead."""
         return self if signatures == self.signatures else replace(self, signatures=signatures)
 
-    def render(self) -> bytes:
-        """The text, fields in the order in which Nix writes them."""
+    def render(self, *, whole: bool = True) -> bytes:
+        """The text, fields in the order in which Nix writes them.
+
+        If not `whole`, without what may be left out and speaks of the file alone, or of nothing that
+        a signature or a content address covers.
+        """
         lines = [
             f"StorePath: {self.store_path.full(self.store_dir)}",
             f"URL: {self.url}",
             f"Compression: {self.compression}",
         ]
-        if self.file_hash:
+        if whole and self.file_hash:
             lines.append(f"FileHash: {self.file_hash}")
-        if self.file_size is not None:
+        if whole and self.file_size is not None:
             lines.append(f"FileSize: {self.file_size}")
         lines.append(f"NarHash: {self.nar_hash}")
         lines.append(f"NarSize: {self.nar_size}")
         lines.append(f"References: {self.references.text}")
-        if self.deriver:
+        if whole and self.deriver:
             lines.append(f"Deriver: {self.deriver}")
         lines.extend(f"Sig: {signature}" for signature in sorted(self.signatures))
         if self.ca:
             lines.append(f"CA: {self.ca}")
-        lines.extend(f"{name}: {value}" for name, value in self.extra)
+        if whole:
+            lines.extend(f"{name}: {value}" for name, value in self.extra)
         return "\n".join([*lines, ""]).encode("ascii")
 
 

@@ -29,6 +29,7 @@ _CHECKPOINT = "checkpoint"
 _MAX_LINE = 64 << 10
 _TAIL = 128 << 10
 _HEADS = 64
+_render = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class AuditLog:
@@ -58,10 +59,10 @@ class AuditLog:
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Add a line for each record and return when they are on disk. OSError if they are not."""
         lines = bytearray()
-        count, last = self.count, self._last
+        count, last, time = self.count, self._last, _now()
         for record in records:
             count += 1
-            line = _line(count, last, record)
+            line = _line(count, last, time, record)
             last = hashlib.sha256(line).hexdigest()
             lines += line + b"\n"
         before = os.fstat(self._log).st_size
@@ -242,11 +243,12 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) and line.endswith(b"\n") else None
 
 
-def _line(number: int, last: str, record: dict[str, Any]) -> bytes:
-    time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return json.dumps(
-        {"n": number, "prev": last, "time": time, **record}, separators=(",", ":")
-    ).encode()
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _line(number: int, last: str, time: str, record: dict[str, Any]) -> bytes:
+    return _render({"n": number, "prev": last, "time": time, **record}).encode()
 
 
 def _checkpoint_text(number: int, last: str) -> bytes:

@@ -1,7 +1,7 @@
 """What the signer decides: which requests are signed. It trusts nothing that the proxy says.
 
 It rebuilds the text from typed values, looks for evidence itself, and writes each signature down
-before it leaves. ThreadPools, but for its queue; the socket is `server/signer.py`.
+before it leaves. It blocks; the socket is `signer/server.py`'s.
 """
 
 from __future__ import annotations
@@ -115,19 +115,20 @@ class SigningRules:
         if not isinstance(name, str) or name not in self._keys:
             raise Refused("signer-refused", f"there is no substituter key {str(name)[:60]!r}")
         request = requests.parse(tree, store_dir=self._config.store_dir)
+        message = request.message
         if isinstance(request, PathRequest):
-            evidence, needs_hash = self._evidence_of_path(request)
+            evidence, needs_hash = self._evidence_of_path(request, message)
             info = request.info
             what = {
                 "subject": f"{info.store_dir}/{info.store_path}",
                 "digest": f"sha256:{info.nar_hash.digest.hex()}",
             }
         else:
-            evidence, needs_hash = self._evidence_of_realisation(request), False
+            evidence, needs_hash = self._evidence_of_realisation(request, message), False
             what = {"subject": request.name, "digest": str(request.entry.out_path)}
         record: dict[str, Any] = {"kind": kind, **what, "key": name, "evidence": evidence}
         record |= _of(peer)
-        approved = Approved(number_of(tree), name, record, request.message, str(kind))
+        approved = Approved(number_of(tree), name, record, message, str(kind))
         if needs_hash and isinstance(request, PathRequest):
             return ToHash(request.info, request.file, approved)
         return approved
@@ -216,12 +217,12 @@ class SigningRules:
         record |= {"key": name, "evidence": "form", **_of(peer)}
         return Approved(number_of(tree), name, record, message, kind)
 
-    def _evidence_of_path(self, request: PathRequest) -> tuple[str, bool]:
+    def _evidence_of_path(self, request: PathRequest, message: bytes) -> tuple[str, bool]:
         """What speaks for it, and whether its file must be hashed for that."""
         info = request.info
         if info.nar_size > _MAX_NAR:
             raise Refused("too-large", f"a NAR of {info.nar_size} bytes")
-        if signer := self._trusted.signer(info.fingerprint(), info.signatures):
+        if signer := self._trusted.signer(message, info.signatures):
             return f"signature {signer}", False
         check_content_address(info)
         named = matches(info.store_path.name, self._config.content)
@@ -256,9 +257,9 @@ class SigningRules:
             )
         return waiting.approved
 
-    def _evidence_of_realisation(self, request: RealisationRequest) -> str:
+    def _evidence_of_realisation(self, request: RealisationRequest, message: bytes) -> str:
         entry = request.entry
-        if signer := self._trusted.signer(request.message, entry.signatures):
+        if signer := self._trusted.signer(message, entry.signatures):
             return f"signature {signer}"
         names = [entry.out_path.name]
         if isinstance(entry, BuildTraceEntry):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from tests.tools.cache import COMPRESS, Entry, entry, key
 from tests.tools.narseal import OPERATOR, UPSTREAM, narseal
 from tests.tools.signer import Signer, signer
 from tests.tools.upstream import FakeCache
+from tests.tools.waiting import PATIENCE
 
 pytestmark = pytest.mark.real
 
@@ -65,6 +68,14 @@ class Line:
             assert portion, "the signer hung up"
             data += portion
         return data
+
+    def each_of(self, count: int) -> list[dict[str, Any]]:
+        """So many answers, in frames of any number."""
+        found: list[Any] = []
+        while len(found) < count:
+            found += wire.decode_each(self._exactly(int.from_bytes(self._exactly(4), "big")))
+        assert len(found) == count
+        return found
 
 
 def path(item: Entry, number: object = 7, **more: Any) -> dict[str, Any]:
@@ -211,3 +222,134 @@ async def test_beyond_the_rate_narseal_says_come_again_and_remembers_nothing(
             for item, _ in late:
                 info = await client.narinfo(item.hash)
                 assert any(s.key_name == OPERATOR.name for s in info.signatures)
+
+
+def several(*requests: object) -> bytes:
+    return json.dumps(requests).encode()
+
+
+def test_requests_of_a_frame_are_answered_each(running: Signer) -> None:
+    """Bad ones among them are refused one by one, and the good ones are signed and written down."""
+    good = [entry(f"several-{n}", b"%d" % n).signed(UPSTREAM) for n in range(20)]
+    bad: list[object] = [
+        path(ITEM, 101, narinfo="rubbish"), path(entry("unsigned"), 102), path(ITEM, 103, key="x"),
+        path(ITEM, 104, file=["a"]), path(ITEM, 105, narinfo="StorePath: \ud800"),
+        {"id": 106}, {"id": 107, "kind": "raw", "message": "x"},
+    ]  # fmt: skip
+    nameless: list[object] = [7, None, "x", [path(ITEM, 8)], {}, path(ITEM, "9"), path(ITEM, -1)]
+    requests = [path(item, n) for n, item in enumerate(good)]
+    mixed = [each for trio in zip(requests, [*bad, *nameless, *bad], strict=False) for each in trio]
+    line = Line(running)
+    line.send(several(*mixed, {"id": 200, "kind": "keys"}))
+    answers = line.each_of(len(mixed) + 1)
+    by_id = {tree["id"]: tree for tree in answers}
+    for n, item in enumerate(good):
+        signature = Signature(OPERATOR.name, base64.b64decode(by_id[n]["signature"]))
+        assert OPERATOR.public.verifies(item.info.fingerprint(), signature)
+    assert by_id[200]["keys"]
+    assert all("refused" in by_id[number] for number in range(101, 108))
+    assert sum(tree["id"] is None and "refused" in tree for tree in answers) == len(nameless)
+    subjects = [json.loads(text).get("subject") for text in running.log.read_text().splitlines()]
+    for item in good:
+        assert subjects.count(f"/nix/store/{item.info.store_path}") == 1
+    line.socket.close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[]",
+        b"[" + b",".join([json.dumps(path(ITEM, 1)).encode()] * (wire.MAX_SEVERAL + 1)) + b"]",
+        several(path(ITEM, 1), {"id": 2, "kind": "x" * wire.MAX_SEVERAL_BYTES}),
+        b"[" + json.dumps(path(ITEM, 1)).encode(),
+        b"[" + json.dumps(path(ITEM, 1)).encode() + b",]",
+        several(path(ITEM, 1)) + b"]",
+        b"[" * 50_000 + b"]" * 50_000,
+        b" \r\n\t[" + NESTED + b"]",
+        b'[{"kind":"keys","id":1,"id":1}]',
+        b"[NaN]",
+    ],
+    ids=lambda body: body[:20].decode() + f"({len(body)})",
+)
+def test_a_frame_of_too_many_or_too_much_is_refused_once(body: bytes, running: Signer) -> None:
+    before = running.log.read_bytes() if running.log.exists() else b""
+    line = Line(running)
+    line.send(body)
+    [answer] = line.each_of(1)
+    assert answer["id"] is None and answer["reason"] == "malformed", answer
+    line.send(json.dumps({"kind": "keys", "id": 2}).encode())
+    assert line.each_of(1)[0]["keys"]
+    assert (running.log.read_bytes() if running.log.exists() else b"") == before
+    line.socket.close()
+
+
+def test_who_sends_one_request_a_frame_gets_one_answer_a_frame(running: Signer) -> None:
+    """A narseal of before knows of no others, whatever one beside it sends."""
+    new, old = Line(running), Line(running)
+    new.send(several(*(path(ITEM, n) for n in range(30))))
+    for n in range(30):
+        old.send(json.dumps(path(ITEM, n)).encode())
+    assert {old.answer()["id"] for _ in range(30)} == set(range(30))
+    assert len(new.each_of(30)) == 30
+    new.socket.close()
+    old.socket.close()
+
+
+def resident(found: Signer) -> int:
+    """Bytes of memory that the signer has."""
+    assert found.process
+    for text in Path(f"/proc/{found.process.pid}/status").read_text().splitlines():
+        if text.startswith("VmRSS:"):
+            return int(text.split()[1]) << 10
+    raise AssertionError
+
+
+def push(sock: socket.socket, data: bytes) -> int:
+    """Send as much as the other side takes."""
+    sock.settimeout(1)
+    sent = 0
+    with suppress(TimeoutError):
+        while sent < len(data):
+            sent += sock.send(data[sent : sent + (1 << 20)])
+    return sent
+
+
+def test_what_waits_is_bounded_in_bytes() -> None:
+    """Of a user, not of a connection: half of each of 12 large frames, and nobody else is kept out."""
+    with signer() as found:
+        Line(found).send(b"{}")
+        before = resident(found)
+        lines = [Line(found) for _ in range(12)]
+        half = (wire.MAX_BYTES).to_bytes(4, "big") + b" " * (wire.MAX_BYTES - 1)
+        sent = sum(push(line.socket, half) for line in lines)
+        assert sent < 3 * wire.MAX_BYTES  # the others are not read
+        assert resident(found) - before < 4 * wire.MAX_BYTES
+        for line in lines:
+            line.socket.close()
+        line = Line(found)
+        line.send(json.dumps(path(ITEM)).encode())
+        assert "signature" in line.answer()
+        whole = json.dumps({"kind": "x" * (wire.MAX_BYTES - 100), "id": 1}).encode()
+        for _ in range(8):  # their room is given back
+            line.send(whole)
+            assert "refused" in line.answer()
+        line.socket.close()
+
+
+def test_who_does_not_read_is_not_read() -> None:
+    with signer() as found:
+        line = Line(found)
+        before = resident(found)
+        body = json.dumps({"kind": "keys", "id": 1}).encode()
+        request = len(body).to_bytes(4, "big") + body
+        sent = push(line.socket, request * 400_000)
+        assert sent < len(request) * 400_000
+        assert resident(found) - before < 32 << 20
+        other = Line(found)
+        other.send(json.dumps(path(ITEM)).encode())
+        assert "signature" in other.answer()
+        line.socket.settimeout(PATIENCE)
+        for _ in range(sent // len(request)):  # none is lost, once it reads
+            assert line.answer()["keys"]
+        for each in (line, other):
+            each.socket.close()
