@@ -47,8 +47,9 @@ class AuditLog:
             raise ConfigError(f"{file}: another signer writes to it") from error
         except OSError as error:
             raise ConfigError(f"{file}: cannot be opened: {error.strerror}") from error
+        #: Lines and the hash of the last: one value, for whoever asks while another thread writes.
         try:
-            self.count, self._last = self._resume()
+            self._end = self._resume()
         except ConfigError:
             os.close(self._log)
             os.close(self._head)
@@ -56,10 +57,15 @@ class AuditLog:
         self._since_checkpoint = 0
         self._heads: OrderedDict[AuditHead, None] = OrderedDict()
 
+    @property
+    def count(self) -> int:
+        """How many lines there are."""
+        return self._end[0]
+
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Add a line for each record and return when they are on disk. OSError if they are not."""
         lines = bytearray()
-        count, last, time = self.count, self._last, _now()
+        (count, last), time = self._end, _now()
         for record in records:
             count += 1
             line = _line(count, last, time, record)
@@ -72,7 +78,7 @@ class AuditLog:
         except OSError:
             os.ftruncate(self._log, before)  # nothing half-written stays
             raise
-        self.count, self._last = count, last
+        self._end = (count, last)
         self._since_checkpoint += len(records)
         self._write_head()
 
@@ -80,7 +86,8 @@ class AuditLog:
         """Add a signed checkpoint, if there is anything new since the last; whether there was."""
         if not self._since_checkpoint:
             return False
-        signature = self._key.sign_message(_checkpoint_text(self.count + 1, self._last))
+        count, last = self._end
+        signature = self._key.sign_message(_checkpoint_text(count + 1, last))
         self.append([{"kind": _CHECKPOINT, "signature": str(signature)}])
         self._since_checkpoint = 0
         os.fsync(self._head)
@@ -88,9 +95,10 @@ class AuditLog:
 
     def head(self) -> AuditHead | None:
         """Where the log stands, to be anchored elsewhere; None while it is empty."""
-        if not self.count:
+        count, last = self._end
+        if not count:
             return None
-        head = AuditHead(self.count, bytes.fromhex(self._last))
+        head = AuditHead(count, bytes.fromhex(last))
         self._heads[head] = None
         while len(self._heads) > _HEADS:
             self._heads.popitem(last=False)
@@ -134,8 +142,9 @@ class AuditLog:
 
     def _write_head(self) -> None:
         """Not synchronised each time: one that is behind the log does no harm."""
-        signature = self._key.sign_message(_checkpoint_text(self.count, self._last))
-        text = json.dumps({"n": self.count, "hash": self._last, "signature": str(signature)})
+        count, last = self._end
+        signature = self._key.sign_message(_checkpoint_text(count, last))
+        text = json.dumps({"n": count, "hash": last, "signature": str(signature)})
         os.pwrite(self._head, f"{text:<300}\n".encode(), 0)
 
 

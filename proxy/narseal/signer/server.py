@@ -27,7 +27,6 @@ from narseal.signer.rules import Approved, Peer, SigningRules, ToHash
 
 _log = logging.getLogger(__name__)
 _GROUP = 256  # signatures that share one synchronised write
-_CONSIDERERS = 1
 _HASHERS = 4
 _MAX_REASON = 800
 _PATIENCE = 10.0  # seconds that a request waits for its turn; narseal waits for 30
@@ -45,13 +44,15 @@ class SignerServer:
     a file hashed waits in threads of its own, and holds up nobody.
     """
 
-    def __init__(self, rules: SigningRules, *, users: Sequence[int]) -> None:
+    def __init__(self, rules: SigningRules, *, users: Sequence[int], threads: int) -> None:
+        """`threads` consider requests, a group each at a time."""
         self._rules = rules
+        self._threads = threads
         self._lines = Lines(users, self._take)
         self._asked: deque[Frame] = deque()
         self._wake = asyncio.Event()
         self._approved: asyncio.Queue[list[_Approved]] = asyncio.Queue(2)
-        self._considering = ThreadPoolExecutor(_CONSIDERERS, thread_name_prefix="consider")
+        self._considering = ThreadPoolExecutor(threads, thread_name_prefix="consider")
         self._hashing = ThreadPoolExecutor(_HASHERS, thread_name_prefix="hash")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="audit")
 
@@ -60,7 +61,7 @@ class SignerServer:
         loop = asyncio.get_running_loop()
         server = await loop.create_unix_server(self._lines.connect, sock=sock)
         async with asyncio.TaskGroup() as group:
-            works = [self._consider(group) for _ in range(_CONSIDERERS)]
+            works = [self._consider(group) for _ in range(self._threads)]
             works += [self._write_down(), self._checkpoints(checkpoint)]
             tasks = [group.create_task(work) for work in works]
             notify_systemd("READY=1")
@@ -247,12 +248,20 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     _log.info("signs", extra={"keys": [key["name"] for key in rules.public_keys()]})
     try:
-        server = SignerServer(rules, users=users)
+        server = SignerServer(rules, users=users, threads=_threads())
         await server.serve(sock, checkpoint=config.audit.checkpoint, stop=stop)
     finally:
         rules.close()
         if config.listen.startswith("unix:"):
             os.unlink(config.listen.removeprefix("unix:"))
+
+
+def _threads() -> int:
+    """Verifying takes two thirds of a signature's time, without the interpreter's lock.
+
+    What it leaves keeps three threads busy at most. One core is for who writes, and for narseal.
+    """
+    return min(3, max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 def _uid(name: str) -> int:
