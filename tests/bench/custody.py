@@ -103,7 +103,7 @@ def _least(items: list[Entry], url: str) -> float:
     for _ in range(_ROUNDS):
         if not (pid := os.fork()):
             try:
-                _sign(signers, key, [(messages[group], theirs[group]) for group in groups])
+                _sign(signers, url, [(messages[group], theirs[group]) for group in groups])
             finally:
                 os._exit(0)
         start = time.perf_counter()
@@ -121,9 +121,8 @@ def _least(items: list[Entry], url: str) -> float:
     return statistics.median(rates)
 
 
-def _sign(
-    sock: socket.socket, key: FileKey, groups: list[tuple[list[bytes], list[Signature]]]
-) -> None:
+def _sign(sock: socket.socket, url: str, groups: list[tuple[list[bytes], list[Signature]]]) -> None:
+    key = FileKey.load(url)  # of its own: the parent's is wiped in its children
     with tempfile.TemporaryFile() as log:
         for messages, evidence in groups:
             sock.recv(1)  # one byte for each group that may be on its way

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,21 @@ class FakeSigner:
         self._several = several
         #: How many requests each frame had.
         self.frames: list[int] = []
+        self._lines: set[asyncio.Task[None] | None] = set()
+
+    async def end(self) -> None:
+        """Leave nothing behind."""
+        lines = [line for line in self._lines if line]
+        for line in lines:
+            line.cancel()
+        await asyncio.gather(*lines, return_exceptions=True)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._lines.add(asyncio.current_task())
+        with closing(writer):
+            await self._answer_all(reader, writer)
+
+    async def _answer_all(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         frames = wire.Frames()
         while data := await reader.read(1 << 16):
             for body in frames.feed(data):
@@ -50,7 +63,6 @@ class FakeSigner:
                 else:
                     found = list(self._answers(trees))
                 writer.write(wire.encode_several(found, most=1 if self._several is None else 64))
-        writer.close()
 
     def _keys(self, number: int) -> dict[str, Any]:
         public = {"name": OPERATOR.name, "type": "ed25519", "public": str(OPERATOR.public)}
@@ -86,6 +98,7 @@ async def agent(
     finally:
         found.close()
         server.close()
+        await fake.end()
 
 
 async def sign_all(found: AgentKey) -> list[Any]:

@@ -27,9 +27,20 @@ class Desk:
         self.taken: list[Frame] = []
         self.lines = Lines(users or (os.geteuid(),), self.taken.append)
         self.path = str(path)
+        self.clients: list[asyncio.StreamWriter] = []
 
     async def connect(self) -> Streams:
-        return await asyncio.open_unix_connection(self.path)
+        streams = await asyncio.open_unix_connection(self.path)
+        self.clients.append(streams[1])
+        return streams
+
+    async def end(self) -> None:
+        """Leave nothing behind."""
+        self.lines.close()
+        for writer in self.clients:
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
 
     async def comes(self, count: int) -> None:
         async def there() -> bool:
@@ -51,8 +62,7 @@ async def desk(*users: int) -> AsyncIterator[Desk]:
             yield found
         finally:
             server.close()
-            found.lines.close()
-            await asyncio.sleep(0)
+            await found.end()
 
 
 def frame(size: int) -> bytes:
