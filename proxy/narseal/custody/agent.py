@@ -205,7 +205,10 @@ class _Connection(asyncio.Protocol):
                     if isinstance(tree, Malformed):
                         raise tree
                     if tree.get("id") is None:
-                        raise Malformed(f"the signer cannot read this narseal: {tree}"[:500])
+                        said = str(tree.get("refused"))[:300]
+                        raise Malformed(
+                            f"it cannot read what this narseal sends ({said}): update the older of the two"
+                        )
                     number = wire.number_of(tree)
                     if number == 0:
                         self._most = _most(tree)
