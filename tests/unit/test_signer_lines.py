@@ -150,11 +150,13 @@ async def test_a_frame_of_several_has_its_room_until_the_last_is_answered() -> N
         await found.comes(1)
         several = found.taken[0]
         several.left = 3
-        writer.write(frame(wire.MAX_BYTES) + frame(wire.MAX_BYTES))
+        writer.write(frame(wire.MAX_BYTES))
         await found.comes(2)
+        _, other = await found.connect()
+        other.write(frame(1))
+        await asyncio.sleep(0.1)  # it has come, and finds no room
         for _ in range(2):
             found.answer(several)
-        await asyncio.sleep(0.05)
         assert len(found.taken) == 2
         found.answer(several)
         await found.comes(3)
