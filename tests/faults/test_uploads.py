@@ -27,7 +27,7 @@ from tests.tools.narseal import (
     metric,
     narseal,
 )
-from tests.tools.upstream import FakeCache
+from tests.tools.upstream import FakeCache, Gate
 from tests.tools.waiting import PATIENCE, eventually
 
 ITEM = entry("my-app-1", b"uploaded", compression="zstd")
@@ -90,6 +90,23 @@ async def test_uploaded_path_is_countersigned_and_kept(tmp_path: Path) -> None:
         # the same again: nothing is new, nothing is lost
         assert await uploader.path(ITEM) == (200, "")
     async with narseal(tmp_path) as client:
+        await client.narinfo(ITEM.hash)
+
+
+async def test_what_arrives_while_it_is_looked_for_is_not_absent_then(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """The upstream's answer is older than the upload, though another absence was looked up in between."""
+    gate, name = Gate(), f"{ITEM.hash}.narinfo"
+    upstream.fault(name, gate)
+    async with uploading(tmp_path, {"url": upstream.url}) as uploader:
+        client = uploader.client
+        looking = asyncio.create_task(client.get(name))
+        await gate.reached.wait()
+        assert (await uploader.path(ITEM))[0] == 201
+        assert await client.refusal(f"{OTHER.hash}.narinfo") == "absent"
+        gate.open()
+        await looking
         await client.narinfo(ITEM.hash)
 
 

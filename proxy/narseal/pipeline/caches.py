@@ -115,8 +115,10 @@ class Negatives:
             return None
         return found[1].with_traceback(None)  # which grows with each raise, and keeps its frames
 
-    def put(self, key: str, error: NarsealError) -> None:
-        """Remember an absence or a refusal, never trouble."""
+    def put(self, key: str, error: NarsealError, arrivals: int) -> None:
+        """Remember an absence or a refusal, never trouble, unless something arrived since `arrivals` was read."""
+        if self._epoch.arrivals() != arrivals:
+            return
         self._known.pop(key, None)
         error.__context__ = error.__cause__ = error.__traceback__ = None
         self._known[key] = (self._clock() + self._ttl, error)

@@ -124,7 +124,7 @@ class Admission:
         return None
 
     async def _admit(self, hash_part: str) -> Admitted:
-        answers = Answers()
+        answers, arrivals = Answers(), self._services.epoch.arrivals()
         thing = f"{hash_part}.narinfo"
         async with self._finder.candidates(hash_part, answers) as found:
             async for upstream, candidate in found:
@@ -135,7 +135,7 @@ class Admission:
                         await self._finder.refuse(upstream, candidate.info, error)
                     answers.note(error, upstream=upstream.config.url, thing=thing)
         verdict = answers.verdict(thing)
-        self._lookup.remember(hash_part, verdict)
+        self._lookup.remember(hash_part, verdict, arrivals)
         raise verdict
 
     async def _take(self, upstream: Upstream, candidate: Candidate) -> Admitted:

@@ -107,6 +107,7 @@ class Finder:
         info, message = path.info, path.message
         revoked = (await self._index.revocations.now()).keys
         known = self.known_signers(info.store_path).without(revoked)
+        arrivals = self._epoch.arrivals()
         more: dict[str, Signature] = {}
         try:
             async with self.candidates(hash_part, answers) as candidates:
@@ -129,7 +130,7 @@ class Finder:
             lately = NotFound(
                 f"the upstreams were asked for signatures of {info.store_path} lately"
             )
-            self._signing.remember(hash_part, lately)
+            self._signing.remember(hash_part, lately, arrivals)
         return tuple(more.values())
 
     async def preview(self, store_path: StorePath) -> tuple[Admitted, bool]:
@@ -162,14 +163,14 @@ class Finder:
 
     async def _preview(self, name: str) -> Admitted:
         store_path = StorePath.parse(name)
-        answers = Answers()
+        answers, arrivals = Answers(), self._epoch.arrivals()
         async with self.candidates(store_path.hash_part, answers) as candidates:
             async for upstream, candidate in candidates:
                 if candidate.info.store_path == store_path:
                     nar = NarRecord.of(candidate.info, upstream.config.url)
                     return PathRecord(candidate.info, nar.file, candidate.evidence.text), nar
         verdict = answers.verdict(name)
-        self._previewing.remember(name, verdict)
+        self._previewing.remember(name, verdict, arrivals)
         raise verdict
 
     async def own_origin(self, record: NarRecord) -> Origin | None:

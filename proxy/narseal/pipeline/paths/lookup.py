@@ -76,10 +76,13 @@ class Lookup(Generic[R]):
         """Whether somebody is finding an answer."""
         return key in self._flights
 
-    def remember(self, key: str, verdict: NarsealError) -> None:
-        """Remember that nobody has a thing, or why it is refused, for a time."""
+    def remember(self, key: str, verdict: NarsealError, arrivals: int) -> None:
+        """Remember that nobody has a thing, or why it is refused, for a time.
+
+        Unless something arrived since the epoch's `arrivals` were these: it may have been this.
+        """
         if isinstance(verdict, NotFound | Refused | Malformed | Denied):
-            self._negatives.put(key, verdict)
+            self._negatives.put(key, verdict, arrivals)
 
     async def _ask(self, key: str) -> tuple[int, R]:
         turn = None if key in self._flights else await Turn.begin(self._turns)

@@ -70,7 +70,7 @@ class Realisations:
                     raise denied from error
                 await self._renewal.check_out_path(found)
             return await self._renewal.realisation(found)
-        answers = Answers()
+        answers, arrivals = Answers(), self._epoch.arrivals()
         async with in_order(
             self._upstreams, lambda u: self._ask(u, name), answers, thing=name
         ) as candidates:
@@ -83,7 +83,7 @@ class Realisations:
                         continue
                 return await self._admit(record)
         verdict = answers.verdict(name)
-        self._lookup.remember(name, verdict)
+        self._lookup.remember(name, verdict, arrivals)
         raise verdict
 
     async def _ask(self, upstream: Upstream, name: str) -> RealisationRecord:
