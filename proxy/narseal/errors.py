@@ -29,6 +29,7 @@ NarsealError
 
 from __future__ import annotations
 
+import json
 from typing import ClassVar
 
 
@@ -255,3 +256,44 @@ class StorageGone(Unavailable):
     """The storage folder is not there, or not the index's: what it holds is not known."""
 
     reason = "storage-gone"
+
+
+#: Those that one worker may tell another: what is known of the outside world, and nothing of the worker itself.
+_TOLD: dict[str, type[NarsealError]] = {
+    kind.__name__: kind
+    for kind in (
+        NotFound,
+        Refused,
+        ContentMismatch,
+        Malformed,
+        Denied,
+        UpstreamTrouble,
+        UpstreamTimeout,
+        UpstreamTooSlow,
+    )
+}
+
+
+def told(error: NarsealError, *, most: int) -> bytes | None:
+    """An error for `heard`, in at most so many bytes; None if it is nobody else's."""
+    kind = Malformed if isinstance(error, Malformed) else type(error)
+    if kind.__name__ not in _TOLD:
+        return None
+    text = str(error)
+    while True:
+        said = json.dumps([kind.__name__, error.reason, text]).encode()
+        if len(said) <= most:
+            return said
+        text = text[: len(text) * 3 // 4 - 1] + "…"
+
+
+def heard(said: bytes) -> NarsealError | None:
+    """The error that was told."""
+    try:
+        name, reason, text = json.loads(said)
+    except ValueError:
+        return None
+    kind = _TOLD[name]
+    error = kind(reason, text) if issubclass(kind, Refused) else kind(text)
+    error.reason = reason
+    return error

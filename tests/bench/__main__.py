@@ -1,7 +1,7 @@
 """`make bench`: narseal beside nginx in one run on this machine, as ratios.
 
 Prints a Markdown table (docs/benchmarks.md holds one) and exits 1 if an aim is missed by far.
-Names on the command line choose: narinfo, cold, isolation, storage, relay, copy, distance, upload, memory, cosign, custody,
+Names on the command line choose: narinfo, cold, herd, isolation, storage, relay, copy, distance, upload, memory, cosign, custody,
 reader, zstd.
 """
 
@@ -34,6 +34,7 @@ def _zstd() -> list[Row]:
 SUITES: dict[str, Callable[[], list[Row]]] = {
     "narinfo": narinfo.measure,
     "cold": cold.measure,
+    "herd": cold.measure_herd,
     "isolation": cold.measure_isolation,
     "storage": nars.measure_storage,
     "relay": nars.measure_relay,

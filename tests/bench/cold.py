@@ -24,6 +24,8 @@ _PATHS = 2000
 _GREEDY = 200
 _PROBES = 100
 _BOTH = {0, 1}
+_HERDS = 300
+_HERD = 32
 
 
 def measure() -> list[Row]:
@@ -68,14 +70,46 @@ def measure_isolation() -> list[Row]:
     ]  # fmt: skip
 
 
+def measure_herd() -> list[Row]:
+    """Four workers, each path asked for on many connections at once: how often the upstream is asked for it."""
+    items = [entry(f"item{n}", os.urandom(20_000)).signed(UPSTREAM) for n in range(_HERDS)]
+    rows = []
+    with _cache(items, "access_log {folder}/asked;") as (folder, upstream):
+        there = {"url": upstream}
+        with narseal_process(folder / "n", there, workers=4, prefetch="off") as proxy:
+            for kind in ("narinfo", "NAR"):
+                names = [i.info.url if kind == "NAR" else f"{i.hash}.narinfo" for i in items]
+                took = sorted(asyncio.run(_herd(proxy.url, names)))
+                asked = (folder / "asked").read_text()
+                often = sum(asked.count(f"/{name} ") for name in names) / len(names)
+                rows.append(
+                    Row(f"cold small {kind}, asked for on {_HERD} connections to 4 workers: questions to its upstream"
+                        f" (all answered after {median(took) * 1000:.1f} ms, p99 {took[-len(took) // 100] * 1000:.1f} ms)",
+                        f"{often:.2f}", "", None, "1")
+                )  # fmt: skip
+    return rows
+
+
+async def _herd(url: str, names: list[str]) -> list[float]:
+    """Ask for each on all connections at once; seconds until all have it."""
+    took = []
+    async with _client(_HERD) as session:
+        for name in names:
+            start = time.perf_counter()
+            await asyncio.gather(*(_get(session, f"{url}/{name}") for _ in range(_HERD)))
+            took.append(time.perf_counter() - start)
+    return took
+
+
 @contextmanager
-def _cache(items: list[Entry]) -> Iterator[tuple[Path, str]]:
+def _cache(items: list[Entry], more: str = "") -> Iterator[tuple[Path, str]]:
     """A folder, and an upstream that has the items."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
         write_cache(folder / "cache", *items)
-        with nginx(f"root {folder}/cache;", _BOTH) as upstream:
+        more = more.format(folder=folder)
+        with nginx(f"root {folder}/cache; {more}", _BOTH) as upstream:
             yield folder, upstream
 
 

@@ -115,6 +115,11 @@ class Negatives:
             return None
         return found[1].with_traceback(None)  # which grows with each raise, and keeps its frames
 
+    def holds(self, key: str, error: NarsealError) -> bool:
+        """Whether just this is remembered."""
+        found = self._known.get(key)
+        return found is not None and found[1] is error
+
     def put(self, key: str, error: NarsealError, arrivals: int) -> None:
         """Remember an absence or a refusal, never trouble, unless something arrived since `arrivals` was read."""
         if self._epoch.arrivals() != arrivals:

@@ -17,6 +17,7 @@ from narseal.pipeline.trust.policy import Policy
 from narseal.pipeline.trust.sigstore import SigstoreSetup
 from narseal.runtime.budget import Budget
 from narseal.runtime.leadership import Leadership
+from narseal.runtime.shared_flights import SharedFlights
 from narseal.runtime.slots import FairSlots
 from narseal.runtime.tasks import BackgroundTasks
 from narseal.runtime.threads import ThreadPools
@@ -37,6 +38,8 @@ class Services:
     epoch: Epoch
     threads: ThreadPools
     tasks: BackgroundTasks
+    #: With the other workers; None if there are none.
+    flights: SharedFlights | None
     countersigner: Countersigner
     policy: Policy
     sigstore: SigstoreSetup
@@ -67,7 +70,9 @@ _LOCAL = 8
 
 
 @asynccontextmanager
-async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
+async def opened(
+    config: Config, *, epoch: Epoch, flights: SharedFlights | None = None
+) -> AsyncIterator[Services]:
     """Keys, upstreams, index and threads; on leaving, running work gets its time to end.
 
     ConfigError if a key cannot be used.
@@ -93,6 +98,7 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
         epoch=epoch,
         threads=threads,
         tasks=tasks,
+        flights=flights,
         countersigner=countersigner,
         policy=Policy(
             config,
@@ -121,6 +127,8 @@ async def opened(config: Config, *, epoch: Epoch) -> AsyncIterator[Services]:
             yield services
         finally:
             await tasks.close(wait=config.limits.shutdown_timeout)
+            if flights:
+                flights.close()
             for upstream in upstreams:
                 await upstream.close()
             for key in keys:

@@ -37,6 +37,7 @@ from narseal.pipeline.upkeep.scrub import Scrub
 from narseal.pipeline.uploads.attestations import Provenance
 from narseal.pipeline.uploads.paths import Uploads
 from narseal.pipeline.uploads.side_files import SideFileUploads
+from narseal.runtime.shared_flights import SharedFlights
 from narseal.storage import Epoch
 
 
@@ -128,7 +129,12 @@ class Substituter:
     @classmethod
     @asynccontextmanager
     async def opened(
-        cls, config: Config, *, epoch: Epoch, serving: bool = True
+        cls,
+        config: Config,
+        *,
+        epoch: Epoch,
+        flights: SharedFlights | None = None,
+        serving: bool = True,
     ) -> AsyncIterator[Self]:
         """A running substituter; on leaving, running transfers get their time to end.
 
@@ -136,7 +142,10 @@ class Substituter:
         of ours comes out as it is, in no group of the tasks that ended with it.
         """
         failure: NarsealError | None = None
-        async with open_services(config, epoch=epoch) as services, asyncio.TaskGroup() as group:
+        async with (
+            open_services(config, epoch=epoch, flights=flights) as services,
+            asyncio.TaskGroup() as group,
+        ):
             substituter = cls(services)
             if serving:
                 substituter._background = [

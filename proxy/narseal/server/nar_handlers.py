@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from aiohttp import web
 
@@ -52,10 +54,12 @@ class NarHandlers:
             if (small := await self._answers.small_nar(file, only_looks=only_looks)) is not None:
                 return whole(request, small.body, NAR, IMMUTABLE, file_etag(file))
         mark = self._services.hot.mark()
-        found = await view_of(self._substituter, request).nars.get(file)
+        deadline = asyncio.get_running_loop().time() + FIRST_BYTE
+        async with _in_time(file, deadline):
+            found = await view_of(self._substituter, request).nars.get(file)
         try:
             if isinstance(found, Reader):
-                return await self._relay(request, file, found, mark)
+                return await self._relay(request, file, found, mark, deadline)
             if found.size <= SMALL and request.method == "GET":
                 return await self._small(request, file, found, "storage", mark)
             return await self._send(request, file, found.descriptor, found.size, None)
@@ -74,16 +78,13 @@ class NarHandlers:
         return whole(request, body, NAR, IMMUTABLE, file_etag(file))
 
     async def _relay(
-        self, request: web.Request, file: str, reader: Reader, mark: int
+        self, request: web.Request, file: str, reader: Reader, mark: int, deadline: float
     ) -> web.StreamResponse:
         """Follow a transfer. Errors before the first byte are answers, later ones a broken line."""
-        try:
-            async with asyncio.timeout(FIRST_BYTE):
-                if request.method == "HEAD":
-                    await reader.whole()
-                await reader.follow(0)
-        except TimeoutError as error:
-            raise UpstreamTimeout(f"nar/{file}: nothing came in {FIRST_BYTE} s") from error
+        async with _in_time(file, deadline):
+            if request.method == "HEAD":
+                await reader.whole()
+            await reader.follow(0)
         assert reader.size is not None  # nothing is released before it is known
         if reader.size <= SMALL and request.method == "GET":
             await reader.whole()
@@ -100,6 +101,16 @@ class NarHandlers:
             source = "upstream" if reader else "storage"
             metrics.nar_bytes.labels(source).inc(response.content_length or 0)
         return response
+
+
+@asynccontextmanager
+async def _in_time(file: str, deadline: float) -> AsyncIterator[None]:
+    """UpstreamTimeout if what is waited for within has not come by then."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError as error:
+        raise UpstreamTimeout(f"nar/{file}: nothing came in {FIRST_BYTE} s") from error
 
 
 def is_upload(request: web.Request) -> bool:

@@ -27,6 +27,8 @@ from prometheus_client.multiprocess import mark_process_dead
 from narseal.config import Config
 from narseal.errors import NarsealError
 from narseal.nix.cache_info import CacheInfo
+from narseal.runtime.board import Board
+from narseal.runtime.shared_flights import SharedFlights
 from narseal.runtime.sockets import listen, notify_systemd
 from narseal.runtime.watching import Watch
 from narseal.server.check import check, check_change, named_files
@@ -45,6 +47,8 @@ _GRACE = 5.0  # beyond the workers' own time to shut down
 
 
 _LOOK = 0.2  # seconds between two looks at the files
+_SEATS = 4  # for each worker: those of configurations before go on until their last reader has all
+_MOST_SEATS = 64
 _START = 30.0  # workers of a changed configuration are ready by then, or given up
 
 
@@ -53,6 +57,8 @@ class _Worker:
     slot: int
     generation: int
     started: float
+    #: At the board; None: it shares no flights.
+    seat: int | None
 
 
 @dataclass
@@ -94,6 +100,8 @@ class Supervisor:
             if metrics_address
             else [[] for _ in range(config.workers)]
         )
+        seats = min(_SEATS * config.workers, _MOST_SEATS)
+        self._board = Board(seats) if config.workers > 1 else None
         self._workers: dict[int, _Worker] = {}
         self._due: dict[int, float] = {}
         self._delays = [0.0] * config.workers
@@ -261,13 +269,14 @@ class Supervisor:
             self._start(slot, self._config, self._generation)
 
     def _start(self, slot: int, config: Config, generation: int) -> None:
+        worker = _Worker(slot, generation, time.monotonic(), self._free_seat())
         pid = os.fork()
         if pid:
-            self._workers[pid] = _Worker(slot, generation, time.monotonic())
+            self._workers[pid] = worker
             return
         code = 1
         try:
-            self._become_worker(slot, config, generation)
+            self._become_worker(worker, config)
             code = 0
         except BaseException:
             _log.exception("a worker failed")
@@ -276,17 +285,22 @@ class Supervisor:
             sys.stderr.flush()
             os._exit(code)
 
-    def _become_worker(self, slot: int, config: Config, generation: int) -> None:
+    def _free_seat(self) -> int | None:
+        taken = {worker.seat for worker in self._workers.values()}
+        seats = range(self._board.seats if self._board else 0)
+        return next((seat for seat in seats if seat not in taken), None)
+
+    def _become_worker(self, worker: _Worker, config: Config) -> None:
         """In the child, until it is told to stop."""
-        self._close_sockets(keep=slot)
+        self._close_sockets(keep=worker.slot)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        uvloop.run(self._work(slot, config, generation))
+        uvloop.run(self._work(worker, config))
 
-    async def _work(self, slot: int, config: Config, generation: int) -> None:
+    async def _work(self, worker: _Worker, config: Config) -> None:
         stop = Stop()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -295,10 +309,21 @@ class Supervisor:
         await work(
             config,
             epoch=self._epoch,
-            sockets=self.sockets[slot],
-            metrics_sockets=self._metrics_sockets[slot],
-            ready=lambda: self._tell_ready(generation),
+            flights=self._flights(worker),
+            sockets=self.sockets[worker.slot],
+            metrics_sockets=self._metrics_sockets[worker.slot],
+            ready=lambda: self._tell_ready(worker.generation),
             stop=stop,
+        )
+
+    def _flights(self, worker: _Worker) -> SharedFlights | None:
+        if self._board is None or worker.seat is None:
+            return None
+        return SharedFlights(
+            self._board,
+            worker.seat,
+            kin=worker.generation,
+            on_joined=metrics.flights_joined.inc,
         )
 
     def _tell_ready(self, generation: int) -> None:

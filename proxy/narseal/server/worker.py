@@ -19,6 +19,7 @@ from narseal.errors import ConfigError
 from narseal.pipeline.caches import HotMap
 from narseal.pipeline.substituter import Substituter
 from narseal.runtime.portions import READ_AHEAD
+from narseal.runtime.shared_flights import SharedFlights
 from narseal.server.app import application, metrics_application
 from narseal.server.auth import Gate
 from narseal.server.handlers import ReadHandlers
@@ -43,6 +44,7 @@ async def work(
     config: Config,
     *,
     epoch: Epoch,
+    flights: SharedFlights | None = None,
     sockets: Sequence[socket.socket],
     metrics_sockets: Sequence[socket.socket],
     ready: Callable[[], None],
@@ -50,7 +52,10 @@ async def work(
 ) -> None:
     """Serve until `stop`, then let running answers end."""
     metrics.prepare([upstream.label for upstream in config.upstream])
-    async with metrics.flushing(), Substituter.opened(config, epoch=epoch) as substituter:
+    async with (
+        metrics.flushing(),
+        Substituter.opened(config, epoch=epoch, flights=flights) as substituter,
+    ):
         tally = Tally(access_log=config.log.access)
         answers = HotAnswers(substituter)
         handlers = ReadHandlers(substituter, answers)

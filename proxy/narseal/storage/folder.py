@@ -68,6 +68,14 @@ class Folder:
         """A new file to write and read."""
         return await self._threads.run(self.local.incoming)
 
+    async def open_incoming(self, name: str) -> int | None:
+        """A file that another worker brings, open for reading; None if it is not there any more."""
+        return await self._threads.run(self.local.open_incoming, name)
+
+    async def is_published(self, descriptor: int, name: str) -> bool:
+        """Whether an open file is the published one of a name."""
+        return await self._threads.run(self.local.is_published, descriptor, name)
+
     async def arriving(self) -> Incoming:
         """A new file for an uploaded NAR."""
         return await self._threads.run(self.local.arriving)

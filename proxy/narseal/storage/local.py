@@ -170,6 +170,22 @@ class LocalStorage:
         """A new file to write and read, and its path. StorageGone if the folder is not the index's."""
         return self._create(self._incoming)
 
+    def open_incoming(self, name: str) -> int | None:
+        """A file that another worker brings, open for reading; None if it is not there any more."""
+        with storage_errors():
+            try:
+                return os.open(self._incoming / name, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:  # it has its name by now, or was dropped
+                return None
+
+    def is_published(self, descriptor: int, name: str) -> bool:
+        """Whether an open file is the published one of a name."""
+        with storage_errors():
+            try:
+                return os.path.samestat(os.fstat(descriptor), os.stat(self.path(name)))
+            except FileNotFoundError:  # then it is not this one either
+                return False
+
     def arriving(self) -> tuple[int, Path]:
         """A new file for an uploaded NAR; what it is given by `reserve` counts as waiting."""
         return self._create(self._arriving)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 from narseal.errors import Malformed, NarsealError, Refused
 from narseal.nix.inspection import Measured
 from narseal.nix.narinfo import NarInfo
+from narseal.pipeline.nars.elsewhere import follow
 from narseal.pipeline.nars.pace import Slots
 from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.nars.recompress import Recompression
-from narseal.pipeline.nars.transfer import Origin, Reader, Sink, Transfer
+from narseal.pipeline.nars.transfer import Origin, Reader, Sink, Transfer, of_nar
 from narseal.pipeline.services import Services
+from narseal.runtime.shared_flights import Flight
 from narseal.runtime.slots import aside
 from narseal.storage import NarRecord, file_name
 from narseal.storage.folder import Incoming
@@ -34,6 +38,7 @@ class Fetcher:
         limits = self._config.limits
         self._folder = services.folder
         self._index = services.index
+        self._shared = services.flights
         self._tasks = services.tasks
         self._threads = services.threads
         #: What puts the files where they can be seen.
@@ -61,20 +66,51 @@ class Fetcher:
         When it has arrived it is published, under its true file hash. None if that has
         happened since the caller looked.
         """
-        incoming = await self._folder.incoming()
-        now = await self._index.nar(record.file)
-        reader = self.join(record.file)
-        if reader or now != record:
-            await self._folder.discard(incoming)
-            return reader
-        transfer = self._transfer(info, incoming)
-        self._running[record.file] = transfer
-        self._tasks.start(self._bring(record, transfer, origins()), f"nar {record.file}")
+        flight = self._flight(record)
+        if flight and not flight.begin():
+            if not flight.is_stuck:
+                metrics.flights_joined.inc()
+                return await follow(flight, self._folder, partial(self._is_now, record.file))
+            flight = None
+        with ExitStack() as ends:
+            if flight:
+                ends.callback(flight.end)
+            incoming = await self._folder.incoming()
+            now = await self._index.nar(record.file)
+            reader = self.join(record.file)
+            if reader or now != record:
+                await self._folder.discard(incoming)
+                return reader
+            transfer = self._transfer(info, incoming)
+            self._running[record.file] = transfer
+            bringing = self._bring(record, transfer, origins(), flight)
+            self._tasks.start(bringing, of_nar(record.file))
+            ends.pop_all()
         return Reader(transfer)
 
+    def _flight(self, record: NarRecord) -> Flight | None:
+        return self._shared.flight(of_nar(record.file)) if self._shared else None
+
+    async def _is_now(self, file: str, descriptor: int) -> bool:
+        """Whether an open file is the one that was verified and stored as a name says."""
+        record = await self._index.nar(file)
+        if record and record.published_as:
+            record = await self._index.nar(record.published_as)
+        if record is None or not record.stored:
+            return False
+        return await self._folder.is_published(descriptor, f"nar/{record.file}")
+
     async def _bring(
-        self, record: NarRecord, transfer: Transfer, origins: AsyncIterator[Origin]
+        self,
+        record: NarRecord,
+        transfer: Transfer,
+        origins: AsyncIterator[Origin],
+        flight: Flight | None,
     ) -> None:
+        if flight:
+            transfer.progress = flight.show(transfer.path.name)
+            if transfer.progress is None:  # nobody could follow it: he had better fetch it himself
+                flight.end()
         try:
             measured = await transfer.run(
                 origins, on_wrong=lambda wrong, error: self._wrong(record, wrong, error)
@@ -82,9 +118,17 @@ class Fetcher:
             await self._publish(record, transfer, measured)
         except NarsealError as error:
             _log.warning("NAR %s: %s", record.file, error)
+            if flight:
+                flight.tell(error)
         finally:
             del self._running[record.file]
-            await self._end(transfer)
+            try:
+                await self._end(transfer)
+            finally:
+                if transfer.progress:
+                    transfer.progress.end()
+                if flight:
+                    flight.end()
         if transfer.failure and transfer.released:
             await self._judge(record, transfer.info, transfer.suspects)
 
@@ -93,9 +137,12 @@ class Fetcher:
         for origin in suspects:
             if record.file in self._running:
                 return
+            flight = self._flight(record)
+            if flight and not flight.begin():
+                return
             transfer = self._transfer(info, await self._folder.incoming(), is_awaited=True)
             self._running[record.file] = transfer
-            await self._bring(record, transfer, _once(origin))
+            await self._bring(record, transfer, _once(origin), flight)
             if transfer.measured:
                 return
 

@@ -19,9 +19,10 @@ from narseal.errors import NarsealError, Unavailable
 from narseal.nix.inspection import Measured, inspect_file
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.nars.publisher import GATHERING, GROUP, Publisher
-from narseal.pipeline.nars.transfer import Origin
+from narseal.pipeline.nars.transfer import Origin, of_nar
 from narseal.pipeline.services import Services
 from narseal.runtime.budget import Budget, Claim
+from narseal.runtime.shared_flights import Flight, Progress
 from narseal.runtime.single_flight import SingleFlight
 from narseal.storage import NarRecord
 from narseal.telemetry import metrics
@@ -48,6 +49,9 @@ class _Arrived:
     record: NarRecord
     measured: Measured
     room: Claim
+    #: Until it is published, the other workers wait for it.
+    flight: Flight | None
+    handed: Progress | None
 
 
 class SmallNars:
@@ -61,6 +65,7 @@ class SmallNars:
         self._tasks = services.tasks
         self._threads = services.threads
         self._index = services.index
+        self._shared = services.flights
         self._hot = services.hot
         self._room = Budget(_ROOM, each=_ROOM_OF_EACH)
         self._publisher = publisher
@@ -83,9 +88,21 @@ class SmallNars:
     async def _bring(self, record: NarRecord, info: NarInfo, origin: Origin) -> bytes | None:
         if (waiting := self.waiting(record.file)) is not None:  # since the caller looked
             return waiting
-        if await self._index.nar(record.file) != record:
-            return None
+        if self._shared is None:
+            return await self._brought(record, info, origin, None)
+        flight = self._shared.flight(of_nar(record.file))
+        if not flight.begin():
+            return await flight.handed()
+        return await self._brought(record, info, origin, flight)
+
+    async def _brought(
+        self, record: NarRecord, info: NarInfo, origin: Origin, flight: Flight | None
+    ) -> bytes | None:
         with ExitStack() as rooms:
+            if flight:
+                rooms.callback(flight.end)
+            if await self._index.nar(record.file) != record:
+                return None
             room = rooms.enter_context(self._room.claim(origin.upstream.config.url))
             try:
                 room.take((record.file_size or 0) + _BESIDE)
@@ -98,7 +115,8 @@ class SmallNars:
                 return None
             rooms.pop_all()  # it is kept until the file is published
         body, measured = found
-        self._arrived[record.file] = _Arrived(body, record, measured, room)
+        handed = flight.hand(body) if flight else None
+        self._arrived[record.file] = _Arrived(body, record, measured, room, flight, handed)
         if self._publishing is None:
             work = self._publish_all()  # on behalf of all who ask
             self._publishing = self._tasks.start(work, "publish small NARs", Context())
@@ -136,6 +154,10 @@ class SmallNars:
                     for arrived in group:
                         del self._arrived[arrived.record.file]
                         arrived.room.release()
+                        if arrived.handed:
+                            arrived.handed.end()
+                        if arrived.flight:
+                            arrived.flight.end()
         finally:
             self._publishing = None
 

@@ -30,6 +30,7 @@ from narseal.errors import (
 from narseal.nix.inspection import Inspection, Measured
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.nars.pace import Pace, Slots
+from narseal.runtime.shared_flights import Progress
 from narseal.runtime.threads import ThreadPools
 from narseal.storage import storage_errors
 from narseal.telemetry import metrics
@@ -67,13 +68,20 @@ class Sink(Protocol):
         """Forget what was fed."""
 
 
+def of_nar(file: str) -> str:
+    """The name of the flight in which a file comes."""
+    return f"nar {file}"
+
+
 class Reader:
     """One who reads the file while it grows. To be closed."""
+
+    #: The reader's own, good until closed whatever becomes of the transfer.
+    descriptor: int
 
     def __init__(self, transfer: Transfer) -> None:
         self._transfer = transfer
         transfer.readers += 1
-        #: The reader's own, good until closed whatever becomes of the transfer.
         self.descriptor = os.dup(transfer.descriptor)
 
     @property
@@ -131,6 +139,8 @@ class Transfer:
         self._slots = slots
         #: How many read along, or wait for the whole.
         self.readers = 0
+        #: Where other workers see how far it is.
+        self.progress: Progress | None = None
         #: Who gave bytes since it was begun, or begun anew.
         self._sources: set[Origin] = set()
         #: Several gave bytes that together are wrong: who lied shows when each is asked alone.
@@ -167,6 +177,8 @@ class Transfer:
         try:
             self.measured = await self._fetch(origins, on_wrong)
             self.size = self.released = self.measured.file_size
+            if self.progress:
+                self.progress.advance(self.size, self.size, is_whole=True)
             return self.measured
         except NarsealError as error:
             self.failure = error
@@ -264,13 +276,17 @@ class Transfer:
             while data := body.read(_CHUNK):
                 if self._given_up:
                     raise UpstreamTrouble("the transfer was given up")
-                pace.took(len(data), is_read=self.readers > 0)
+                pace.took(len(data), is_read=self._is_read)
                 self._sources.add(origin)
                 self._write(data)
                 inspect(data)
                 self._release()
         if self.size is not None and self._written != self.size:
             raise UpstreamTrouble(f"{origin.url}: ended after {self._written} of {self.size} bytes")
+
+    @property
+    def _is_read(self) -> bool:
+        return self.readers > 0 or (self.progress is not None and self.progress.is_watched)
 
     @contextmanager
     def _inspecting(self) -> Iterator[Callable[[bytes], None]]:
@@ -321,6 +337,8 @@ class Transfer:
         """In a thread: let the readers have all but the last block."""
         if self.size is not None and self._written - self.released >= WITHHELD:
             self.released = max(self.released, min(self._written, self.size - WITHHELD))
+            if self.progress:
+                self.progress.advance(self.size, self.released)
             if self._told:
                 self._told = False
                 self._loop.call_soon_threadsafe(self._tell)

@@ -58,7 +58,8 @@ class Admission:
         self._fetcher = fetcher
         self._renewal = renewal
         self._bundles = bundles
-        self._lookup: Lookup[Admitted] = Lookup(services, self._find)
+        kind = "narinfo" if services.upstreams else ""
+        self._lookup: Lookup[Admitted] = Lookup(services, self._admit, look=self._find, kind=kind)
         #: Brings references in advance.
         self.references = References(services, self.path, self._lookup.is_under_way)
 
@@ -69,12 +70,12 @@ class Admission:
         """
         return await self._lookup.get(hash_part)
 
-    async def _find(self, hash_part: str) -> Admitted:
+    async def _find(self, hash_part: str) -> Admitted | None:
         found = await self._index.path(hash_part)
         can_be_had = found and (found[1].stored or self._services.upstreams)
         if found and can_be_had and not found[0].withdrawn:
             return await self._renewed(found)
-        return await self._admit(hash_part)
+        return None
 
     async def _renewed(self, found: Admitted) -> Admitted:
         """As `Renewal.path`; what lacks signatures that its rule asks for is asked for them first."""

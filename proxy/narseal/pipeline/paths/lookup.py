@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
+from functools import partial
 from time import monotonic
 from typing import Generic, TypeVar
 
@@ -19,6 +20,7 @@ from narseal.errors import (
 )
 from narseal.pipeline.caches import Negatives
 from narseal.pipeline.services import Services
+from narseal.runtime.shared_flights import Lasting
 from narseal.runtime.single_flight import SingleFlight
 from narseal.runtime.slots import Turn, aside
 from narseal.telemetry import metrics
@@ -36,9 +38,24 @@ class Lookup(Generic[R]):
     Finding has its turn, of all that is found at the same time: who asks for much leaves room.
     """
 
-    def __init__(self, services: Services, find: Callable[[str], Awaitable[R]]) -> None:
+    def __init__(
+        self,
+        services: Services,
+        bring: Callable[[str], Awaitable[R]],
+        *,
+        look: Callable[[str], Awaitable[R | None]] | None = None,
+        kind: str = "",
+    ) -> None:
+        """`look` finds what is here already, `bring` asks the upstreams.
+
+        What has a `kind` is brought by one worker at a time: `look` must find it then in all of them.
+        """
         limits = services.config.limits
-        self._find = find
+        self._look = look
+        self._bring = bring
+        self._kind = kind
+        self._shared = services.flights if kind else None
+        self._ttl = limits.negative_ttl
         self._epoch = services.epoch
         self._hold = limits.content_hold
         self._turns = services.turns
@@ -97,3 +114,20 @@ class Lookup(Generic[R]):
         with turn.work() if turn else nullcontext():
             mark = self._epoch.read()
             return mark, await self._find(key)
+
+    async def _find(self, key: str) -> R:
+        if self._look is None:
+            return await self._bring(key)
+        if self._shared is None:
+            found = await self._look(key)
+            return found if found is not None else await self._bring(key)
+
+        def seconds(error: NarsealError) -> float:
+            return self._ttl if self._negatives.holds(key, error) else 0.0
+
+        return await self._shared.once(
+            f"{self._kind} {key}",
+            partial(self._look, key),
+            partial(self._bring, key),
+            Lasting(self._epoch.arrivals, seconds),
+        )

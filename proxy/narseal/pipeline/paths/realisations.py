@@ -49,7 +49,12 @@ class Realisations:
         self._own = services.countersigner.ring
         self._trusted = KeyRing.of(services.config.upload.trusted_keys)
         self._renewal = renewal
-        self._lookup: Lookup[RealisationRecord] = Lookup(services, self._find)
+        self._lookup: Lookup[RealisationRecord] = Lookup(
+            services,
+            self._bring,
+            look=self._find,
+            kind="realisation" if services.upstreams else "",
+        )
 
     async def get(self, name: str) -> bytes:
         """The rendered file of `realisations/…` or `build-trace-v2/…` (percent-decoded).
@@ -58,7 +63,7 @@ class Realisations:
         """
         return (await self._lookup.get(name)).entry.render()
 
-    async def _find(self, name: str) -> RealisationRecord:
+    async def _find(self, name: str) -> RealisationRecord | None:
         found = await self._index.realisation(name)
         if found and not found.withdrawn:
             try:
@@ -70,6 +75,9 @@ class Realisations:
                     raise denied from error
                 await self._renewal.check_out_path(found)
             return await self._renewal.realisation(found)
+        return None
+
+    async def _bring(self, name: str) -> RealisationRecord:
         answers, arrivals = Answers(), self._epoch.arrivals()
         async with in_order(
             self._upstreams, lambda u: self._ask(u, name), answers, thing=name
