@@ -27,6 +27,7 @@ from narseal.runtime import shared_flights
 from narseal.runtime.board import Board, Shown
 from narseal.runtime.shared_flights import Flight, Lasting, SharedFlights
 from narseal.runtime.slots import asker
+from tests.tools.waiting import PATIENCE, eventually
 
 T = TypeVar("T")
 # children that only lock and look
@@ -140,6 +141,40 @@ async def test_who_waits_is_told_when_it_ends() -> None:
             await asyncio.sleep(0)
     with pytest.raises(NotFound, match="no upstream has it"):
         flight.check(0.0)
+    await asyncio.to_thread(process.join)
+
+
+async def test_what_a_killed_one_brought_is_brought_by_who_waits() -> None:
+    """Nobody tells him, and nobody else asks."""
+    board = Board(2)
+    ours = at(board, 0)
+    ready = FORK.Event()
+
+    def run() -> None:
+        async def main() -> None:
+            assert at(board, 1).flight("a").begin()
+            ready.set()
+            await asyncio.sleep(PATIENCE)
+
+        asyncio.run(main())
+
+    process = FORK.Process(target=run)
+    process.start()
+    await asyncio.to_thread(ready.wait)
+
+    async def look() -> str | None:
+        return None
+
+    async def bring() -> str:
+        return "brought"
+
+    async def waits() -> bool:
+        return bool(ours._watched)
+
+    task = asyncio.create_task(ours.once("a", look, bring, lasting(0)))
+    await eventually(waits)
+    process.kill()
+    assert await asyncio.wait_for(task, PATIENCE) == "brought"
     await asyncio.to_thread(process.join)
 
 
