@@ -136,7 +136,7 @@ async def test_who_waits_is_told_when_it_ends() -> None:
     with flight.watching() as watched:
         news = watched.news
         go.set()
-        await news.wait()  # not in a moment, but because it is told
+        await asyncio.wait_for(news.wait(), PATIENCE)  # not in a moment, but because it is told
         while flight.holder:
             await asyncio.sleep(0)
     with pytest.raises(NotFound, match="no upstream has it"):
@@ -336,6 +336,15 @@ async def test_nothing_is_said_of_a_file_that_is_brought_alone() -> None:
     flights = at(Board(1), 0)
     alone = flights.flight("a")
     assert alone.show("1-ab") is None
+
+
+async def test_a_small_thing_is_not_waited_for_for_long() -> None:
+    """It may be in the memory of the other worker, which waits for a disk that hangs."""
+    flights = at(Board(2), 0)
+    assert flights.flight("a").begin()
+    with pytest.raises(TimeoutError):
+        await flights.flight("a").handed(patience=0)
+    assert await flights.flight("b").handed(patience=0) is None
 
 
 async def test_a_small_thing_is_handed_to_those_who_wait_and_is_no_other() -> None:

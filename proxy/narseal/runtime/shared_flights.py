@@ -36,7 +36,7 @@ from narseal.runtime.slots import aside, asker
 T = TypeVar("T")
 
 #: Seconds for which another worker is waited for; who has nothing then goes alone.
-_PATIENCE = 240.0
+PATIENCE = 240.0
 #: Seconds between two beats of a worker's loop, and those after which a worker that is silent is waited for no more.
 _BEAT = 1.0
 _SILENT = 10.0
@@ -61,6 +61,7 @@ class SharedFlights:
         self._on_joined = on_joined
         #: Numbers that we have: locks are the process's, and bar nobody in it.
         self._held: set[int] = set()
+        self._numbers = secrets.randbits(48)
         self._taken = 0  # of the room for those
         self._by_asker: Counter[str] = Counter()
         self._watched: dict[int, Watched] = {}
@@ -116,7 +117,7 @@ class SharedFlights:
             if flight.is_stuck or (deadline and monotonic() >= deadline):
                 return await bring()
             if deadline is None:
-                deadline = began + _PATIENCE
+                deadline = began + PATIENCE
                 self._on_joined()
             async with aside():  # who waits for another's flight must not keep it from its turn
                 await flight.over(deadline)
@@ -182,6 +183,11 @@ class SharedFlights:
         """Give it back."""
         self._held.remove(number)
         _lock(self._board.descriptor, fcntl.LOCK_UN, number)
+
+    def another_number(self) -> int:
+        """One that nobody had, without a call to the system."""
+        self._numbers += 1
+        return self._seat << 56 | self._numbers
 
     def claim_room(self) -> str | None:
         """Room for one more that others may wait for, on behalf of the present asker; None if there is none."""
@@ -285,7 +291,7 @@ class Flight:
             return
         self._shared.give_room(self._room)
         self._room = None
-        self._board.cells[self.row] = secrets.randbits(64)
+        self._board.cells[self.row] = self._shared.another_number()
         self._shared.give(self._number)
         self._shared.ring(self.row)
 
@@ -367,14 +373,20 @@ class Flight:
             progress.advance(len(body), len(body), is_whole=True)
         return progress
 
-    async def handed(self) -> bytes | None:
-        """The thing itself, from the worker that brings it; None if that does not hand it over."""
+    async def handed(self, *, patience: float) -> bytes | None:
+        """The thing itself, from the worker that brings it; None if that has ended, or brings it in a file.
+
+        TimeoutError after so many seconds.
+        """
+        deadline = monotonic() + patience
         with self.watching() as watched:
-            while self.holder and not self.is_stuck:
+            while self.holder:
                 news = watched.news
+                if monotonic() > deadline or self.is_stuck:
+                    raise TimeoutError
                 if shown := self.shown():
                     if not shown.is_body:
-                        return None  # it comes in a file
+                        return None
                     if (body := shown.body(self.key)) is not None:
                         return body
                 await moment(news)

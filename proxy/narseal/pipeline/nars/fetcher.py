@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +18,7 @@ from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.nars.recompress import Recompression
 from narseal.pipeline.nars.transfer import Origin, Reader, Sink, Transfer, of_nar
 from narseal.pipeline.services import Services
-from narseal.runtime.shared_flights import Flight
+from narseal.runtime.shared_flights import PATIENCE, Flight
 from narseal.runtime.slots import aside
 from narseal.storage import NarRecord, file_name
 from narseal.storage.folder import Incoming
@@ -68,10 +69,15 @@ class Fetcher:
         """
         flight = self._flight(record)
         if flight and not flight.begin():
+            if reader := self.join(record.file):
+                return reader
             if not flight.is_stuck:
                 metrics.flights_joined.inc()
-                return await follow(flight, self._folder, partial(self._is_now, record.file))
-            flight = None
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(PATIENCE):
+                        is_published = partial(self._is_now, record.file)
+                        return await follow(flight, self._folder, is_published)
+            flight = None  # nobody knows what the other worker is at
         with ExitStack() as ends:
             if flight:
                 ends.callback(flight.end)
@@ -107,11 +113,13 @@ class Fetcher:
         origins: AsyncIterator[Origin],
         flight: Flight | None,
     ) -> None:
-        if flight:
-            transfer.progress = flight.show(transfer.path.name)
-            if transfer.progress is None:  # nobody could follow it: he had better fetch it himself
-                flight.end()
         try:
+            if flight:
+                transfer.progress = flight.show(transfer.path.name)
+                if (
+                    transfer.progress is None
+                ):  # nobody could follow it: he had better fetch it himself
+                    flight.end()
             measured = await transfer.run(
                 origins, on_wrong=lambda wrong, error: self._wrong(record, wrong, error)
             )
@@ -140,9 +148,13 @@ class Fetcher:
             flight = self._flight(record)
             if flight and not flight.begin():
                 return
-            transfer = self._transfer(info, await self._folder.incoming(), is_awaited=True)
-            self._running[record.file] = transfer
-            await self._bring(record, transfer, _once(origin), flight)
+            with ExitStack() as ends:
+                if flight:
+                    ends.callback(flight.end)
+                incoming = await self._folder.incoming()
+                transfer = self._transfer(info, incoming, is_awaited=True)
+                self._running[record.file] = transfer
+                await self._bring(record, transfer, _once(origin), flight)
             if transfer.measured:
                 return
 

@@ -39,6 +39,8 @@ _ON_LOOP = 256 << 10
 _ROOM = 32 << 20
 _ROOM_OF_EACH = 16 << 20
 _BESIDE = 16 << 10
+#: Seconds for which another worker is waited for: it may have answered already, and wait for a disk that hangs.
+_PATIENCE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +93,12 @@ class SmallNars:
         if self._shared is None:
             return await self._brought(record, info, origin, None)
         flight = self._shared.flight(of_nar(record.file))
-        if not flight.begin():
-            return await flight.handed()
-        return await self._brought(record, info, origin, flight)
+        if flight.begin():
+            return await self._brought(record, info, origin, flight)
+        try:
+            return await flight.handed(patience=_PATIENCE)
+        except TimeoutError:
+            return await self._brought(record, info, origin, None)
 
     async def _brought(
         self, record: NarRecord, info: NarInfo, origin: Origin, flight: Flight | None
