@@ -1,7 +1,7 @@
 """`make bench`: narseal beside nginx in one run on this machine, as ratios.
 
 Prints a Markdown table (docs/benchmarks.md holds one) and exits 1 if an aim is missed by far.
-Names on the command line choose: narinfo, cold, herd, isolation, storage, relay, copy, distance, upload, memory, cosign, custody,
+Names on the command line choose: narinfo, cold, herd, isolation, storage, relay, copy, distance, upload, memory, growth, cosign, custody,
 reader, zstd.
 """
 
@@ -16,6 +16,7 @@ from tests.bench import (
     cosigning,
     custody,
     distance,
+    growth,
     memory,
     narinfo,
     nars,
@@ -42,6 +43,7 @@ SUITES: dict[str, Callable[[], list[Row]]] = {
     "distance": distance.measure,
     "upload": uploading.measure,
     "memory": memory.measure,
+    "growth": growth.measure,
     "cosign": cosigning.measure,
     "custody": custody.measure,
     "reader": reader.measure,

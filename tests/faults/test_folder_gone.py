@@ -218,7 +218,14 @@ def test_revoking_withdraws_nothing_that_it_could_not_look_at(tmp_path: Path) ->
 
 def unmarked(folder: Path) -> None:
     """Index and folder as an earlier release left them."""
-    change(folder, "DROP TABLE folder; UPDATE alembic_version SET version_num = '0005'")
+    with closing(sqlite3.connect(folder / "index.sqlite")) as connection:
+        names = connection.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'trigger'"
+        ).fetchall()
+    triggers = "".join(f"DROP TRIGGER {name};" for (name,) in names)
+    counts = "DROP TABLE served; ALTER TABLE total DROP COLUMN waiting;"
+    old = "DROP TABLE folder; UPDATE alembic_version SET version_num = '0005'"
+    change(folder, triggers + counts + old)
     (folder / "storage/.narseal/identity").unlink()
 
 

@@ -174,10 +174,10 @@ def _try_path(url: str, item: Entry) -> bool:
 
 
 @contextmanager
-def strace(proxy: Process, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+def strace(proxy: Process, *options: str, worker: int = 0) -> Iterator[subprocess.Popen[bytes]]:
     """A worker under strace, which shows its system calls or makes them fail or kill."""
     tracer = subprocess.Popen(
-        ["strace", "-f", "-p", str(proxy.workers()[0]), *options], stderr=subprocess.PIPE
+        ["strace", "-f", "-p", str(proxy.workers()[worker]), *options], stderr=subprocess.PIPE
     )
     assert tracer.stderr is not None
     tracer.stderr.readline()  # "Process … attached"

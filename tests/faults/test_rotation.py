@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import subprocess
+import sys
 import time
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,16 +18,22 @@ import pytest
 
 from narseal.custody import write_private
 from narseal.nix.narinfo import NarInfo
+from narseal.storage import Revocation
+from narseal.storage.engine import Engines
 from tests.faults.test_uploads import Uploader, add
 from tests.tools.cache import Entry, addressed, entry, key
 from tests.tools.changing import logged, write
 from tests.tools.command import narseal_command
+from tests.tools.index import index
 from tests.tools.narseal import (
     OPERATOR,
     UPSTREAM,
     Client,
+    metric,
     narseal,
     narseal_process,
+    render_toml,
+    settings,
 )
 from tests.tools.upstream import FakeCache
 from tests.tools.waiting import eventually
@@ -310,6 +319,165 @@ async def test_a_revoked_key_brings_nothing_back_that_was_withdrawn(
                 for item in (both, source):
                     assert (await client.get(f"{item.hash}.narinfo"))[0] in (502, 503, 504)
                 assert not names & client.published()
+
+
+async def test_a_rotation_signs_many_at_a_time(
+    tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What policy keeps back holds up none of its group, and is not signed."""
+    items = [entry(f"g{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(64)]
+    kept = entry("kept", b"kept", compression="none").signed(UPSTREAM)
+    upstream.add(*items, kept)
+    there = {"url": upstream.url}
+    async with narseal(tmp_path, there) as client:
+        for item in (*items, kept):
+            await client.get((await client.narinfo(item.hash)).url)
+        await client.until(lambda: len(in_folder(tmp_path)) == 65)
+    commits = 0
+    commit = Engines._commit
+
+    async def counted(engines: Engines, works: list[Any]) -> list[Any]:
+        nonlocal commits
+        commits += 1
+        return await commit(engines, works)
+
+    monkeypatch.setattr(Engines, "_commit", counted)
+    before = metric("narseal_resigned_total", result="kept-back")
+    signing = both(tmp_path) | {"resign_rate": 1e6}
+    rule = {"match": "kept", "action": "deny"}
+    async with narseal(tmp_path, there, signing=signing, policy=[rule]) as client:
+
+        async def done() -> bool:
+            return bool(json.loads((await client.get("status"))[1])["lackSignatures"] == 1)
+
+        await eventually(done)
+        everybody = {"upstream-1", "operator-1", "operator-2"}
+        await client.until(lambda: in_folder(tmp_path) == [everybody] * 64)
+        await client.until(lambda: metric("narseal_resigned_total", result="kept-back") > before)
+    assert commits < 16
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as connection:
+        query = "SELECT ours FROM path WHERE hash_part = ?"
+        assert connection.execute(query, [kept.hash]).fetchone() == ("operator-1",)
+
+
+_ROTATION = """
+import asyncio, sys
+from pathlib import Path
+from narseal.cli.load import load
+from narseal.pipeline.substituter import Substituter
+from narseal.storage import Epoch
+
+async def main():
+    config = load(Path(sys.argv[1]))
+    epoch = Epoch.of(config.storage.index)
+    async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
+        await substituter.rotation.sign_all(frozenset({"operator-1", "operator-2"}))
+
+asyncio.run(main())
+"""
+
+
+async def test_a_rotation_that_dies_behind_the_index_is_shown_by_the_next(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    items = [entry(f"d{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(8)]
+    upstream.add(*items)
+    there = {"url": upstream.url}
+    async with narseal(tmp_path, there) as client:
+        for item in items:
+            await client.get((await client.narinfo(item.hash)).url)
+        await client.until(lambda: len(in_folder(tmp_path)) == 8)
+    signing = both(tmp_path)
+    config = tmp_path / "narseal.toml"
+    config.write_text(render_toml(settings(tmp_path, there, signing=signing)))
+    killed = ["-e", "trace=syncfs", "-e", "inject=syncfs:signal=KILL", "-o", "/dev/null"]
+    await asyncio.to_thread(
+        subprocess.run, ["strace", "-f", *killed, sys.executable, "-c", _ROTATION, str(config)]
+    )
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as connection:
+        query = "SELECT count(*) FROM path WHERE ours LIKE '%operator-2%'"
+        assert connection.execute(query).fetchone() == (8,)
+    everybody = {"upstream-1", "operator-1", "operator-2"}
+    assert everybody not in in_folder(tmp_path)
+    async with narseal(tmp_path, there, signing=signing) as client:
+        await client.until(lambda: in_folder(tmp_path) == [everybody] * 8)
+        await client.until(lambda: not (tmp_path / "index.rotation").exists())
+
+
+async def test_a_rotation_holds_what_a_revoked_key_signed_to_its_evidence(tmp_path: Path) -> None:
+    """`narseal revoke` broke off behind the revocation, and of an upload nothing but its bytes speaks."""
+    good, rotten = (entry(name, name.encode(), compression="none") for name in ("good", "rotten"))
+    upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
+    token = add(tmp_path)
+    async with narseal(tmp_path, upload=upload) as client:
+        for item in (good, rotten):
+            assert (await Uploader(client, token).path(item))[0] == 201
+    (tmp_path / "storage" / rotten.info.url).write_bytes(bytes(len(rotten.file)))
+    async with index(tmp_path) as found:
+        await found.revocations.add(Revocation("key", OPERATOR.name, "", 0.0, "stolen"))
+    # the scrub would find the damage at a moment of its own
+    more: dict[str, Any] = {"storage": {"scrub_rate": 0}, "signing": both(tmp_path)}
+    async with narseal(tmp_path, upload=upload, **more) as client:
+
+        async def done() -> bool:
+            return bool(json.loads((await client.get("status"))[1])["lackSignatures"] == 0)
+
+        await eventually(done)
+        assert (await client.get(f"{rotten.hash}.narinfo"))[0] == 404
+        assert signers((await client.get(f"{good.hash}.narinfo"))[1]) == {"operator-2"}
+        await client.until(lambda: in_folder(tmp_path) == [{"operator-2"}])
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as connection:
+        query = "SELECT withdrawn, signatures FROM path WHERE hash_part = ?"
+        withdrawn, signatures = connection.execute(query, [rotten.hash]).fetchone()
+        assert withdrawn and "operator-2" not in signatures
+
+
+async def test_the_status_counts_nothing(
+    tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = entry("counted", b"1", compression="none").signed(UPSTREAM)
+    upstream.add(item)
+    async with narseal(tmp_path, {"url": upstream.url}, signing=both(tmp_path)) as client:
+        await client.get((await client.narinfo(item.hash)).url)
+        await client.until(lambda: len(in_folder(tmp_path)) == 1)
+        surveys: list[str] = []
+        survey = Engines.survey
+
+        async def watched(engines: Engines, query: Any) -> Any:
+            task = asyncio.current_task()
+            if task and task.get_name() != "upkeep":
+                surveys.append(str(query))
+            return await survey(engines, query)
+
+        monkeypatch.setattr(Engines, "survey", watched)
+        tree = json.loads((await client.get("status"))[1])
+        assert (tree["paths"], tree["storedBytes"]) == (1, len(item.file))
+        for page in ("readyz", "metrics", ""):
+            assert (await client.get(page))[0] == 200
+        assert surveys == []
+
+
+async def test_a_repair_writes_what_is_wrong_and_nothing_else(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """With rules, each start wrote every narinfo of the folder anew."""
+    items = [entry(f"s{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(8)]
+    upstream.add(*items)
+    there = {"url": upstream.url}
+    async with narseal(tmp_path, there) as client:
+        for item in items:
+            await client.get((await client.narinfo(item.hash)).url)
+        await client.until(lambda: len(in_folder(tmp_path)) == 8)
+    files = sorted((tmp_path / "storage").glob("*.narinfo"))
+    gone, wrong, *right = reversed(files)  # the last ones that are looked at
+    gone.unlink()
+    wrong.write_bytes(right[0].read_bytes())
+    was = [(file.stat().st_ino, file.read_bytes()) for file in right]
+    rule = {"match": "nothing", "action": "deny"}
+    async with narseal(tmp_path, there, policy=[rule]) as client:
+        await client.until(gone.exists)
+        await client.until(lambda: wrong.read_bytes() != right[0].read_bytes())
+    assert [(file.stat().st_ino, file.read_bytes()) for file in right] == was
 
 
 @pytest.mark.parametrize(

@@ -380,6 +380,52 @@ async def test_revocation_of_ours_at_each_wait_of_a_renewal(
     await everywhere(gate, tmp_path, act)
 
 
+@pytest.mark.parametrize("name", [OPERATOR.name, UPSTREAM.name])
+async def test_revocation_at_each_wait_of_a_rotation(
+    tmp_path: Path, upstream: FakeCache, gate: Gate, name: str
+) -> None:
+    """Many are signed at a time: what they were judged by is looked at again where they are written."""
+    items = [entry(f"app-{n}", b"%d" % n, compression="zstd").signed(UPSTREAM) for n in range(2)]
+    kept = entry("kept", b"kept", compression="zstd").signed(OTHER)
+    upstream.add(*items, kept)
+    there = {"url": upstream.url, "public_keys": [str(UPSTREAM.public), str(OTHER.public)]}
+
+    async def act(folder: Path, gate: Gate) -> None:
+        folder.mkdir(parents=True)
+        async with narseal(folder, there) as client:
+            for item in (*items, kept):
+                assert (await client.get((await client.narinfo(item.hash)).url))[0] == 200
+            await client.until(lambda: len(list((folder / "storage").glob("*.narinfo"))) == 3)
+        write_private(folder / "second.secret", SECOND.render())
+        urls = [f"file:{folder}/operator.secret", f"file:{folder}/second.secret"]
+        both = {"key": [{"url": url} for url in urls], "resign_rate": 1e6}
+        async with command(Config(**settings(folder, there, signing=both))) as substituter:
+            rotation = substituter.rotation
+            gate.action = revoke(folder, name, there, signing=both)
+            with suppress(Unavailable):
+                await rotation.sign_all(frozenset({OPERATOR.name, SECOND.name}))
+            gate.action = None
+            if gate.done:
+                await rotation.sign_all(frozenset({SECOND.name}))
+            index = substituter.services.index
+            for item in (*items, kept):
+                admitted = await index.path(item.hash)
+                assert admitted
+                path = admitted[0]
+                file = folder / "storage" / f"{item.hash}.narinfo"
+                signers = {signature.key_name for signature in path.signatures}
+                revoked = gate.done and name == UPSTREAM.name and item is not kept
+                assert (path.withdrawn, file.exists()) == (revoked, not revoked)
+                if not revoked:
+                    assert SECOND.name in signers & names(file.read_bytes())
+                if gate.done:
+                    assert name not in signers | (
+                        names(file.read_bytes()) if not revoked else set()
+                    )
+
+    await everywhere(gate, tmp_path, act)
+
+
 def _trace(name: str, item: Entry) -> bytes:
     from narseal.nix.realisation import parse_at
 

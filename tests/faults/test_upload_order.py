@@ -135,3 +135,25 @@ def test_a_narinfo_file_that_could_not_be_written_is_tried_again(tmp_path: Path)
             assert not (tmp_path / "storage" / f"{item.hash}.narinfo").exists()
             assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 200
         until((tmp_path / "storage" / f"{item.hash}.narinfo").exists)
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_what_a_killed_worker_was_to_write_another_writes(worker: int, tmp_path: Path) -> None:
+    """Whichever of them looks after the folder: it is told that one died."""
+    token, settings = uploading(tmp_path)
+    items: list[Entry] = []
+    with narseal_process(tmp_path, upload=settings, workers=2) as proxy:
+        uploader = Uploader(proxy, token)
+        kill = "inject=rename:signal=KILL:when=7"
+        options = ("-e", "trace=rename", "-e", kill, "-o", "/dev/null")
+        with strace(proxy, *options, worker=worker) as tracer:
+            while tracer.poll() is None:
+                group = [
+                    entry(f"item{len(items)}-{n}", os.urandom(99), compression="zstd")
+                    for n in range(8)
+                ]
+                taken = _all(uploader.is_taken, group)
+                items += [item for item, was_taken in zip(group, taken, strict=True) if was_taken]
+        storage = tmp_path / "storage"
+        wanted = {f"{item.hash}.narinfo" for item in items}
+        until(lambda: wanted <= {file.name for file in storage.glob("*.narinfo")})

@@ -7,6 +7,10 @@ import json
 import os
 import random
 import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,8 @@ import aiohttp
 
 from narseal.custody import tokens
 from narseal.nix.narinfo import NarInfo
-from narseal.pipeline.upkeep.check import problems
-from narseal.storage import Index, LocalStorage
+from narseal.pipeline.upkeep.check import Subject, problems
+from narseal.storage import LocalStorage
 from tests.tools.cache import Entry, entry
 from tests.tools.command import narseal_command
 from tests.tools.narseal import OPERATOR, Process, is_countersigned, narseal_process
@@ -129,17 +133,14 @@ def test_killed_in_the_middle_of_uploads(tmp_path: Path) -> None:
 
 async def _until_nothing_is_wrong(folder: Path) -> None:
     """A crash's gaps are mended in the first moments after the start."""
-    index = Index(f"sqlite:///{folder}/index.sqlite", "/nix/store")
-    running = asyncio.create_task(index.run())
     storage = LocalStorage(f"file://{folder}/storage")
     keys = {OPERATOR.public.name: OPERATOR.public}
+    subject = Subject(f"sqlite:///{folder}/index.sqlite", "/nix/store", storage, keys, content=True)
 
     async def nothing_is_wrong() -> bool:
-        return not [p async for p in problems(index, storage, keys, content=True)]
+        return not list(problems(subject))
 
     await eventually(nothing_is_wrong)
-    await index.close()
-    await running
 
 
 def test_index_check_finds_what_is_wrong(tmp_path: Path) -> None:
@@ -165,3 +166,31 @@ def test_index_check_finds_what_is_wrong(tmp_path: Path) -> None:
     for sentence in ("not in storage\n", "other content than was verified", "though its NAR is",
                      "of other content than the index says"):  # fmt: skip
         assert sentence in f"{found}\n", found
+
+
+#: Looks through the index in shares of one path, by several processes.
+_IN_SHARES = """
+import os, sys
+from narseal.pipeline.upkeep.check import Subject, problems
+from narseal.storage import LocalStorage
+from tests.tools.narseal import OPERATOR
+os.sched_getaffinity = lambda _: {0, 1}
+folder = sys.argv[1]
+subject = Subject(f"sqlite:///{folder}/index.sqlite", "/nix/store",
+                  LocalStorage(f"file://{folder}/storage"), {OPERATOR.name: OPERATOR.public}, True)
+print(*problems(subject, share=1), sep="\\n")
+"""
+
+
+def test_index_check_finds_the_same_in_shares(tmp_path: Path) -> None:
+    test_index_check_finds_what_is_wrong(tmp_path)
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as connection, connection:
+        connection.execute("UPDATE total SET nar_bytes = 7")
+        connection.execute("UPDATE served SET rows = rows + 1")
+    found = check(tmp_path)
+    assert "the index counts 7 bytes of NARs" in "\n".join(found)
+    assert "the index counts 5 rows of path signed by ['operator-1'], there are 4" in found
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_SHARES, str(tmp_path)], capture_output=True, text=True
+    )
+    assert sorted(done.stdout.splitlines()) == sorted(found), done.stderr

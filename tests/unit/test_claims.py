@@ -13,6 +13,7 @@ from narseal.errors import BadUpload, NotFound, Unavailable
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MAX_SIGNATURES, MOST_BUT_OURS
 from narseal.storage import Epoch, Index, NarRecord, PathRecord, Revocation, still_says
+from narseal.storage.claims import Brought, Signing
 from tests.tools.cache import entry, key
 from tests.tools.index import index as empty_index
 
@@ -224,3 +225,33 @@ async def test_what_was_verified_for_one_text_is_added_to_no_other(tmp_path: Pat
             await found.paths.sign(HASH, [by("bx1")], only=still_says(path))
         now = await found.path(HASH)
         assert now and (now[0].info.nar_size, now[0].signatures) == (other.info.nar_size, ())
+
+
+async def test_many_are_signed_only_as_they_were_judged(tmp_path: Path) -> None:
+    """One of them was withdrawn meanwhile, another came back as another; then a key is revoked."""
+    items = [entry(f"item-{n}", b"%d" % n) for n in range(3)]
+    async with index(tmp_path) as found:
+        for item in items:
+            nar = NarRecord.of(item.info, "https://u")
+            await found.admit(PathRecord(item.info, nar.file, "signature b_1"), nar)
+        read = [admitted for item in (ITEM, *items) if (admitted := await found.path(item.hash))]
+        signings = [
+            Signing(path, Brought(path.info.store_path.hash_part, (by("z"),), frozenset("z"), ()))
+            for path, _ in read
+        ]
+        await found.paths.withdraw(items[1].hash)
+        judged = await found.revocations.now()
+        assert await found.paths.sign_all(signings, judged, lambda: False) is None
+        other = replace(read[3][0], info=items[2].but(nar_size=8).info)
+        signings[3] = replace(signings[3], record=other)
+        done = await found.paths.sign_all(signings, judged, lambda: True)
+        assert done and [signed is None for signed in done] == [False, False, True, True]
+        assert done[0] == ((by("a-1"), by("z")), frozenset({"a-1", "z"}))
+        for item, is_signed in zip((ITEM, *items), (True, True, False, False), strict=True):
+            admitted = await found.path(item.hash)
+            assert admitted and (by("z") in admitted[0].signatures) == is_signed
+        await found.revocations.add(Revocation("key", "a-1", "", 0.0, "stolen"))
+        again = [replace(s, brought=replace(s.brought, signatures=(by("y"),))) for s in signings]
+        assert await found.paths.sign_all(again, judged, lambda: True) is None
+        admitted = await found.path(items[0].hash)
+        assert admitted and by("y") not in admitted[0].signatures

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -233,3 +235,37 @@ async def test_a_large_file_holds_up_no_group(storage: LocalStorage) -> None:
     await folder.close()
     await running
     threads.close()
+
+
+_TOGETHER = """
+import sys
+from narseal.errors import Unavailable
+from narseal.storage import LocalStorage
+try:
+    LocalStorage(sys.argv[1]).write_all({"a": b"new", "b": b"new"}, together=True)
+except Unavailable as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_many_files_are_synced_at_once_before_the_first_has_its_name(
+    storage: LocalStorage, tmp_path: Path, fails: bool
+) -> None:
+    storage.write("a", b"old")
+    trace = tmp_path / "trace"
+    inject = ["-e", "inject=syncfs:error=EIO"] if fails else []
+    done = subprocess.run(
+        ["strace", "-f", "-o", trace, "-e", "trace=syncfs,fsync,rename", *inject,
+         sys.executable, "-c", _TOGETHER, f"file://{storage.root}"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    calls = [line.split(maxsplit=1)[1].partition("(")[0] for line in trace.read_text().splitlines()]
+    calls = [call for call in calls if call in ("syncfs", "fsync", "rename")]
+    if fails:
+        assert (done.stdout[:13], calls) == ("storage fails", ["syncfs"]), done.stderr
+        assert (storage.read("a"), storage.read("b")) == (b"old", None)
+    else:
+        assert calls == ["syncfs", "rename", "rename", "fsync"], done.stderr
+        assert (storage.read("a"), storage.read("b")) == (b"new", b"new")
+    assert not any((storage.root / ".narseal/incoming").iterdir())

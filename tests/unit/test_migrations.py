@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from narseal.nix.hashes import Hash
 from narseal.storage import Index, migrate
+from narseal.storage.inventory import Inventory
 from tests.tools.cache import key, store_path
 
 SIGNED, MEASURED, LIED, UPLOADED = (
@@ -26,15 +27,19 @@ DAMAGED = [b"", b"\xff", b"[]", b"{}", b'{"outPath":"x"}', b'{"signatures":[]}',
            b'{"outPath":"x","signatures":[{"keyName":"a-1"}]}']  # fmt: skip
 
 
+def upgrade(connection: sa.Connection, revision: str) -> None:
+    config = alembic.config.Config()
+    scripts = resources.files("narseal.storage") / "migrations"
+    config.set_main_option("script_location", str(scripts))
+    config.attributes["connection"] = connection
+    alembic.command.upgrade(config, revision)
+
+
 def index_of_0_1_0(file: Path) -> None:
     """Paths on each kind of evidence, and realisations that a renewal wrote over."""
     engine = sa.create_engine(f"sqlite:///{file}")
     with engine.begin() as connection:
-        config = alembic.config.Config()
-        scripts = resources.files("narseal.storage") / "migrations"
-        config.set_main_option("script_location", str(scripts))
-        config.attributes["connection"] = connection
-        alembic.command.upgrade(config, "0004")
+        upgrade(connection, "0004")
         for path, evidence, size, stored in (
             (SIGNED, "signature upstream-1", 8, False),
             (MEASURED, "content-address", 8, True),
@@ -146,3 +151,27 @@ async def test_what_narseal_itself_attested_is_known_by_its_paths_alone(tmp_path
     assert [found.digest for found in await attestations.ours(hash_parts)] == [ours]
     await index.close()
     await running
+
+
+async def test_what_was_not_counted_yet_is_counted_once(tmp_path: Path) -> None:
+    index_of_0_1_0(tmp_path / "index.sqlite")
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/index.sqlite")
+    with engine.begin() as connection:
+        upgrade(connection, "0007")
+        connection.execute(sa.text("UPDATE path SET ours = 'a-1' WHERE name = 'uploaded'"))
+        # what is not stored, and what is withdrawn, waited out of sight
+        connection.execute(sa.text("INSERT INTO waiting SELECT hash_part, 1 FROM path"))
+    engine.dispose()
+    url = f"sqlite:///{tmp_path}/index.sqlite"
+    migrate(url)
+    index = Index(url, "/nix/store")
+    running = asyncio.create_task(index.run())
+    assert await index.count() == 3
+    assert await index.stored_bytes() == 3 * 8
+    assert await index.paths.count_lacking(["a-1"]) == 2
+    assert await index.realisations.count_lacking(["a-1"]) == 1
+    assert await index.attestations.queue() == (2, 1.0)
+    await index.close()
+    await running
+    with Inventory.opened(url, "/nix/store") as inventory:
+        assert inventory.miscounts() == []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,6 @@ from narseal.nix.keys import PublicKey
 
 if TYPE_CHECKING:
     from narseal.nix.cache_info import CacheInfo
-    from narseal.storage import Index
 
 
 @click.group()
@@ -33,7 +30,7 @@ def index() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 def check(config_file: Path, content: bool, as_json: bool) -> None:
     """Compare the index with what is in storage; changes nothing, also while narseal serves."""
-    found = asyncio.run(_check(load(config_file), content=content))
+    found = _check(load(config_file), content=content)
     if as_json:
         click.echo(json.dumps({"problems": found}))
     else:
@@ -111,35 +108,15 @@ def backup(file: Path, config_file: Path) -> None:
     click.echo(f"wrote {file}")
 
 
-@asynccontextmanager
-async def _opened(config: Config) -> AsyncIterator[tuple[Index, str]]:
-    """The index, and the mark of its folder."""
-    from narseal.storage import Epoch, Index
+def _check(config: Config, *, content: bool) -> list[str]:
+    from narseal.pipeline.upkeep.check import Subject, problems
+    from narseal.storage import Epoch, LocalStorage, migrate_present
 
-    epoch = Epoch.of(config.storage.index)
-    opened = Index(config.storage.index, config.store_dir, epoch=epoch)
-    failure: NarsealError | None = None
-    async with asyncio.TaskGroup() as group:
-        group.create_task(opened.run())
-        try:
-            yield opened, epoch.mark
-        except NarsealError as error:  # the group would wrap it
-            failure = error
-        finally:
-            await opened.close()
-    if failure:
-        raise failure
-
-
-async def _check(config: Config, *, content: bool) -> list[str]:
-    from narseal.pipeline.upkeep.check import problems
-    from narseal.storage import LocalStorage, migrate_present
-
-    migrate_present(config.storage.index)
+    url = config.storage.index
+    migrate_present(url)
     keys = _public_keys(config)
-    async with _opened(config) as (opened, mark):
-        storage = LocalStorage(config.storage.url, mark or None)  # None: it was not joined yet
-        return [sentence async for sentence in problems(opened, storage, keys, content=content)]
+    storage = LocalStorage(config.storage.url, Epoch.of(url).mark or None)  # None: not joined yet
+    return list(problems(Subject(url, config.store_dir, storage, keys, content)))
 
 
 async def _rebuild(config: Config) -> tuple[int, list[tuple[str, NarsealError]], int]:

@@ -18,7 +18,14 @@ def fingerprint(
     """`1;<path>;<sha256:nix32>;<size>;<references>`: full paths, sorted bytewise, each once."""
     if not isinstance(references, References):
         references = References(set(references))
+    return of_texts(store_dir, str(store_path), nar_hash, nar_size, references.text)
+
+
+def of_texts(
+    store_dir: str, base_name: str, nar_hash: object, nar_size: int, references: str
+) -> bytes:
+    """The same of texts: base names, those of the references in order with a space between two."""
     # below one folder, full paths have the order of their base names
     folder = f"{store_dir}/"
-    refs = folder + references.text.replace(" ", f",{folder}") if references.text else ""
-    return f"1;{store_path.full(store_dir)};{nar_hash};{nar_size};{refs}".encode()
+    refs = folder + references.replace(" ", f",{folder}") if references else ""
+    return f"1;{folder}{base_name};{nar_hash};{nar_size};{refs}".encode()

@@ -8,6 +8,7 @@ digits, hashes of sha256 only, printable ASCII only. Format: Nix manual, "Binary
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from narseal.errors import (
@@ -111,26 +112,53 @@ class NarInfo:
         If not `whole`, without what may be left out and speaks of the file alone, or of nothing that
         a signature or a content address covers.
         """
-        lines = [
-            f"StorePath: {self.store_path.full(self.store_dir)}",
-            f"URL: {self.url}",
-            f"Compression: {self.compression}",
-        ]
-        if whole and self.file_hash:
-            lines.append(f"FileHash: {self.file_hash}")
-        if whole and self.file_size is not None:
-            lines.append(f"FileSize: {self.file_size}")
-        lines.append(f"NarHash: {self.nar_hash}")
-        lines.append(f"NarSize: {self.nar_size}")
-        lines.append(f"References: {self.references.text}")
-        if whole and self.deriver:
-            lines.append(f"Deriver: {self.deriver}")
-        lines.extend(f"Sig: {signature}" for signature in sorted(self.signatures))
-        if self.ca:
-            lines.append(f"CA: {self.ca}")
-        if whole:
-            lines.extend(f"{name}: {value}" for name, value in self.extra)
-        return "\n".join([*lines, ""]).encode("ascii")
+        return rendered(
+            path=self.store_path.full(self.store_dir),
+            url=self.url,
+            compression=self.compression,
+            file_hash=self.file_hash if whole else None,
+            file_size=self.file_size if whole else None,
+            nar_hash=self.nar_hash,
+            nar_size=self.nar_size,
+            references=self.references.text,
+            deriver=self.deriver if whole else None,
+            signatures=sorted(self.signatures),
+            ca=self.ca,
+            extra=self.extra if whole else (),
+        )
+
+
+def rendered(
+    *,
+    path: str,
+    url: str,
+    compression: str,
+    file_hash: object,
+    file_size: int | None,
+    nar_hash: object,
+    nar_size: int,
+    references: str,
+    deriver: object,
+    signatures: Iterable[object],
+    ca: object,
+    extra: Iterable[tuple[str, str]],
+) -> bytes:
+    """What a narinfo of these fields says: values, or their texts; what is None is left out."""
+    lines = [f"StorePath: {path}", f"URL: {url}", f"Compression: {compression}"]
+    if file_hash:
+        lines.append(f"FileHash: {file_hash}")
+    if file_size is not None:
+        lines.append(f"FileSize: {file_size}")
+    lines.append(f"NarHash: {nar_hash}")
+    lines.append(f"NarSize: {nar_size}")
+    lines.append(f"References: {references}")
+    if deriver:
+        lines.append(f"Deriver: {deriver}")
+    lines.extend(f"Sig: {signature}" for signature in signatures)
+    if ca:
+        lines.append(f"CA: {ca}")
+    lines.extend(f"{name}: {value}" for name, value in extra)
+    return "\n".join([*lines, ""]).encode("ascii")
 
 
 class _Parser:

@@ -11,7 +11,6 @@ from narseal import __version__
 from narseal.errors import Unavailable
 from narseal.nix.keys import PublicKey
 from narseal.pipeline.services import Services
-from narseal.runtime.single_flight import SingleFlight
 from narseal.telemetry import metrics
 
 _WEIGH_EVERY = 10.0
@@ -26,18 +25,9 @@ class Status:
         self._folder = services.folder
         self._countersigner = services.countersigner
         self._mode = services.config.cosign.mode
-        self._looking: SingleFlight[str, dict[str, Any]] = SingleFlight(
-            services.tasks, on_joined=metrics.flights_joined.inc
-        )
 
     async def tree(self) -> dict[str, Any]:
-        """How it stands with keys, signatures and queues, as JSON.
-
-        It counts every row: who asks meanwhile gets the same answer.
-        """
-        return await self._looking.join("status", self._look)
-
-    async def _look(self) -> dict[str, Any]:
+        """How it stands with keys, signatures and queues, as JSON."""
         revoked = await self._index.revocations.now()
         active = {key.public.name for key in await self._countersigner.active()}
         waiting, since = await self._index.attestations.queue()

@@ -122,6 +122,7 @@ class Substituter:
         )
         self.provenance = Provenance(services, admission, self.everything.finder)
         self.repair = Repair(services, self._publisher)
+        self.rotation = Rotation(services, self._renewal)
         self.revoking = Revoking(services, self._renewal, self.repair)
         self.rebuilding = Rebuilding(services, self._publisher)
         self._background: list[asyncio.Task[None]] = []
@@ -191,7 +192,7 @@ class Substituter:
         works = [
             self.status.weigh(),
             self.repair.run(),
-            Rotation(services, self._renewal).run(),
+            self.rotation.run(),
         ]
         if services.config.storage.scrub_rate:
             files = StoredFiles(services, self._publisher)

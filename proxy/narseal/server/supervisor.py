@@ -203,6 +203,7 @@ class Supervisor:
             self._delays[worker.slot] = delay
             self._due[worker.slot] = time.monotonic() + delay
             metrics.worker_restarts.inc()
+            self._epoch.ask_for_repair()  # of the files that it was to write behind its answers
             _log.error(
                 "a worker died and is restarted",
                 extra={"pid": pid, "status": os.waitstatus_to_exitcode(status), "delay": delay},

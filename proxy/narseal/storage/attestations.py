@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy import (
@@ -35,21 +36,27 @@ from narseal.storage.revocations import Revoked, revoked_by_now
 _ANEW = 1e-6
 
 
-def _enqueue(*conditions: Any, again: bool = False) -> Insert:
-    """Paths with a stored NAR, not attested as that file: they wait from now on.
-
-    `again`: those that wait already, too. They keep their place, and are another row to whoever
-    read them before, whatever the clocks of both say.
-    """
+def _unattested(*columns: Any) -> Select[Any]:
+    """Paths with a stored NAR, not attested as that file."""
     done = exists().where(
         schema.attested.c.hash_part == schema.path.c.hash_part,
         schema.attested.c.file == schema.path.c.nar_file,
     )
-    rows = (
-        select(schema.path.c.hash_part, bindparam("now", type_=schema.waiting.c.since.type))
+    return (
+        select(schema.path.c.hash_part, *columns)
         .join(schema.nar, schema.path.c.nar_file == schema.nar.c.file)
-        .where(schema.nar.c.stored, ~schema.path.c.withdrawn, ~done, *conditions)
+        .where(schema.nar.c.stored, ~schema.path.c.withdrawn, ~done)
     )
+
+
+def _enqueue(*conditions: Any, again: bool = False) -> Insert:
+    """Those wait from now on.
+
+    `again`: those that wait already, too. They keep their place, and are another row to whoever
+    read them before, whatever the clocks of both say.
+    """
+    now = bindparam("now", type_=schema.waiting.c.since.type)
+    rows = _unattested(now).where(*conditions)
     fresh = insert_or(schema.waiting).from_select(["hash_part", "since"], rows)
     if not again:
         return fresh.on_conflict_do_nothing()
@@ -61,10 +68,7 @@ def _enqueue(*conditions: Any, again: bool = False) -> Insert:
 _OF_FILE = schema.path.c.nar_file == bindparam("file")
 _ENQUEUE = Prepared(_enqueue(_OF_FILE, again=True))
 # SQLite wants a WHERE before ON CONFLICT in an INSERT from a SELECT, and there is one
-_ENQUEUE_ALL = _enqueue()
-_LEAVE = delete(schema.waiting).where(
-    schema.waiting.c.hash_part.in_(select(schema.path.c.hash_part).where(_OF_FILE))
-)
+_PAGE = 1000
 
 
 def bundle_name(digest: bytes) -> str:
@@ -83,11 +87,6 @@ def enqueue(connection: Connection, files: Sequence[str]) -> None:
         _ENQUEUE.run(connection, file=file, now=now)
 
 
-def leave(connection: Connection, file: str) -> None:
-    """Within a transaction that takes a file away: its paths do not wait any more."""
-    connection.execute(_LEAVE, {"file": file})
-
-
 def forget_path(connection: Connection, hash_part: str) -> None:
     """Within a transaction that pins other content to a path: none of our bundles is of that."""
     named = schema.attested.c.hash_part == hash_part
@@ -100,15 +99,16 @@ def _of(subjects: frozenset[bytes]) -> ColumnElement[bool]:
     return or_(schema.path.c.nar_hash.in_(subjects), schema.path.c.nar_file.in_(files))
 
 
-#: What can be signed now of what waits: what was withdrawn, or whose file is gone, waits on.
-_IN_FORCE = (schema.nar.c.stored, ~schema.path.c.withdrawn)
-_WAITING = schema.waiting.join(
-    schema.path, schema.path.c.hash_part == schema.waiting.c.hash_part
-).join(schema.nar, schema.nar.c.file == schema.path.c.nar_file)
+#: What can be signed now. Nothing waits that was withdrawn, or whose file is gone: see the schema.
+_QUEUE = Prepared(
+    select(
+        schema.total.c.waiting,
+        select(func.min(schema.waiting.c.since)).scalar_subquery().label("since"),
+    )
+)
 _ALL_WAITING = (
     PATHS.add_columns(schema.waiting.c.since)
     .join(schema.waiting, schema.waiting.c.hash_part == schema.path.c.hash_part)
-    .where(*_IN_FORCE)
     .order_by(schema.waiting.c.since, schema.path.c.hash_part)
 )
 _THOSE_WAITING = _ALL_WAITING.where(schema.path.c.hash_part.in_(bindparam("among", expanding=True)))
@@ -177,21 +177,26 @@ class Attestations:
         self._attest = attest
         self._engines = engines
         self._ask = engines.ask
-        self._survey = engines.survey
         self._store_dir = store_dir
 
     async def enqueue_all(self) -> None:
-        """Let everything wait that is stored and was never attested."""
-        await self._engines.write_long(lambda c: c.execute(_ENQUEUE_ALL, {"now": time.time()}))
+        """Let everything wait that is stored and was never attested; page by page.
+
+        It is looked for before anything is written: mostly there is nothing, and nobody is kept
+        from writing while that is found out.
+        """
+        waits = exists().where(schema.waiting.c.hash_part == schema.path.c.hash_part)
+        async for page in self._engines.pages(schema.path.c.hash_part, _PAGE):
+            if await self._engines.survey(_unattested().where(page, ~waits).limit(1)):
+                fresh = _enqueue(page)
+                now = {"now": time.time()}
+                await self._engines.write_long(
+                    partial(Connection.execute, statement=fresh, parameters=now)
+                )
 
     async def queue(self) -> tuple[int, float | None]:
         """How many paths wait, and since what Unix time the first does."""
-        query: Any = (
-            select(func.count().label("waiting"), func.min(schema.waiting.c.since).label("since"))
-            .select_from(_WAITING)
-            .where(*_IN_FORCE)
-        )
-        row = (await self._survey(query))[0]
+        row = self._engines.first(_QUEUE)
         return int(row.waiting), row.since
 
     async def oldest(self, limit: int) -> list[Waiting]:
@@ -417,8 +422,8 @@ class Attestations:
         begins = (schema.path.c.nar_file >= name, schema.path.c.nar_file < f"{name}\x7f")
         query: Select[Any] = (
             select(schema.waiting.c.hash_part)
-            .select_from(_WAITING)
-            .where(*_IN_FORCE, *begins)
+            .join(schema.path, schema.path.c.hash_part == schema.waiting.c.hash_part)
+            .where(*begins)
             .limit(1)
         )
         return bool(await self._ask(query))

@@ -6,7 +6,8 @@ revocations in its own transaction: what is revoked while somebody still signs i
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
@@ -15,7 +16,7 @@ from sqlalchemy import (
     Connection,
     Select,
     Table,
-    func,
+    bindparam,
     literal,
     or_,
     select,
@@ -27,10 +28,19 @@ from narseal.nix.keyring import KeyRing
 from narseal.nix.keys import Signature
 from narseal.nix.narinfo import MAX_SIGNATURES, MOST_BUT_OURS
 from narseal.runtime.threads import by_size
+from narseal.storage import schema
 from narseal.storage.engine import Engines
 from narseal.storage.epoch import Epoch
-from narseal.storage.records import names_of, signatures_of
-from narseal.storage.revocations import revoked_keys
+from narseal.storage.prepared import Prepared
+from narseal.storage.records import (
+    TEXT,
+    PathRecord,
+    RealisationRecord,
+    names_of,
+    signatures_of,
+    text_of,
+)
+from narseal.storage.revocations import Revoked, revoked_by_now, revoked_keys
 
 #: Signatures, and the names of the operator's keys whose are among them.
 Signed = tuple[tuple[Signature, ...], frozenset[str]]
@@ -41,7 +51,32 @@ Verified = Callable[[Collection[Signature]], Awaitable[Collection[Signature]]]
 #: Done within the transaction that signed a row.
 OnSigned = Callable[[Connection, str], None]
 
+_SERVED = Prepared(
+    select(schema.served.c.ours, schema.served.c.rows).where(
+        schema.served.c.kind == bindparam("kind")
+    )
+)
 _TRIES = MOST_BUT_OURS  # each that fails, somebody else added one
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What is brought to a row."""
+
+    key: str
+    signatures: tuple[Signature, ...]
+    #: Names of the operator's keys whose signatures among them were made or verified.
+    ours: frozenset[str]
+    #: What is taken away.
+    drop: tuple[Signature, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Signing:
+    """What was signed, as it was read, and what came of it."""
+
+    record: PathRecord | RealisationRecord
+    brought: Brought
 
 
 def verified_by(ring: KeyRing, message: bytes) -> Verified:
@@ -69,6 +104,17 @@ class Claims:
         self._engines = engines
         self._epoch = epoch
         self._on_signed = on_signed
+        said = [table.c[name] for name in TEXT[table.name]]
+        self._present = Prepared(
+            select(table.c.signatures, table.c.ours, table.c.withdrawn, *said).where(
+                key == bindparam("key")
+            )
+        )
+        self._write = Prepared(
+            update(table)
+            .where(key == bindparam("named"))
+            .values(signatures=bindparam("signatures"), ours=bindparam("ours"))
+        )
 
     async def sign(
         self,
@@ -94,6 +140,8 @@ class Claims:
         named = self._key == key if only is None else (self._key == key) & only
         asked: set[Signature] = set()
         known: set[Signature] = set()
+        uploaded = (asked, known) if verified else None
+        brought = Brought(key, tuple(signatures), frozenset(ours), tuple(drop))
 
         def work(connection: Connection) -> Signed | frozenset[Signature]:
             """What the row has then; or, and nothing is written, what `verified` is to be asked of."""
@@ -101,30 +149,7 @@ class Claims:
             row = connection.execute(query).first()
             if row is None:
                 raise NotFound(f"{key} is not in the index any more, or is another one by now")
-            revoked = revoked_keys(connection)
-            there = set(signatures_of(row.signatures))
-            names = (names_of(row.ours) | frozenset(ours)) - revoked
-            new = set(signatures) - there
-            if verified:
-                new = {signature for signature in new if signature.key_name not in names}
-            kept = sorted(s for s in (there | new) - set(drop) if s.key_name not in revoked)
-            own = [s for s in kept if s.key_name in names]
-            others = [s for s in kept if s.key_name not in names]
-            room = max(0, MAX_SIGNATURES - len(own))
-            if verified:
-                if more := frozenset(others) - asked:
-                    return more
-                good = known.intersection(others)
-                others.sort(key=lambda s: (s not in good, s not in there, s))
-                room = min(room, max(MOST_BUT_OURS, len(there.intersection(others))))
-                if not good & new and not new.isdisjoint(others[room:]):
-                    raise BadUpload(f"{key} has too many signatures: {len(others)} of others'")
-            found = tuple(sorted([*own, *others[:room]]))
-            values = {"signatures": "\n".join(map(str, found)), "ours": "\n".join(sorted(names))}
-            connection.execute(update(self._table).where(named).values(values))
-            if self._on_signed:
-                self._on_signed(connection, key)
-            return found, names
+            return self._unite(connection, row, brought, revoked_keys(connection), uploaded)
 
         for _ in range(_TRIES):
             done: Signed | frozenset[Signature] = await self._engines.write(work)
@@ -134,6 +159,76 @@ class Claims:
             known.update(await verified(done))
             asked.update(done)
         raise Unavailable(f"{key}: somebody adds signatures all the time; try again")
+
+    async def sign_all(
+        self, signings: Sequence[Signing], judged: Revoked, is_current: Callable[[], bool]
+    ) -> list[Signed | None] | None:
+        """Add what was signed to many rows in one short transaction; what each has then.
+
+        None for a row that is not in force any more, or is not what was signed. None for all, and
+        nothing is written, if anything else is revoked than was when they were judged, or the rules
+        that they were judged by are not current any more.
+        """
+
+        def work(connection: Connection) -> list[Signed | None] | None:
+            if revoked_by_now(connection).all != judged.all or not is_current():
+                return None
+            return [self._sign_same(connection, signing, judged.keys) for signing in signings]
+
+        return await self._engines.write(work)
+
+    def _sign_same(
+        self, connection: Connection, signing: Signing, revoked: frozenset[str]
+    ) -> Signed | None:
+        """Sign a row in force, if it is what was signed."""
+        row = self._present.first(connection, key=signing.brought.key)
+        if row is None or row.withdrawn or row[3:] != text_of(signing.record):
+            return None
+        done = self._unite(connection, row, signing.brought, revoked, None)
+        assert not isinstance(done, frozenset)  # nothing is asked of others
+        return done
+
+    def _unite(
+        self,
+        connection: Connection,
+        row: Any,
+        brought: Brought,
+        revoked: frozenset[str],
+        uploaded: tuple[set[Signature], set[Signature]] | None,
+    ) -> Signed | frozenset[Signature]:
+        """Write what a row has with what was brought; see `sign`.
+
+        Of an upload it is known of which signatures it was `asked`, and which of them are by a key
+        that is known; if it was not asked of all, it is told of which not, and nothing is written.
+        """
+        there = set(signatures_of(row.signatures))
+        names = (names_of(row.ours) | brought.ours) - revoked
+        new = set(brought.signatures) - there
+        if uploaded:
+            new = {signature for signature in new if signature.key_name not in names}
+        kept = sorted(s for s in (there | new) - set(brought.drop) if s.key_name not in revoked)
+        own = [s for s in kept if s.key_name in names]
+        others = [s for s in kept if s.key_name not in names]
+        room = max(0, MAX_SIGNATURES - len(own))
+        if uploaded:
+            asked, known = uploaded
+            if more := frozenset(others) - asked:
+                return more
+            good = known.intersection(others)
+            others.sort(key=lambda s: (s not in good, s not in there, s))
+            room = min(room, max(MOST_BUT_OURS, len(there.intersection(others))))
+            if not good & new and not new.isdisjoint(others[room:]):
+                raise BadUpload(f"{brought.key} has too many signatures: {len(others)} of others'")
+        found = tuple(sorted([*own, *others[:room]]))
+        self._write.run(
+            connection,
+            named=brought.key,
+            signatures="\n".join(map(str, found)),
+            ours="\n".join(sorted(names)),
+        )
+        if self._on_signed:
+            self._on_signed(connection, brought.key)
+        return found, names
 
     async def withdraw(self, key: str) -> None:
         """Stop serving one; its pin stays."""
@@ -148,14 +243,16 @@ class Claims:
 
     async def lacking(self, names: Iterable[str], *, after: str, limit: int) -> list[str]:
         """Keys of served rows that lack a signature by one of some keys of the operator's."""
-        return await self._keys(self._lack(names), after, limit)
+        return await self._keys(self.lack(names), after, limit)
 
     async def count_lacking(self, names: Iterable[str]) -> int:
         """How many there are of those."""
-        query: Any = select(func.count().label("rows")).select_from(self._table)
-        return int((await self._engines.survey(query.where(*self._lack(names))))[0].rows)
+        wanted = frozenset(names)
+        rows = self._engines.all(_SERVED, kind=self._table.name)
+        return sum(row.rows for row in rows if not wanted <= names_of(row.ours))
 
-    def _lack(self, names: Iterable[str]) -> list[ColumnElement[bool]]:
+    def lack(self, names: Iterable[str]) -> list[ColumnElement[bool]]:
+        """Of a row in force: it lacks a signature by one of some keys of the operator's."""
         text = literal("\n") + self._table.c.ours + literal("\n")
         lack = [~text.contains(f"\n{name}\n", autoescape=True) for name in names]
         return [or_(*lack), ~self._table.c.withdrawn]

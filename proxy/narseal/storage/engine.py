@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import cached_property, partial
@@ -17,7 +17,18 @@ from urllib.parse import quote
 
 import alembic.command
 import alembic.config
-from sqlalchemy import Connection, Engine, NullPool, Row, Select, create_engine, event
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    Engine,
+    NullPool,
+    Row,
+    Select,
+    create_engine,
+    event,
+    select,
+)
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from narseal.errors import ConfigError, NarsealError, NoIndex, Unavailable
@@ -38,8 +49,8 @@ _GROUP = 64
 _LONGEST = 0.005
 #: Seconds between two copies of what was committed from the log into the database.
 _CHECKPOINTS = 1.0
-#: What a connection or a statement fails with.
-_FAULTS = (sqlite3.Error, DBAPIError, OSError)
+#: What a connection or a statement fails with, of the driver's and of SQLAlchemy's.
+FAULTS = (sqlite3.Error, DBAPIError, OSError)
 
 
 def migrate(url: str) -> None:
@@ -127,7 +138,7 @@ def _engine(file: Path, mode: str) -> Engine:
     return create_engine("sqlite://", creator=driver, poolclass=NullPool)
 
 
-def _connect(file: Path) -> Connection:
+def connect(file: Path) -> Connection:
     """A connection of which SQLAlchemy begins and ends no transactions.
 
     Whoever uses it in several threads sees to it that no two do at the same time.
@@ -167,7 +178,7 @@ class _Lane:
 
     def _run(self, work: Callable[[Connection], T]) -> T:
         if self._connection is None:
-            self._connection = _connect(self._file)
+            self._connection = connect(self._file)
         return work(self._connection)
 
     async def close(self) -> None:
@@ -199,13 +210,15 @@ class Engines:
 
     @cached_property
     def _reading(self) -> Connection:
-        return _connect(self._file)
+        return connect(self._file)
 
     @cached_property
     def _writing(self) -> Connection:
-        connection = _connect(self._file)
+        connection = connect(self._file)
         driver_of(connection).execute("PRAGMA busy_timeout=0")  # nobody waits on the loop
         driver_of(connection).execute("PRAGMA wal_autocheckpoint=0")
+        # how a statement with triggers is taken back; those that are run here touch few pages
+        driver_of(connection).execute("PRAGMA temp_store=MEMORY")
         return connection
 
     def first(self, statement: Prepared, **values: Any) -> Any:
@@ -220,7 +233,7 @@ class Engines:
         self._presence.check()
         try:
             return ask(self._reading, **values)
-        except _FAULTS as error:
+        except FAULTS as error:
             raise Unavailable(f"the index cannot be read: {error}") from error
 
     async def ask(self, query: Select[Any]) -> list[Row[Any]]:
@@ -231,11 +244,26 @@ class Engines:
         """The same of one that may take long, so that no other waits for it."""
         return await self._asked(self._surveys, query)
 
+    async def pages(self, key: Column[str], size: int) -> AsyncIterator[ColumnElement[bool]]:
+        """Conditions that take in all rows of a table, so many at a time, in the order of a key.
+
+        Whatever else is asked of a page, no question takes long.
+        """
+        after = ""
+        while True:
+            place = select(key.label("key")).where(key > after).order_by(key)
+            last = await self.survey(place.offset(size - 1).limit(1))
+            if not last:
+                yield key > after
+                return
+            yield (key > after) & (key <= last[0].key)
+            after = last[0].key
+
     async def _asked(self, lane: _Lane, query: Select[Any]) -> list[Row[Any]]:
         self._presence.check()
         try:
             return await lane.run(lambda c: list(c.execute(query)))
-        except _FAULTS as error:
+        except FAULTS as error:
             raise Unavailable(f"the index cannot be read: {error}") from error
 
     async def write(self, work: Write[T]) -> T:
@@ -247,7 +275,7 @@ class Engines:
         """
         try:
             return await self._writes.ask(work)  # type: ignore[no-any-return]
-        except _FAULTS as error:
+        except FAULTS as error:
             raise Unavailable(f"the index cannot be written: {error}") from error
 
     async def write_long(self, work: Write[T]) -> T:
@@ -263,7 +291,7 @@ class Engines:
         self._presence.check()
         try:
             result = await self._long_writes.run(done)
-        except _FAULTS as error:
+        except FAULTS as error:
             raise Unavailable(f"the index cannot be written: {error}") from error
         self._presence.check(is_anew=True)
         return result
@@ -322,7 +350,7 @@ class Engines:
             await self._checkpoints.run(
                 lambda c: driver_of(c).execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
             )
-        except _FAULTS as error:
+        except FAULTS as error:
             _log.warning("the index's log grows, since it cannot be copied: %s", error)
         finally:
             self._checkpointing = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,30 @@ class Folder:
         """Publish a small file."""
         await self._threads.run(self.local.write, name, data)
 
-    async def write_all(self, files: Mapping[str, bytes]) -> None:
+    async def write_all(self, files: Mapping[str, bytes], *, together: bool = False) -> None:
         """Publish several small files."""
-        await self._threads.run(self.local.write_all, files)
+        await self._threads.run(partial(self.local.write_all, files, together=together))
 
     async def remove(self, name: str) -> None:
         """Take a file away; nothing if there is none."""
         await self._threads.run(self.local.remove, name)
+
+    async def remove_all(self, names: Sequence[str]) -> None:
+        """Take several files away, as far as they are there."""
+
+        def remove() -> None:
+            for name in names:
+                self.local.remove(name)
+
+        await self._threads.run(remove)
+
+    async def other_than(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Those of several small files that are not there as they are given."""
+
+        def differing() -> dict[str, bytes]:
+            return {name: data for name, data in files.items() if self.local.read(name) != data}
+
+        return await self._threads.run(differing)
 
     async def incoming(self) -> Incoming:
         """A new file to write and read."""

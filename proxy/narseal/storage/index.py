@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import AsyncIterator, Collection
 
 from sqlalchemy import (
     bindparam,
@@ -34,8 +34,14 @@ from narseal.storage.records import (
 )
 from narseal.storage.revocations import Revocations
 
+_PAGE = 512
 _PATHS_BY_FILE = Prepared(PATHS.where(schema.path.c.nar_file == bindparam("file")))
 _BYTES = Prepared(select(schema.total.c.nar_bytes))
+_SERVED = Prepared(
+    select(func.sum(schema.served.c.rows).label("paths")).where(
+        schema.served.c.kind == schema.path.name
+    )
+)
 
 
 class Index:
@@ -171,12 +177,7 @@ class Index:
 
     async def count(self) -> int:
         """How many paths are served."""
-        query: Any = (
-            select(func.count().label("paths"))
-            .select_from(schema.path)
-            .where(~schema.path.c.withdrawn)
-        )
-        return int((await self._engines.survey(query))[0].paths)
+        return int(self._engines.first(_SERVED).paths or 0)
 
     async def withdraw(self, file: str) -> list[str]:
         """Stop serving the narinfos that name a file; returns their hash parts. The pins stay."""
@@ -194,25 +195,21 @@ class Index:
         """Pin a realisation, or find the pin that is there; Refused as by `admit`."""
         return await self._engines.write(lambda c: self._rows.admit_realisation(c, record))
 
-    async def page(self, *, after: str, limit: int) -> list[Admitted]:
-        """Admitted paths in the order of their hash parts, beyond one."""
-        query = (
-            PATHS.where(schema.path.c.hash_part > after, ~schema.path.c.withdrawn)
-            .order_by(schema.path.c.hash_part)
-            .limit(limit)
-        )
-        return await admitted_of_all(await self._engines.survey(query), self.store_dir)
+    async def lacking(self, names: Collection[str]) -> AsyncIterator[list[Admitted]]:
+        """Served paths that lack a signature by one of some keys of ours; page by page."""
+        async for page in self._engines.pages(schema.path.c.hash_part, _PAGE):
+            rows = await self._engines.survey(PATHS.where(page, *self.paths.lack(names)))
+            yield await admitted_of_all(rows, self.store_dir)
 
-    async def with_stored_nar(self, *, after: str, limit: int) -> list[str]:
-        """Hash parts of admitted paths whose NAR is stored, in order, beyond one."""
+    async def with_stored_nar(self) -> AsyncIterator[list[str]]:
+        """Hash parts of admitted paths whose NAR is stored; page by page."""
         query = (
             select(schema.path.c.hash_part)
             .join(schema.nar, schema.path.c.nar_file == schema.nar.c.file)
-            .where(schema.path.c.hash_part > after, schema.nar.c.stored, ~schema.path.c.withdrawn)
-            .order_by(schema.path.c.hash_part)
-            .limit(limit)
+            .where(schema.nar.c.stored, ~schema.path.c.withdrawn)
         )
-        return [row.hash_part for row in await self._engines.survey(query)]
+        async for page in self._engines.pages(schema.path.c.hash_part, _PAGE):
+            yield [row.hash_part for row in await self._engines.survey(query.where(page))]
 
     async def nars_page(self, *, after: str, limit: int) -> list[NarRecord]:
         """Stored NAR files in the order of their names, beyond one."""

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +25,7 @@ from typing import TypeVar
 from narseal.errors import ConfigError, StorageBroken, StorageFull, StorageGone, Unavailable
 from narseal.nix.cache_info import CacheInfo
 from narseal.nix.store_path import is_hash_part
-from narseal.runtime.files import OpenFile
+from narseal.runtime.files import OpenFile, sync_all
 
 #: What a disk says of bytes that it cannot give back (EUCLEAN: of a whole file system).
 _BROKEN = frozenset((errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG, errno.EREMOTEIO))
@@ -235,13 +235,16 @@ class LocalStorage:
         return True
 
     def _give_names(
-        self, files: Mapping[str, tuple[int, Path]], act: Callable[[Path, Path], None]
+        self,
+        files: Mapping[str, tuple[int, Path]],
+        act: Callable[[Path, Path], None],
+        *,
+        together: bool = False,
     ) -> None:
         """To complete files on their way in: all are on disk before the first one has its name."""
+        descriptors = [descriptor for descriptor, _ in files.values()]
         with storage_errors():
-            _begin_to_write(descriptor for descriptor, _ in files.values())
-            for descriptor, _ in files.values():
-                os.fsync(descriptor)
+            (sync_all if together else _sync_each)(descriptors)
             for name, (_, incoming) in files.items():
                 act(incoming, self.path(name))
             for folder in {self.path(name).parent for name in files}:
@@ -262,8 +265,11 @@ class LocalStorage:
         """Publish a small file, over an older one of its name if need be."""
         self.write_all({name: data})
 
-    def write_all(self, files: Mapping[str, bytes]) -> None:
-        """The same of several; all of them are on disk before the first one has its name."""
+    def write_all(self, files: Mapping[str, bytes], *, together: bool = False) -> None:
+        """The same of several; all of them are on disk before the first one has its name.
+
+        `together`: with one wait for the disk, which takes in what others wrote: see `sync_all`.
+        """
         arrived: dict[str, tuple[int, Path]] = {}
         try:
             with storage_errors():
@@ -271,7 +277,7 @@ class LocalStorage:
                     arrived[name] = descriptor, _ = self._new(self._incoming)
                     write_whole(descriptor, data)
             self.check()
-            self._give_names(arrived, _rename)
+            self._give_names(arrived, _rename, together=together)
         except BaseException:
             for _, incoming in arrived.values():
                 _drop(incoming)
@@ -458,6 +464,12 @@ def _begin_to_write(descriptors: Iterable[int]) -> None:
     """
     for descriptor in descriptors:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _sync_each(descriptors: Collection[int]) -> None:
+    _begin_to_write(descriptors)
+    for descriptor in descriptors:
+        os.fsync(descriptor)
 
 
 def _rename(file: Path, name: Path) -> None:

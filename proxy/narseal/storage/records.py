@@ -214,12 +214,26 @@ def conflict(pinned: NarInfo, info: NarInfo) -> Refused:
     )
 
 
+#: Columns, beside the key, of which the text under the signatures is made; by table.
+TEXT = {
+    schema.path.name: ("name", "nar_hash", "nar_size", "refs"),
+    schema.realisation.name: ("body",),
+}
+
+
+def text_of(record: PathRecord | RealisationRecord) -> tuple[Any, ...]:
+    """What a record has in those columns."""
+    if isinstance(record, RealisationRecord):
+        return (record.entry.with_signatures(()).render(),)
+    info = record.info
+    return info.store_path.name, info.nar_hash.digest, info.nar_size, info.references.text
+
+
 def says(record: PathRecord | RealisationRecord) -> ColumnElement[bool]:
     """Rows of which the text under the signatures is the record's."""
-    if isinstance(record, RealisationRecord):
-        return and_(schema.realisation.c.body == realisation_values(record)["body"])
-    columns, values = schema.path.c, path_values(record)
-    same = [columns[name] == values[name] for name in ("name", "nar_hash", "nar_size", "refs")]
+    table = schema.realisation if isinstance(record, RealisationRecord) else schema.path
+    columns = zip(TEXT[table.name], text_of(record), strict=True)
+    same = [table.c[name] == value for name, value in columns]
     return and_(*same)
 
 

@@ -89,12 +89,25 @@ realisation = Table(
     Column("withdrawn", Boolean, nullable=False),
 )
 
-#: The sum of what is in storage, kept beside the rows that it sums.
+#: What is in storage, and what waits, kept beside the rows that it counts by triggers (migration 0008).
 total = Table(
     "total",
     metadata,
     Column("id", Integer, primary_key=True),
     Column("nar_bytes", BigInteger, nullable=False),
+    Column("waiting", BigInteger, nullable=False, server_default="0"),
+)
+
+#: How many rows of `path` and of `realisation` are in force, by whose signatures of ours they have; kept
+#: by triggers, too. There are as many rows as sets of keys that the operator had at a time.
+served = Table(
+    "served",
+    metadata,
+    #: The table.
+    Column("kind", String(16), primary_key=True),
+    #: As the table has it.
+    Column("ours", Text, primary_key=True),
+    Column("rows", BigInteger, nullable=False),
 )
 
 #: The one row of what the storage folder of this index is marked with.
@@ -107,7 +120,8 @@ folder = Table(
     Column("settled", Boolean, nullable=False),
 )
 
-#: Store paths whose verified content waits for its Sigstore signature.
+#: Store paths in force whose verified, stored content waits for its Sigstore signature: triggers take out
+#: what is withdrawn, or whose file is gone.
 waiting = Table(
     "waiting",
     metadata,

@@ -20,6 +20,7 @@ from narseal.storage.folder import Incoming
 from narseal.telemetry import metrics
 
 _log = logging.getLogger(__name__)
+_TURN = 32  # narinfos that are made before others have a turn
 
 #: Seconds in which files gather that are published behind their answers, and how many are a group: each group
 #: waits for the disk a few times, however many it has.
@@ -138,11 +139,15 @@ class Publisher:
         """Make the folder say of a path what the index and policy say now; see `narinfos`."""
         await self.narinfos([hash_part])
 
-    async def narinfos(self, hash_parts: Collection[str]) -> None:
+    async def narinfos(
+        self, hash_parts: Collection[str], *, looks: bool = False, in_background: bool = False
+    ) -> None:
         """Make the folder say of paths what the index and policy say now.
 
         A narinfo is there if it is served and its NAR is stored. What was withdrawn while the files
-        were being written is taken away again.
+        were being written is taken away again. Who `looks` writes only what is not there already;
+        what nobody waits for is done `in_background`: others have their turn, and all files are
+        synchronised at once.
         """
         if self.retired:  # the workers with the present rules look after it
             self._epoch.ask_for_repair()
@@ -152,7 +157,10 @@ class Publisher:
             seen = mark
             revoked = (await self._index.revocations.now()).keys
             visible: dict[str, bytes] = {}
-            for hash_part in hash_parts:
+            hidden: list[str] = []
+            for number, hash_part in enumerate(hash_parts, 1):
+                if in_background and not number % _TURN:
+                    await asyncio.sleep(0)
                 found = await self._index.path(hash_part)
                 name = f"{hash_part}.narinfo"
                 if found and await self._is_visible(*found, revoked):
@@ -160,9 +168,13 @@ class Publisher:
                     kept = tuple(s for s in info.signatures if s.key_name not in revoked)
                     visible[name] = info.with_signatures(kept).render()
                 else:
-                    await self._folder.remove(name)
+                    hidden.append(name)
+            if hidden:
+                await self._folder.remove_all(hidden)
+            if looks and visible:
+                visible = await self._folder.other_than(visible)
             if visible:
-                await self._folder.write_all(visible)
+                await self._folder.write_all(visible, together=in_background)
 
     async def _is_visible(self, path: PathRecord, nar: NarRecord, revoked: frozenset[str]) -> bool:
         if path.withdrawn or not nar.stored:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from narseal.custody.requests import PathRequest, RealisationRequest, Request
-from narseal.errors import Denied, Malformed, NotFound, Refused, Unavailable
+from narseal.errors import Denied, Malformed, NarsealError, NotFound, Refused, Unavailable
 from narseal.nix.addressing import check_content_address
 from narseal.nix.keyring import KeyRing
 from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.services import Services
+from narseal.pipeline.trust.countersign import Countersigned
 from narseal.pipeline.trust.policy import content_digests
 from narseal.runtime.threads import by_size
-from narseal.storage import Admitted, NarRecord, PathRecord, RealisationRecord
-from narseal.storage.claims import Claims
+from narseal.storage import Admitted, NarRecord, PathRecord, RealisationRecord, Revoked
+from narseal.storage.claims import Brought, Claims, Signing
 from narseal.storage.records import says
 
 R = TypeVar("R", PathRecord, RealisationRecord)
+
+_TRIES = 4
+_GROUP = 32  # paths that are signed in one transaction
 
 #: Only who admits looks for other evidence: what a path has to have depends on the upstream that has it.
 _WITHDRAWN = (
@@ -35,6 +40,7 @@ class Renewal:
         self._folder = services.folder
         self._policy = services.policy
         self._countersigner = services.countersigner
+        self._epoch = services.epoch
         self._publisher = publisher
         self._pinned = KeyRing.of(
             *(upstream.config.public_keys for upstream in services.upstreams),
@@ -78,6 +84,86 @@ class Renewal:
         if not found or found[0].withdrawn:
             raise NotFound(f"{hash_part} {_WITHDRAWN}")
         await self.path(found)
+
+    async def renew_paths(self, found: Sequence[Admitted]) -> list[NarsealError | None]:
+        """The same of paths in force, as they were read, together; why each is not signed, if it is not.
+
+        What they were judged by is looked at again in the transaction that signs them; if it is
+        another by then, they are judged anew. Unavailable if a key, the index or the folder cannot
+        be had: what was signed until then is signed.
+        """
+        outcomes: dict[str, NarsealError | None] = {}
+        try:
+            for at in range(0, len(found), _GROUP):
+                outcomes |= await self._renewed_all(found[at : at + _GROUP])
+        finally:  # the folder says what the index does, however far that came
+            done = [key for key, failure in outcomes.items() if failure is None]
+            await self._publisher.narinfos(done, in_background=True)
+        for failure in outcomes.values():
+            if isinstance(failure, Unavailable):
+                raise failure
+        return list(outcomes.values())
+
+    async def show(self, hash_parts: Collection[str]) -> None:
+        """Make the folder say of paths what the index says of them."""
+        await self._publisher.narinfos(hash_parts, looks=True, in_background=True)
+
+    async def _renewed_all(self, found: Sequence[Admitted]) -> dict[str, NarsealError | None]:
+        """Sign so many that the loop has its turn in between; see `renew_paths`."""
+        for _ in range(_TRIES):
+            revoked = await self._index.revocations.now()
+            outcomes, signings = await self._judged(found, revoked)
+            signed = await self._index.paths.sign_all(
+                signings, revoked, lambda: not self._publisher.retired
+            )
+            if signed is not None:
+                break
+            if self._publisher.retired:
+                raise Unavailable("other rules are in force; the workers that have them go on")
+            self._epoch.advance()  # somebody revoked, and may not have come to say so
+        else:
+            raise Unavailable("keys are being revoked")
+        gone = (s.brought.key for s, done in zip(signings, signed, strict=True) if done is None)
+        for key in gone:
+            outcomes[key] = NotFound(
+                f"{key} is not in the index any more, or is another one by now"
+            )
+        return outcomes
+
+    async def _judged(
+        self, found: Sequence[Admitted], revoked: Revoked
+    ) -> tuple[dict[str, NarsealError | None], list[Signing]]:
+        """What became of each path so far, by its hash part; and what is to be added to which."""
+        outcomes: dict[str, NarsealError | None] = {}
+        asked: list[PathRecord] = []
+        signing: list[Awaitable[Countersigned]] = []
+        for path, nar in found:
+            key = path.info.store_path.hash_part
+            outcomes[key] = None
+            try:
+                if {signature.key_name for signature in path.signatures} & revoked.keys:
+                    await self.renew_path(key)  # it is held to its evidence first
+                    continue
+                await self._policy.check(path.info, content_digests(path.info, nar))
+            except NarsealError as error:
+                outcomes[key] = error
+                continue
+            asked.append(path)
+            signing.append(
+                self._countersigner.countersign(path_request(path, nar), path.signatures)
+            )
+        signings: list[Signing] = []
+        done = await asyncio.gather(*signing, return_exceptions=True)
+        for path, outcome in zip(asked, done, strict=True):
+            key = path.info.store_path.hash_part
+            if isinstance(outcome, NarsealError):
+                outcomes[key] = outcome
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                brought = Brought(key, outcome.signatures, outcome.ours, outcome.dropped)
+                signings.append(Signing(path, brought))
+        return outcomes, signings
 
     async def renew_realisation(self, key: str) -> None:
         """The same for a realisation; Denied, too, if policy keeps the path back that it is of."""

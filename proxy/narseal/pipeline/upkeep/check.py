@@ -1,45 +1,193 @@
-"""Does the index say what is in storage? For `narseal index check`; reads, changes nothing."""
+"""Does the index say what is in storage? For `narseal index check`; reads, changes nothing.
+
+The index is looked through in shares, by as many processes as there are processors: most of the time
+goes into signatures that are verified.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable
+import json
+import multiprocessing
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 from narseal.errors import Malformed, StorageBroken, StorageGone, Unavailable
-from narseal.nix.keys import PublicKey
-from narseal.nix.narinfo import NarInfo
+from narseal.nix.base32 import encode
+from narseal.nix.fingerprint import of_texts
+from narseal.nix.keys import PublicKey, Signature
+from narseal.nix.narinfo import MAX_BYTES, NarInfo, rendered
 from narseal.pipeline.nars.publisher import served
-from narseal.storage import Admitted, Index, LocalStorage, NarRecord, bundle_name, storage_errors
+from narseal.storage import Admitted, LocalStorage, bundle_name, storage_errors
+from narseal.storage.inventory import Inventory, Share
 
-_PAGE = 500
+_SHARE = 10_000
 
 
-async def problems(
-    index: Index, storage: LocalStorage, keys: dict[str, PublicKey], *, content: bool
-) -> AsyncIterator[str]:
-    """A sentence for each thing that is wrong. With `content`, every NAR file is hashed too.
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is checked, and how."""
 
-    Of a folder that is not the index's it is one sentence: that says nothing of the files.
+    #: Of the index.
+    url: str
+    store_dir: str
+    storage: LocalStorage
+    #: The operator's, by name.
+    keys: dict[str, PublicKey]
+    #: Whether every NAR file is hashed too.
+    content: bool
+
+
+def problems(subject: Subject, *, share: int = _SHARE) -> Iterator[str]:
+    """A sentence for each thing that is wrong.
+
+    Of a folder that is not the index's it is one sentence: that says nothing of the files. Blocks;
+    begins processes unless everything is in two shares.
     """
     try:
-        storage.check()
+        subject.storage.check()
     except StorageGone as error:
         yield str(error)
         return
-    total = 0
-    async for nar in _nars(index):
-        total += nar.file_size or 0
-        for sentence in _readable(f"nar/{nar.file}", _check_nar, storage, nar, content):
-            yield sentence
-    if total != (said := await index.stored_bytes()):
-        yield f"the index counts {said} bytes of NARs, its rows {total}"
-    async for admitted in _paths(index):
-        name = f"{admitted[0].info.store_path.hash_part}.narinfo"
-        for sentence in _readable(name, _check_path, storage, admitted, keys):
-            yield sentence
-    for digest in await index.attestations.digests():
-        for sentence in _readable(bundle_name(digest), _check_bundle, storage, digest):
-            yield sentence
+    with Inventory.opened(subject.url, subject.store_dir) as inventory:
+        shares = inventory.shares(share)
+        miscounts, bundles = inventory.miscounts(), inventory.bundles()
+    yield from miscounts
+    for found in _looked_at(subject, shares):
+        yield from found
+    for digest in bundles:
+        yield from _readable(bundle_name(digest), _check_bundle, subject.storage, digest)
+
+
+def _looked_at(subject: Subject, shares: Sequence[Share]) -> Iterator[list[str]]:
+    """What is wrong with each share, in their order."""
+    processes = min(len(os.sched_getaffinity(0)), len(shares))
+    if len(shares) <= 2 or processes == 1:
+        with Inventory.opened(subject.url, subject.store_dir) as inventory:
+            for share in shares:
+                yield _Look(subject, inventory).at(share)
+        return
+    # the child has what is here, and no thread runs yet
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, context, _begin, (subject,)) as pool:
+        yield from pool.map(_look_at, shares)
+
+
+class _Process:
+    """What a process of the pool has open, for its life."""
+
+    look: _Look
+    stack = ExitStack()
+
+
+def _begin(subject: Subject) -> None:
+    opened = Inventory.opened(subject.url, subject.store_dir)
+    _Process.look = _Look(subject, _Process.stack.enter_context(opened))
+
+
+def _look_at(share: Share) -> list[str]:
+    return _Process.look.at(share)
+
+
+class _Look:
+    """Compares rows with files: as texts, which is quick; what differs is looked at as values."""
+
+    def __init__(self, subject: Subject, inventory: Inventory) -> None:
+        self._subject = subject
+        self._inventory = inventory
+        self._root = str(subject.storage.root)
+
+    def at(self, share: Share) -> list[str]:
+        """What is wrong with the rows of a share."""
+        is_nar = share.table == "nar"
+        look = self._nar if is_nar else self._path
+        found = []
+        for row in self._inventory.rows(share):
+            key = row.file if is_nar else row.hash_part
+            name = f"nar/{key}" if is_nar else f"{key}.narinfo"
+            if wrong := _readable(name, look, row):
+                # what narseal changed meanwhile is looked at anew
+                now = self._inventory.again(share.table, key)
+                if now is not None:
+                    found += wrong if now == row else _readable(name, look, now)
+        return found
+
+    def _nar(self, row: Any) -> list[str]:
+        name = f"nar/{row.file}"
+        file = f"{self._root}/{name}"
+        try:
+            status = os.stat(file)
+        except (FileNotFoundError, NotADirectoryError):
+            status = None
+        if status is None or not stat.S_ISREG(status.st_mode):
+            return [f"{name} is in the index and not in storage"]
+        if status.st_size != row.file_size:
+            return [f"{name} has {status.st_size} bytes, not {row.file_size}"]
+        if self._subject.content and row.file_hash:
+            with open(file, "rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").digest()
+            if digest != row.file_hash:
+                return [f"{name} has other content than was verified"]
+        return []
+
+    def _path(self, row: Any) -> list[str]:
+        store_dir, keys = self._inventory.store_dir, self._subject.keys
+        path, nar_hash = f"{row.hash_part}-{row.name}", f"sha256:{encode(row.nar_hash)}"
+        message = of_texts(store_dir, path, nar_hash, row.nar_size, row.refs)
+        signatures = row.signatures.split("\n") if row.signatures else []
+        found = []
+        for text in signatures:
+            key = keys.get(text.partition(":")[0])
+            if key and not key.verifies(message, Signature.parse(text)):
+                found.append(f"{path}: its signature by {key.name} is not good")
+        name = f"{row.hash_part}.narinfo"
+        data = self._quickly(name)
+        if data is not None and data == rendered(
+            path=f"{store_dir}/{path}",
+            url=f"nar/{row.file}",
+            compression=row.compression,
+            file_hash=f"sha256:{encode(row.file_hash)}" if row.file_hash else None,
+            file_size=row.file_size,
+            nar_hash=nar_hash,
+            nar_size=row.nar_size,
+            references=row.refs,
+            deriver=row.deriver,
+            signatures=signatures,
+            ca=row.ca,
+            extra=json.loads(row.extra),
+        ):
+            return found
+        return [*found, *self._other(name, self._inventory.admitted(row), message)]
+
+    def _other(self, name: str, admitted: Admitted, message: bytes) -> list[str]:
+        """What is wrong with a narinfo that is not there, or not to the letter as it is served."""
+        path, nar = admitted
+        data = self._subject.storage.read(name)
+        if data is None:
+            return [f"{name} is not in storage, though its NAR is"] if nar.stored else []
+        try:
+            kept = NarInfo.parse(data, store_dir=path.info.store_dir)
+        except Malformed as error:
+            return [f"{name}: {error}"]
+        if kept.fingerprint() != message or kept.url != served(path, nar).url:
+            return [f"{name} in storage is of other content than the index says"]
+        return []
+
+    def _quickly(self, name: str) -> bytes | None:
+        """A small file's bytes; None if it is not there, as it seems."""
+        try:
+            opened = os.open(f"{self._root}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            return os.read(opened, MAX_BYTES + 1)
+        finally:
+            os.close(opened)
 
 
 def _readable(name: str, look: Callable[..., list[str]], *of: object) -> list[str]:
@@ -51,63 +199,9 @@ def _readable(name: str, look: Callable[..., list[str]], *of: object) -> list[st
         return [f"{name} cannot be read: {error}"]
 
 
-async def _nars(index: Index) -> AsyncIterator[NarRecord]:
-    after = ""
-    while page := await index.nars_page(after=after, limit=_PAGE):
-        for nar in page:
-            yield nar
-        after = page[-1].file
-
-
-async def _paths(index: Index) -> AsyncIterator[Admitted]:
-    after = ""
-    while page := await index.page(after=after, limit=_PAGE):
-        for admitted in page:
-            yield admitted
-        after = page[-1][0].info.store_path.hash_part
-
-
-def _check_nar(storage: LocalStorage, nar: NarRecord, content: bool) -> list[str]:  # noqa: FBT001
-    file = storage.path(f"nar/{nar.file}")
-    if not file.is_file():
-        return [f"nar/{nar.file} is in the index and not in storage"]
-    if file.stat().st_size != nar.file_size:
-        return [f"nar/{nar.file} has {file.stat().st_size} bytes, not {nar.file_size}"]
-    if content and nar.file_hash:
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").digest()
-        if digest != nar.file_hash.digest:
-            return [f"nar/{nar.file} has other content than was verified"]
-    return []
-
-
 def _check_bundle(storage: LocalStorage, digest: bytes) -> list[str]:
     name = bundle_name(digest)
     data = storage.read(name)
     if data is None or hashlib.sha256(data).digest() != digest:
         return [f"{name} is missing, or not what it is named"]
     return []
-
-
-def _check_path(storage: LocalStorage, admitted: Admitted, keys: dict[str, PublicKey]) -> list[str]:
-    path, nar = admitted
-    info = path.info
-    found = []
-    message = info.fingerprint()
-    for signature in info.signatures:
-        key = keys.get(signature.key_name)
-        if key and not key.verifies(message, signature):
-            found.append(f"{info.store_path}: its signature by {key.name} is not good")
-    name = f"{info.store_path.hash_part}.narinfo"
-    data = storage.read(name)
-    if data is None:
-        if nar.stored:
-            found.append(f"{name} is not in storage, though its NAR is")
-        return found
-    try:
-        kept = NarInfo.parse(data, store_dir=info.store_dir)
-    except Malformed as error:
-        return [*found, f"{name}: {error}"]
-    if kept.fingerprint() != message or kept.url != served(path, nar).url:
-        found.append(f"{name} in storage is of other content than the index says")
-    return found

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from narseal.errors import Denied, NarsealError, Unavailable
+from narseal.nix.store_path import is_hash_part
 from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
+from narseal.storage import Admitted, index_file, storage_errors
 from narseal.telemetry import metrics
 
 _log = logging.getLogger(__name__)
-_PAGE = 200
+_PAGE = 256
+#: Paths that are published together, and the part of a second that they may stand for.
+_GROUP = 256
+_MOMENT = 0.25
 _LOOK = 5.0  # seconds between two looks for work
 
 
@@ -24,58 +33,119 @@ class Rotation:
     def __init__(self, services: Services, renewal: Renewal) -> None:
         self._index = services.index
         self._countersigner = services.countersigner
-        self._leadership = services.leadership("rotation")
+        self._leadership = partial(services.leadership, "rotation")
         self._rate = services.config.signing.resign_rate
+        self._group = min(_GROUP, max(1, int(self._rate * _MOMENT)))
         self._renewal = renewal
+        self._threads = services.threads
+        #: Which paths are being signed: the index may say so already, and their narinfos not yet.
+        self._noted = index_file(services.config.storage.index).with_suffix(".rotation")
 
     async def run(self) -> None:
         """Until cancelled: whenever keys become active, sign what lacks their signatures."""
-        with closing(self._leadership):
-            await self._leadership.lead()
+        with closing(self._leadership()) as leadership:
+            await leadership.lead()
             await self._follow_keys()
 
     async def _follow_keys(self) -> None:
         done: frozenset[str] = frozenset()
         while True:
             try:
+                await self._finish()
                 names = frozenset(k.public.name for k in await self._countersigner.active())
                 if names and names != done:
-                    await self._sign_all(names)
-                    metrics.resign_waiting.set(await self._index.paths.count_lacking(names))
+                    await self.sign_all(names)
                     done = names
             except Unavailable as error:
                 _log.warning("signing with new keys waits: %s", error)
             await asyncio.sleep(_LOOK)
 
-    async def _sign_all(self, names: frozenset[str]) -> None:
-        kinds = (
-            (self._index.paths, self._renewal.renew_path),
-            (self._index.realisations, self._renewal.renew_realisation),
-        )
-        for claims, renew in kinds:
-            waiting = await claims.count_lacking(names)
-            if waiting:
-                _log.info("signing %d with keys that came later", waiting)
-            after = ""
-            while page := await claims.lacking(names, after=after, limit=_PAGE):
-                for key in page:
-                    start = time.monotonic()
-                    await _sign(key, renew)
-                    waiting = max(0, waiting - 1)
-                    metrics.resign_waiting.set(waiting)
-                    await asyncio.sleep(max(0.0, 1 / self._rate - (time.monotonic() - start)))
-                after = page[-1]
+    async def sign_all(self, names: frozenset[str]) -> None:
+        """Once: everything that lacks a signature by one of some keys, as far as it may have it."""
+        await self._sign_paths(names)
+        await self._sign_realisations(names)
+
+    async def _sign_paths(self, names: frozenset[str]) -> None:
+        if not await self._told(names):
+            return
+        async for page in self._index.lacking(names):
+            for at in range(0, len(page), self._group):
+                group = page[at : at + self._group]
+                await self._paced(len(group), self._renew_paths(group))
+                if not await self._told(names, is_first=False):
+                    break
+        await self._threads.run(partial(self._noted.unlink, missing_ok=True))
+
+    async def _renew_paths(self, group: Sequence[Admitted]) -> list[NarsealError | None]:
+        keys = [path.info.store_path.hash_part for path, _ in group]
+        await self._threads.run(_note, self._noted, keys)
+        return await self._renewal.renew_paths(group)
+
+    async def _finish(self) -> None:
+        """Show what a rotation signed that died before it had published it."""
+        if keys := await self._threads.run(_noted_in, self._noted):
+            await self._renewal.show(keys)
+            await self._threads.run(partial(self._noted.unlink, missing_ok=True))
+
+    async def _sign_realisations(self, names: frozenset[str]) -> None:
+        claims = self._index.realisations
+        if not await claims.count_lacking(names):
+            return
+        after = ""
+        while page := await claims.lacking(names, after=after, limit=_PAGE):
+            for key in page:
+                await self._paced(1, self._renew_realisation(key))
+            after = page[-1]
+
+    async def _renew_realisation(self, key: str) -> list[NarsealError | None]:
+        try:
+            await self._renewal.renew_realisation(key)
+        except Unavailable:
+            raise
+        except NarsealError as error:
+            return [error]
+        return [None]
+
+    async def _told(self, names: frozenset[str], *, is_first: bool = True) -> int:
+        """How many paths lack signatures, as the metric says from now on."""
+        waiting = await self._index.paths.count_lacking(names)
+        metrics.resign_waiting.set(waiting)
+        if waiting and is_first:
+            _log.info("signing %d with keys that came later", waiting)
+        return waiting
+
+    async def _paced(
+        self, count: int, work: Coroutine[Any, Any, list[NarsealError | None]]
+    ) -> None:
+        """Sign so many, and rest until the rate lets the next ones be signed."""
+        start = time.monotonic()
+        _count(await work)
+        await asyncio.sleep(max(0.0, count / self._rate - (time.monotonic() - start)))
 
 
-async def _sign(key: str, renew: Callable[[str], Awaitable[None]]) -> None:
-    try:
-        await renew(key)
-    except Unavailable:
-        raise
-    except Denied:
-        metrics.resigned.labels("kept-back").inc()
-    except NarsealError as error:
-        metrics.resigned.labels("refused").inc()
-        _log.warning("%s is not signed anew: %s", key, error)
-    else:
-        metrics.resigned.labels("signed").inc()
+def _note(file: Path, keys: Sequence[str]) -> None:
+    """Have a list on disk."""
+    with storage_errors(), file.open("w") as opened:
+        opened.write("".join(f"{key}\n" for key in keys))
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _noted_in(file: Path) -> list[str]:
+    """What of it is there."""
+    with storage_errors():
+        try:
+            return [line for line in file.read_text().splitlines() if is_hash_part(line)]
+        except FileNotFoundError:
+            return []
+
+
+def _count(outcomes: Iterable[NarsealError | None]) -> None:
+    for error in outcomes:
+        if error is None:
+            metrics.resigned.labels("signed").inc()
+        elif isinstance(error, Denied):
+            metrics.resigned.labels("kept-back").inc()
+        else:
+            metrics.resigned.labels("refused").inc()
+            _log.warning("not signed anew: %s", error)
