@@ -62,6 +62,7 @@ class View:
         self.admission.references.asked(hash_part)
         with question():
             path, nar = await self.admission.path(hash_part)
+            self.admission.references.found(path.info)
         self.nars_in_advance.told(nar)
         return served(path, nar).render()
 

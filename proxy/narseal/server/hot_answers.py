@@ -36,7 +36,8 @@ class HotAnswers:
             return known
         body = await self._view.narinfo(hash_part, only_looks=only_looks)
         answer = _answer("narinfo", NARINFO, SHORT, body, etag_of(body))
-        self._hot.put(target, answer, mark)
+        if not only_looks:  # who asks for it next is to be found, too: more is brought for him
+            self._hot.put(target, answer, mark)
         return answer
 
     async def small_nar(self, file: str, *, only_looks: bool = False) -> Hot | None:

@@ -31,6 +31,8 @@ MOST = 1000
 _AT_A_TIME = 32
 #: Paths that wait for that.
 _UNDER_WAY = 4096
+#: Paths that were only looked at, and may be asked for.
+_LOOKED_AT = 4096
 #: Narinfos, and NARs, that were brought and that nobody asked for yet: with so many no more are brought, until some
 #: were asked for or forgotten, after so many seconds.
 _UNUSED = 10_000
@@ -127,6 +129,8 @@ class References:
         self._is_asked = is_asked
         self._slots = asyncio.Semaphore(_AT_A_TIME)
         self._brought = _Brought("narinfo", _UNUSED)
+        #: What was admitted for who only looked: Nix begins so with a path that it wants.
+        self._looked_at: OrderedDict[str, None] = OrderedDict()
         #: Nothing is brought, or no more.
         self.is_off = services.config.prefetch == "off" or not services.upstreams
 
@@ -134,11 +138,22 @@ class References:
         """A client asks for a narinfo."""
         self._brought.asked(hash_part)
 
+    def found(self, info: NarInfo) -> None:
+        """The present question has its answer: what it refers to is brought if that was not done before."""
+        if info.store_path.hash_part in self._looked_at:
+            self.of(info)
+
     def of(self, info: NarInfo) -> None:
         """Bring what a path refers to, on behalf of the present question, if it is one."""
         asks = _question.get()
-        if asks is None or self.is_off:
+        if self.is_off:
             return
+        if asks is None:
+            self._looked_at[info.store_path.hash_part] = None
+            if len(self._looked_at) > _LOOKED_AT:
+                self._looked_at.popitem(last=False)
+            return
+        self._looked_at.pop(info.store_path.hash_part, None)
         for reference in info.references:
             hash_part = reference.hash_part
             if hash_part in asks.seen or hash_part in self._brought.under_way:
