@@ -75,6 +75,21 @@ async def test_what_a_path_refers_to_is_there_when_it_is_asked_for(
     assert not any(name.startswith("nar/") for name in upstream.asked)
 
 
+async def test_who_looks_first_and_asks_then_has_the_rest_brought(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Nix asks by HEAD whether the top of a closure is there, and then for it; over one connection."""
+    items = closure(4, 3)
+    upstream.add(*items)
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        for _ in range(3):
+            assert (await client.head(f"{items[0].hash}.narinfo"))[0] == 200
+        assert not any(upstream.asked[f"{item.hash}.narinfo"] for item in items[1:])
+        await client.narinfo(items[0].hash)
+        await client.until(lambda: all(upstream.asked[f"{i.hash}.narinfo"] for i in items))
+    assert {upstream.asked[f"{item.hash}.narinfo"] for item in items} == {1}
+
+
 async def test_nars_come_in_advance_once_a_client_fetches_one(
     tmp_path: Path, upstream: FakeCache
 ) -> None:

@@ -56,6 +56,16 @@ def elsewhere(work: Callable[[], T]) -> T:
     return result
 
 
+async def test_nobody_is_not_stuck() -> None:
+    """Seats that nobody took are of no process; nor is one that was left, whoever gets its number."""
+    board = Board(3)
+    shared = at(board, 0)
+    assert not shared.flight("x").is_stuck
+    assert board.seat_of(os.getpid()) == 0
+    shared.close()
+    assert board.seat_of(os.getpid()) is None
+
+
 async def test_one_process_has_a_flight_until_it_ends() -> None:
     board = Board(2)
     ours = at(board, 0)

@@ -136,7 +136,7 @@ async def opened(
             for task in watching:
                 task.cancel()
             await folder.close()
-            await publishing
+            await asyncio.wait([publishing])  # whatever became of it
             await index.close()
             threads.close()
 

@@ -65,6 +65,10 @@ class Board:
         self.beat(seat)
         self.cells[ROWS + 2 * seat] = os.getpid()
 
+    def leave(self, seat: int) -> None:
+        """Nobody sits there any more: another process may get the number of the one that did."""
+        self.cells[ROWS + 2 * seat] = 0
+
     def beat(self, seat: int) -> None:
         """Say that the loop of who sits there runs."""
         self.cells[ROWS + 2 * seat + 1] = int(monotonic())

@@ -76,6 +76,7 @@ class SharedFlights:
         """Hear nothing any more."""
         self._loop.remove_reader(self._board.bells[self._seat])
         self._beating.cancel()
+        self._board.leave(self._seat)
 
     def _beat(self) -> None:
         self._board.beat(self._seat)
@@ -308,7 +309,8 @@ class Flight:
     @property
     def is_stuck(self) -> bool:
         """Whether the worker that brings it does nothing any more: it was stopped, or hangs."""
-        return self._board.silence(self.holder) > _SILENT
+        holder = self.holder
+        return bool(holder) and self._board.silence(holder) > _SILENT
 
     async def over(self, deadline: float) -> None:
         """Wait until no other worker brings it, or it is stuck, or until then (monotonic)."""

@@ -186,8 +186,12 @@ class Supervisor:
             worker = self._workers.pop(pid)
             self._storage.sweep(pid)
             mark_process_dead(pid)  # type: ignore[no-untyped-call]
+            if self._board and worker.seat is not None:
+                self._board.leave(worker.seat)
             if self._stopping:
                 continue
+            if status:
+                self._epoch.ask_for_repair()  # of what it was to write behind its answers
             if self._change and worker.generation == self._change.generation:
                 self._give_up("a worker could not start with it")
                 continue
@@ -203,7 +207,6 @@ class Supervisor:
             self._delays[worker.slot] = delay
             self._due[worker.slot] = time.monotonic() + delay
             metrics.worker_restarts.inc()
-            self._epoch.ask_for_repair()  # of the files that it was to write behind its answers
             _log.error(
                 "a worker died and is restarted",
                 extra={"pid": pid, "status": os.waitstatus_to_exitcode(status), "delay": delay},

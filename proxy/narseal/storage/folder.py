@@ -86,8 +86,8 @@ class Folder:
         """A new file to write and read."""
         return await self._threads.run(self.local.incoming)
 
-    async def open_incoming(self, name: str) -> int | None:
-        """A file that another worker brings, open for reading; None if it is not there any more."""
+    async def open_incoming(self, name: str) -> OpenFile | None:
+        """A file that another worker brings; None if it is not there any more."""
         return await self._threads.run(self.local.open_incoming, name)
 
     async def is_published(self, descriptor: int, name: str) -> bool:

@@ -170,11 +170,11 @@ class LocalStorage:
         """A new file to write and read, and its path. StorageGone if the folder is not the index's."""
         return self._create(self._incoming)
 
-    def open_incoming(self, name: str) -> int | None:
+    def open_incoming(self, name: str) -> OpenFile | None:
         """A file that another worker brings, open for reading; None if it is not there any more."""
         with storage_errors():
             try:
-                return os.open(self._incoming / name, os.O_RDONLY | os.O_CLOEXEC)
+                return OpenFile.at(self._incoming / name)
             except FileNotFoundError:  # it has its name by now, or was dropped
                 return None
 

@@ -13,6 +13,7 @@ from time import monotonic
 from narseal.errors import UpstreamTrouble
 from narseal.pipeline.nars.transfer import Reader
 from narseal.runtime.board import Shown
+from narseal.runtime.files import OpenFile
 from narseal.runtime.shared_flights import Flight, moment
 from narseal.storage import Folder
 
@@ -28,16 +29,16 @@ class FarReader(Reader):
     """One who reads the file that another worker brings. To be closed."""
 
     def __init__(
-        self, flight: Flight, shown: Shown, descriptor: int, is_published: IsPublished
+        self, flight: Flight, shown: Shown, file: OpenFile, is_published: IsPublished
     ) -> None:
-        self.descriptor = descriptor
+        self._file: OpenFile | None = file
+        self.descriptor = file.descriptor
         self._flight = flight
         self._shown = shown
         self._is_published = is_published
         self._began = monotonic()
         self._size: int | None = None
         self._ends = ExitStack()
-        self._ends.callback(os.close, descriptor)
         self._watched = self._ends.enter_context(flight.watching())
 
     @property
@@ -58,6 +59,7 @@ class FarReader(Reader):
     def close(self) -> None:
         """Let go of the file."""
         self._ends.close()
+        self._file = None
 
     async def _until(self, enough: Callable[[int, bool], bool]) -> tuple[int, bool]:
         """How much may be read, and whether that is the whole, once it is enough."""
@@ -81,22 +83,24 @@ class FarReader(Reader):
             self._size = os.fstat(self.descriptor).st_size
             return self._size, True
         self._flight.check(self._began)
-        raise GoneError("the worker that fetched it was killed; ask again")
+        raise GoneError("the worker that fetched it ended without it; ask again, and see the log")
 
 
 async def follow(flight: Flight, folder: Folder, is_published: IsPublished) -> FarReader | None:
     """Read along with whoever brings a file, from its first bytes on; None if nobody does any more.
 
-    Raises what the transfer failed with meanwhile.
+    Raises what the transfer failed with meanwhile; TimeoutError if it came in no file, and only waits for its disk.
     """
     began = monotonic()
     with flight.watching() as watched:
         while flight.holder and not flight.is_stuck:
             news = watched.news
             shown = flight.shown()
-            descriptor = await folder.open_incoming(shown.name) if shown else None
-            if shown and descriptor is not None:
-                reader = FarReader(flight, shown, descriptor, is_published)
+            if shown and shown.is_body:
+                raise TimeoutError
+            file = await folder.open_incoming(shown.name) if shown else None
+            if shown and file:
+                reader = FarReader(flight, shown, file, is_published)
                 with ExitStack() as closing:
                     closing.callback(reader.close)
                     try:

@@ -116,9 +116,8 @@ class Fetcher:
         try:
             if flight:
                 transfer.progress = flight.show(transfer.path.name)
-                if (
-                    transfer.progress is None
-                ):  # nobody could follow it: he had better fetch it himself
+                # nobody could follow it: who wants it had better fetch it himself
+                if transfer.progress is None:
                     flight.end()
             measured = await transfer.run(
                 origins, on_wrong=lambda wrong, error: self._wrong(record, wrong, error)
@@ -152,6 +151,9 @@ class Fetcher:
                 if flight:
                     ends.callback(flight.end)
                 incoming = await self._folder.incoming()
+                if record.file in self._running:  # by now
+                    await self._folder.discard(incoming)
+                    return
                 transfer = self._transfer(info, incoming, is_awaited=True)
                 self._running[record.file] = transfer
                 await self._bring(record, transfer, _once(origin), flight)

@@ -44,7 +44,7 @@ class Publisher:
         self._threads = services.threads
         self._tasks = services.tasks
         #: Hash parts whose narinfo files are written behind an answer.
-        self._behind: set[str] = set()
+        self._behind: dict[str, None] = {}
         self._writing: asyncio.Task[None] | None = None
         #: Whether other rules than ours are in force by now.
         self.retired = False
@@ -108,9 +108,12 @@ class Publisher:
     def narinfo_behind(self, hash_part: str) -> None:
         """Have it done soon, with others, and again until it succeeds: the index says already what is served.
 
-        A crash before that leaves a file out, which the next start writes (`upkeep/repair.py`).
+        A crash before that leaves a file out, which another worker writes, or the next start (`upkeep/repair.py`).
         """
-        self._behind.add(hash_part)
+        if len(self._behind) >= _MOST_BEHIND:  # whoever looks after all finds it
+            self._epoch.ask_for_repair()
+            return
+        self._behind[hash_part] = None
         if self._writing is None:
             work = self._write_behind()  # on behalf of all
             self._writing = self._tasks.start(work, "write narinfo files", Context())
@@ -120,17 +123,18 @@ class Publisher:
             while self._behind:
                 await asyncio.sleep(GATHERING)
                 group = list(islice(self._behind, GROUP))
-                self._behind.difference_update(group)
+                for hash_part in group:
+                    del self._behind[hash_part]
                 try:
                     await self.narinfos(group)
-                except NarsealError as error:
+                except Exception as error:
+                    fault = None if isinstance(error, NarsealError) else error
                     _log.warning(
-                        "narinfo files are not written, and will be tried again: %s", error
+                        "narinfo files are not written, and will be tried again: %s",
+                        error,
+                        exc_info=fault,
                     )
-                    self._behind.update(group)
-                    if len(self._behind) > _MOST_BEHIND:
-                        self._behind.clear()  # whoever looks after all finds them
-                        self._epoch.ask_for_repair()
+                    self._behind |= dict.fromkeys(group)  # behind the others
                     await asyncio.sleep(_PAUSE)
         finally:
             self._writing = None

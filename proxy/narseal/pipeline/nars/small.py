@@ -93,12 +93,15 @@ class SmallNars:
         if self._shared is None:
             return await self._brought(record, info, origin, None)
         flight = self._shared.flight(of_nar(record.file))
-        if flight.begin():
-            return await self._brought(record, info, origin, flight)
-        try:
-            return await flight.handed(patience=_PATIENCE)
-        except TimeoutError:
-            return await self._brought(record, info, origin, None)
+        while not flight.begin():
+            try:
+                if (body := await flight.handed(patience=_PATIENCE)) is not None:
+                    return body
+            except TimeoutError:
+                return await self._brought(record, info, origin, None)
+            if flight.shown():  # it comes in a file
+                return None
+        return await self._brought(record, info, origin, flight)
 
     async def _brought(
         self, record: NarRecord, info: NarInfo, origin: Origin, flight: Flight | None
@@ -118,10 +121,10 @@ class SmallNars:
                 return None
             if found is None:
                 return None
-            rooms.pop_all()  # it is kept until the file is published
-        body, measured = found
-        handed = flight.hand(body) if flight else None
-        self._arrived[record.file] = _Arrived(body, record, measured, room, flight, handed)
+            body, measured = found
+            handed = flight.hand(body) if flight else None
+            self._arrived[record.file] = _Arrived(body, record, measured, room, flight, handed)
+            rooms.pop_all()  # they are kept until the file is published
         if self._publishing is None:
             work = self._publish_all()  # on behalf of all who ask
             self._publishing = self._tasks.start(work, "publish small NARs", Context())

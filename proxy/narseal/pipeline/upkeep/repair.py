@@ -19,6 +19,7 @@ from narseal.storage import LocalStorage
 _log = logging.getLogger(__name__)
 _GROUP = 256  # narinfos that are published together
 _LOOK = 1.0  # seconds between two looks whether there is work
+_PAUSE = 60.0  # seconds before what could not be looked after is tried again
 
 
 class Repair:
@@ -39,12 +40,14 @@ class Repair:
             await leadership.lead()
             while True:
                 asked = self._epoch.repairs()
-                await self.look_after_all(rests=True)
+                if not await self.look_after_all(rests=True):
+                    await asyncio.sleep(_PAUSE)
+                    continue
                 while asked == self._epoch.repairs():  # noqa: ASYNC110 (a number that processes share)
                     await asyncio.sleep(_LOOK)
 
-    async def look_after_all(self, *, rests: bool = False) -> None:
-        """Once: every path whose NAR is stored. Who `rests` leaves half of the time to others."""
+    async def look_after_all(self, *, rests: bool = False) -> bool:
+        """Once: every path whose NAR is stored; whether all could be. Who `rests` leaves half of the time to others."""
         began = time.monotonic()
         try:
             async for page in self._index.with_stored_nar():
@@ -58,6 +61,8 @@ class Repair:
                     began = time.monotonic()
         except NarsealError as error:
             _log.warning("not every narinfo file could be looked after: %s", error)
+            return False
+        return True
 
 
 def _without_file(storage: LocalStorage, hash_parts: list[str]) -> list[str]:
