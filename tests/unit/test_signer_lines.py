@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -43,13 +43,28 @@ class Desk:
                 await writer.wait_closed()
 
     async def comes(self, count: int) -> None:
-        async def there() -> bool:
-            return len(self.taken) >= count
+        await until(lambda: len(self.taken) >= count)
 
-        await eventually(there)
+    async def wait(self, count: int) -> None:
+        """So many lines find no room for what has come."""
+        await until(lambda: len(self.lines._waiting) == count)
+
+    async def is_paused(self) -> None:
+        """The only line is not read, so that nothing more is taken."""
+        (line,) = self.lines._open
+        transport = line._transport
+        assert transport
+        await until(lambda: not transport.is_reading())
 
     def answer(self, frame: Frame) -> None:
         frame.line.answer([(frame, {"id": 1})])
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async def is_so() -> object:
+        return condition()
+
+    await eventually(is_so)
 
 
 @asynccontextmanager
@@ -118,16 +133,16 @@ async def test_room_comes_back_with_answers_and_with_those_who_leave() -> None:
         first[1].write(largest)
         second[1].write(largest[:100])
         await found.comes(1)
-        await asyncio.sleep(0.05)  # the second's half has come
+        await until(lambda: any(line._frames.is_within for line in found.lines._open))
         third[1].write(frame(1000))
         fourth = await found.connect()
-        await asyncio.sleep(0.05)
+        await found.wait(1)
         assert len(found.taken) == 1
         second[1].transport.abort()
         await found.comes(2)
         assert len(found.taken[1].body) == 1000
         fourth[1].write(largest)
-        await asyncio.sleep(0.05)
+        await found.wait(1)
         assert len(found.taken) == 2
         found.answer(found.taken[0])
         found.answer(found.taken[1])
@@ -154,7 +169,7 @@ async def test_a_frame_of_several_has_its_room_until_the_last_is_answered() -> N
         await found.comes(2)
         _, other = await found.connect()
         other.write(frame(1))
-        await asyncio.sleep(0.1)  # it has come, and finds no room
+        await found.wait(1)
         for _ in range(2):
             found.answer(several)
         assert len(found.taken) == 2
@@ -166,17 +181,17 @@ async def test_requests_that_wait_are_bounded_in_number() -> None:
     async with desk() as found:
         reader, writer = await found.connect()
         writer.write(frame(0) * 5000)
-        await found.comes(1025)
-        await asyncio.sleep(0.05)
-        assert len(found.taken) == 1025
+        await found.comes(1024)
+        await found.is_paused()
+        assert len(found.taken) == 1024
         for each in range(5000):
             await found.comes(each + 1)
             found.answer(found.taken[each])
         assert len(await reader.readexactly(5000 * len(wire.encode({"id": 1}))))
         writer.write(b"\0\0\0\2[]" * 100)  # each may have 64 requests in it
-        await found.comes(5000 + 17)
-        await asyncio.sleep(0.05)
-        assert len(found.taken) == 5000 + 17
+        await found.comes(5000 + 16)
+        await found.is_paused()
+        assert len(found.taken) == 5000 + 16
 
 
 async def test_another_user_is_turned_away_and_nobody_has_every_line() -> None:
@@ -193,7 +208,7 @@ async def test_another_user_is_turned_away_and_nobody_has_every_line() -> None:
         reader, _ = await found.connect()
         assert await ended(reader) == b""
         kept[0][1].transport.abort()
-        await asyncio.sleep(0.05)
+        await until(lambda: len(found.lines._open) == 63)
         reader, writer = await found.connect()
         writer.write(frame(1))
         await found.comes(65)

@@ -185,7 +185,7 @@ class Line(asyncio.Protocol):
 
     @property
     def _is_served(self) -> bool:
-        return self._is_heard and self._waiting <= _WAITING
+        return self._is_heard and self._waiting < _WAITING
 
     def _begin(self, size: int) -> bool:
         if not self._is_served or not self._lines.find_room(self, size):
