@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import itertools
 import socket
 import threading
@@ -139,6 +138,8 @@ class _Line:
                 return await connection.ask(tree, read)
             except TimeoutError as error:
                 raise Unavailable(f"the signer at {self._path} does not answer") from error
+            except Malformed as error:  # it is there, and would say the same again
+                raise Unavailable(f"the signer at {self._path}: {error}") from error
             except OSError as error:
                 if time.monotonic() > until:
                     raise Unavailable(f"the signer at {self._path} is away: {error}") from error
@@ -183,6 +184,8 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
+        #: Each until it is settled: an answer that is being read is overtaken by its deadline and by
+        #: the line's end.
         self._waiting: dict[int, _Waiting[Any]] = {}
         self._frames = wire.Frames()
         self._unsent: list[dict[str, Any]] = []
@@ -190,6 +193,7 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._reading: set[asyncio.Task[None]] = set()
         self._watch: asyncio.TimerHandle | None = None
+        self._end: type[ConnectionError | Malformed] = ConnectionError
         self._why = "the line was closed"
         self.is_closed = False
 
@@ -212,10 +216,10 @@ class _Connection(asyncio.Protocol):
                     number = wire.number_of(tree)
                     if number == 0:
                         self._most = _most(tree)
-                    elif waiting := self._waiting.pop(number, None):
+                    elif waiting := self._waiting.get(number):
                         group.append((waiting, tree))
         except Malformed as error:
-            self._why = str(error)
+            self._end, self._why = Malformed, str(error)
             self.close()
         if len(group) <= _FEW:
             _settle(group, _read_all(group))
@@ -229,12 +233,15 @@ class _Connection(asyncio.Protocol):
         if self._watch:
             self._watch.cancel()
         for waiting in self._waiting.values():
-            waiting.settle(ConnectionError(self._why))
+            waiting.settle(self._end(self._why))
 
     async def ask(self, tree: dict[str, Any], read: Callable[[dict[str, Any]], T]) -> T:
-        """What the answer is read as; ConnectionError if the line ends before, TimeoutError if none comes."""
+        """What the answer is read as; TimeoutError if none comes.
+
+        If the line ends before, ConnectionError, or Malformed where that is why.
+        """
         if self.is_closed:
-            raise ConnectionError(self._why)
+            raise self._end(self._why)
         loop = asyncio.get_running_loop()
         number = next(self._ids)
         future: asyncio.Future[T] = loop.create_future()
@@ -253,6 +260,8 @@ class _Connection(asyncio.Protocol):
     def close(self) -> None:
         """End the line."""
         self.is_closed = True
+        for task in self._reading:  # whoever waits for it learns from the line's end
+            task.cancel()
         if self._transport:
             self._transport.close()
 
@@ -289,6 +298,8 @@ def _read_all(group: list[tuple[_Waiting[Any], dict[str, Any]]]) -> list[Any]:
             outcomes.append(waiting.read(tree))
         except NarsealError as error:  # its asker's
             outcomes.append(error)
+        except Exception as error:  # whatever one answer is, the others of its group are settled
+            outcomes.append(_unreadable(error))
     return outcomes
 
 
@@ -351,8 +362,8 @@ def _head(answer: dict[str, Any]) -> AuditHead | None:
     try:
         lines, text = answer["lines"], answer["hash"]
         return AuditHead(int(lines), bytes.fromhex(text)) if lines else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise Unavailable(f"the signer's answer cannot be read: {error!r}") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _unreadable(error) from error
 
 
 def _noted(answer: dict[str, Any]) -> None:
@@ -367,5 +378,9 @@ def _signature(answer: dict[str, Any]) -> bytes:
         raise Unavailable(f"the signer cannot sign now: {answer['error']}"[:500])
     try:
         return base64.b64decode(answer["signature"], validate=True)
-    except (KeyError, TypeError, binascii.Error) as error:
-        raise Unavailable(f"the signer's answer cannot be read: {error!r}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> Unavailable:
+    return Unavailable(f"the signer's answer cannot be read: {error!r}"[:500])
