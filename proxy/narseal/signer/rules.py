@@ -1,7 +1,7 @@
 """What the signer decides: which requests are signed. It trusts nothing that the proxy says.
 
 It rebuilds the text from typed values, looks for evidence itself, and writes each signature down
-before it leaves. It blocks; the socket is `signer/server.py`'s.
+before it leaves. It blocks; the socket is `signer/lines.py`'s.
 """
 
 from __future__ import annotations
