@@ -404,6 +404,14 @@ async def test_a_rotation_that_dies_behind_the_index_is_shown_by_the_next(
         await client.until(lambda: not (tmp_path / "index.rotation").exists())
 
 
+async def test_a_damaged_note_of_a_rotation_is_none(tmp_path: Path) -> None:
+    """It ended the upkeep at each start."""
+    note = tmp_path / "index.rotation"
+    note.write_bytes(b"\xff\xfe\n" + b"0" * 32 + b"\n")
+    async with narseal(tmp_path) as client:
+        await client.until(lambda: not note.exists())
+
+
 async def test_a_rotation_holds_what_a_revoked_key_signed_to_its_evidence(tmp_path: Path) -> None:
     """`narseal revoke` broke off behind the revocation, and of an upload nothing but its bytes speaks."""
     good, rotten = (entry(name, name.encode(), compression="none") for name in ("good", "rotten"))

@@ -67,6 +67,15 @@ class OpenFile:
             self.path.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on disk; OSError if that fails. Blocks."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def open_regular(path: Path) -> BinaryIO:
     """A file, never what a symbolic link points to; Refused if there is no such file. Blocks.
 

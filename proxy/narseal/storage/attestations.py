@@ -56,6 +56,7 @@ def _enqueue(*conditions: Any, again: bool = False) -> Insert:
     read them before, whatever the clocks of both say.
     """
     now = bindparam("now", type_=schema.waiting.c.since.type)
+    # with a WHERE, without which SQLite takes ON CONFLICT for part of the SELECT
     rows = _unattested(now).where(*conditions)
     fresh = insert_or(schema.waiting).from_select(["hash_part", "since"], rows)
     if not again:
@@ -67,7 +68,6 @@ def _enqueue(*conditions: Any, again: bool = False) -> Insert:
 
 _OF_FILE = schema.path.c.nar_file == bindparam("file")
 _ENQUEUE = Prepared(_enqueue(_OF_FILE, again=True))
-# SQLite wants a WHERE before ON CONFLICT in an INSERT from a SELECT, and there is one
 _PAGE = 1000
 
 

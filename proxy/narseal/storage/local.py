@@ -25,7 +25,7 @@ from typing import TypeVar
 from narseal.errors import ConfigError, StorageBroken, StorageFull, StorageGone, Unavailable
 from narseal.nix.cache_info import CacheInfo
 from narseal.nix.store_path import is_hash_part
-from narseal.runtime.files import OpenFile, sync_all
+from narseal.runtime.files import OpenFile, sync_all, sync_folder
 
 #: What a disk says of bytes that it cannot give back (EUCLEAN: of a whole file system).
 _BROKEN = frozenset((errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.EBADMSG, errno.EREMOTEIO))
@@ -217,7 +217,7 @@ class LocalStorage:
         for folder, numbers in folders.items():
             try:
                 with storage_errors():
-                    _sync(folder)
+                    sync_folder(folder)
             except Unavailable as error:
                 for number in numbers:
                     outcomes[number] = error
@@ -248,7 +248,7 @@ class LocalStorage:
             for name, (_, incoming) in files.items():
                 act(incoming, self.path(name))
             for folder in {self.path(name).parent for name in files}:
-                _sync(folder)
+                sync_folder(folder)
 
     def link(self, name: str, other: str) -> None:
         """Give a published file another name, too."""
@@ -317,7 +317,7 @@ class LocalStorage:
             self.refused.mkdir(exist_ok=True)
             os.replace(self.path(name), self.refused / name)
             for folder in (self.refused, self.root):
-                _sync(folder)
+                sync_folder(folder)
 
     def refused_name(self, name: str) -> str:
         """Where a narinfo lies that was set aside."""
@@ -506,14 +506,6 @@ def _read_mark(root: int) -> str | None:
             return os.read(descriptor, _LONGEST_MARK).decode("ascii", "replace").strip() or None
         finally:
             os.close(descriptor)
-
-
-def _sync(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 _GONE = (

@@ -273,7 +273,7 @@ class Attester:
             if not self._is_current():
                 return ()  # those whose rules are in force sign it
             self._epoch.advance()  # somebody revoked, and may not have come to say so
-        raise Unavailable("keys are being revoked")
+        raise Unavailable("keys are being revoked; it is tried again in a moment, by itself")
 
     def _sign(self, begun: _Begun) -> bytes:
         """In the thread: the batch's bundle, and those of its files."""

@@ -13,7 +13,6 @@ from narseal.nix.addressing import check_content_address
 from narseal.nix.keyring import KeyRing
 from narseal.pipeline.nars.publisher import Publisher
 from narseal.pipeline.services import Services
-from narseal.pipeline.trust.countersign import Countersigned
 from narseal.pipeline.trust.policy import content_digests
 from narseal.runtime.threads import by_size
 from narseal.storage import Admitted, NarRecord, PathRecord, RealisationRecord, Revoked
@@ -122,7 +121,7 @@ class Renewal:
                 raise Unavailable("other rules are in force; the workers that have them go on")
             self._epoch.advance()  # somebody revoked, and may not have come to say so
         else:
-            raise Unavailable("keys are being revoked")
+            raise Unavailable("keys are being revoked; it is tried again in a moment, by itself")
         gone = (s.brought.key for s, done in zip(signings, signed, strict=True) if done is None)
         for key in gone:
             outcomes[key] = NotFound(
@@ -135,8 +134,7 @@ class Renewal:
     ) -> tuple[dict[str, NarsealError | None], list[Signing]]:
         """What became of each path so far, by its hash part; and what is to be added to which."""
         outcomes: dict[str, NarsealError | None] = {}
-        asked: list[PathRecord] = []
-        signing: list[Awaitable[Countersigned]] = []
+        asked: list[Admitted] = []
         for path, nar in found:
             key = path.info.store_path.hash_part
             outcomes[key] = None
@@ -148,13 +146,16 @@ class Renewal:
             except NarsealError as error:
                 outcomes[key] = error
                 continue
-            asked.append(path)
-            signing.append(
-                self._countersigner.countersign(path_request(path, nar), path.signatures)
-            )
+            asked.append((path, nar))
         signings: list[Signing] = []
-        done = await asyncio.gather(*signing, return_exceptions=True)
-        for path, outcome in zip(asked, done, strict=True):
+        done = await asyncio.gather(
+            *(
+                self._countersigner.countersign(path_request(path, nar), path.signatures)
+                for path, nar in asked
+            ),
+            return_exceptions=True,
+        )
+        for (path, _), outcome in zip(asked, done, strict=True):
             key = path.info.store_path.hash_part
             if isinstance(outcome, NarsealError):
                 outcomes[key] = outcome

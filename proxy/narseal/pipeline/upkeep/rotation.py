@@ -6,8 +6,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Coroutine, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from narseal.errors import Denied, NarsealError, Unavailable
 from narseal.nix.store_path import is_hash_part
 from narseal.pipeline.paths.renewal import Renewal
 from narseal.pipeline.services import Services
-from narseal.storage import Admitted, index_file, storage_errors
+from narseal.runtime.files import sync_folder
+from narseal.storage import Admitted, index_file
 from narseal.telemetry import metrics
 
 _log = logging.getLogger(__name__)
@@ -68,13 +69,16 @@ class Rotation:
     async def _sign_paths(self, names: frozenset[str]) -> None:
         if not await self._told(names):
             return
+        await self._sign_pages(names)
+        await self._threads.run(_forget, self._noted)
+
+    async def _sign_pages(self, names: frozenset[str]) -> None:
         async for page in self._index.lacking(names):
             for at in range(0, len(page), self._group):
                 group = page[at : at + self._group]
                 await self._paced(len(group), self._renew_paths(group))
                 if not await self._told(names, is_first=False):
-                    break
-        await self._threads.run(partial(self._noted.unlink, missing_ok=True))
+                    return
 
     async def _renew_paths(self, group: Sequence[Admitted]) -> list[NarsealError | None]:
         keys = [path.info.store_path.hash_part for path, _ in group]
@@ -85,7 +89,7 @@ class Rotation:
         """Show what a rotation signed that died before it had published it."""
         if keys := await self._threads.run(_noted_in, self._noted):
             await self._renewal.show(keys)
-            await self._threads.run(partial(self._noted.unlink, missing_ok=True))
+            await self._threads.run(_forget, self._noted)
 
     async def _sign_realisations(self, names: frozenset[str]) -> None:
         claims = self._index.realisations
@@ -124,20 +128,39 @@ class Rotation:
 
 
 def _note(file: Path, keys: Sequence[str]) -> None:
-    """Have a list on disk."""
-    with storage_errors(), file.open("w") as opened:
-        opened.write("".join(f"{key}\n" for key in keys))
-        opened.flush()
-        os.fsync(opened.fileno())
+    """Have a list on disk, under its name."""
+    with _beside_index():
+        with file.open("w") as opened:
+            opened.write("".join(f"{key}\n" for key in keys))
+            opened.flush()
+            os.fsync(opened.fileno())
+        sync_folder(file.parent)
 
 
 def _noted_in(file: Path) -> list[str]:
-    """What of it is there."""
-    with storage_errors():
+    """What of it is there, and can be read."""
+    with _beside_index():
         try:
-            return [line for line in file.read_text().splitlines() if is_hash_part(line)]
+            text = file.read_text("ascii", "replace")
         except FileNotFoundError:
             return []
+        return [line for line in text.splitlines() if is_hash_part(line)]
+
+
+def _forget(file: Path) -> None:
+    with _beside_index():
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _beside_index() -> Iterator[None]:
+    """Unavailable if a file of ours beside the index, not in the storage folder, fails."""
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(
+            f"the folder of storage.index fails: {error}; see to that disk"
+        ) from error
 
 
 def _count(outcomes: Iterable[NarsealError | None]) -> None:
