@@ -13,8 +13,8 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from narseal.errors import Malformed, StorageBroken, StorageGone, Unavailable
@@ -58,40 +58,33 @@ def problems(subject: Subject, *, share: int = _SHARE) -> Iterator[str]:
         shares = inventory.shares(share)
         miscounts, bundles = inventory.miscounts(), inventory.bundles()
     yield from miscounts
-    for found in _looked_at(subject, shares):
-        yield from found
-    for digest in bundles:
-        yield from _readable(bundle_name(digest), _check_bundle, subject.storage, digest)
+    try:
+        for found in _looked_at(subject, shares):
+            yield from found
+        for digest in bundles:
+            name, look = bundle_name(digest), partial(_check_bundle, subject.storage, digest)
+            yield from _found(subject.storage, name, look)
+    except StorageGone as error:  # it went away meanwhile; what was said before is so
+        yield str(error)
 
 
 def _looked_at(subject: Subject, shares: Sequence[Share]) -> Iterator[list[str]]:
     """What is wrong with each share, in their order."""
+    look = partial(_look_at, subject)
     processes = min(len(os.sched_getaffinity(0)), len(shares))
     if len(shares) <= 2 or processes == 1:
-        with Inventory.opened(subject.url, subject.store_dir) as inventory:
-            for share in shares:
-                yield _Look(subject, inventory).at(share)
+        yield from map(look, shares)
         return
     # the child has what is here, and no thread runs yet
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, _begin, (subject,)) as pool:
-        yield from pool.map(_look_at, shares)
+    with ProcessPoolExecutor(processes, context) as pool:
+        yield from pool.map(look, shares)
 
 
-class _Process:
-    """What a process of the pool has open, for its life."""
-
-    look: _Look
-    stack = ExitStack()
-
-
-def _begin(subject: Subject) -> None:
-    opened = Inventory.opened(subject.url, subject.store_dir)
-    _Process.look = _Look(subject, _Process.stack.enter_context(opened))
-
-
-def _look_at(share: Share) -> list[str]:
-    return _Process.look.at(share)
+def _look_at(subject: Subject, share: Share) -> list[str]:
+    """What is wrong with a share; Unavailable if the index cannot be read, in whatever process."""
+    with Inventory.opened(subject.url, subject.store_dir) as inventory:
+        return _Look(subject, inventory).at(share)
 
 
 class _Look:
@@ -110,20 +103,20 @@ class _Look:
         for row in self._inventory.rows(share):
             key = row.file if is_nar else row.hash_part
             name = f"nar/{key}" if is_nar else f"{key}.narinfo"
-            if wrong := _readable(name, look, row):
+            if wrong := self._found(name, look, row):
                 # what narseal changed meanwhile is looked at anew
                 now = self._inventory.again(share.table, key)
                 if now is not None:
-                    found += wrong if now == row else _readable(name, look, now)
+                    found += wrong if now == row else self._found(name, look, now)
         return found
+
+    def _found(self, name: str, look: Callable[[Any], list[str]], row: Any) -> list[str]:
+        return _found(self._subject.storage, name, partial(look, row))
 
     def _nar(self, row: Any) -> list[str]:
         name = f"nar/{row.file}"
         file = f"{self._root}/{name}"
-        try:
-            status = os.stat(file)
-        except (FileNotFoundError, NotADirectoryError):
-            status = None
+        status = self._subject.storage.if_there(partial(os.stat, file), name)
         if status is None or not stat.S_ISREG(status.st_mode):
             return [f"{name} is in the index and not in storage"]
         if status.st_size != row.file_size:
@@ -190,13 +183,23 @@ class _Look:
             os.close(opened)
 
 
-def _readable(name: str, look: Callable[..., list[str]], *of: object) -> list[str]:
-    """What a look at a file finds; that it cannot be read is found, too."""
+def _found(storage: LocalStorage, name: str, look: Callable[[], list[str]]) -> list[str]:
+    """What a look at a file and its row finds; that one of them cannot be read is found, too.
+
+    StorageGone if the folder is not the index's: that says nothing of the file.
+    """
     try:
         with storage_errors():
-            return look(*of)
+            found = look()
+    except StorageGone:
+        raise
     except (StorageBroken, Unavailable) as error:
-        return [f"{name} cannot be read: {error}"]
+        found = [f"{name} cannot be read: {error}"]
+    except ValueError as error:  # Malformed is one
+        found = [f"{name}: its row in the index cannot be read: {error}"]
+    if found:
+        storage.check()
+    return found
 
 
 def _check_bundle(storage: LocalStorage, digest: bytes) -> list[str]:
