@@ -82,3 +82,18 @@ def test_a_row_that_cannot_be_read_is_one_of_the_problems(damage: str, tmp_path:
     assert (checked.returncode, checked.stdout) == (1, "2 problems\n"), checked.stderr
     assert f"{one}.narinfo: its row in the index cannot be read" in checked.stderr
     assert f"{two}.narinfo is not in storage" in checked.stderr
+
+
+def test_a_rebuild_counts_anew(tmp_path: Path) -> None:
+    config = filled(tmp_path)
+    miscount(tmp_path)
+    change(
+        tmp_path,
+        "UPDATE total SET waiting = 7; UPDATE served SET rows = 9;"
+        " INSERT INTO served (kind, ours, rows) VALUES ('realisation', 'nobody', 3)",
+    )
+    checked = run("index", "check", "--config", config)
+    assert checked.stdout == "4 problems\n"
+    assert checked.stderr.count("run `narseal index rebuild`") == 4
+    assert run("index", "rebuild", "--config", config).returncode == 0
+    assert run("index", "check", "--config", config).stdout == "good\n"

@@ -45,7 +45,8 @@ def check(config_file: Path, content: bool, as_json: bool) -> None:
 def rebuild(config_file: Path) -> None:
     """Put back into the index what the storage folder has and the index has not.
 
-    For a lost index, or one from an older backup; narseal must not run. Each file is hashed; a path is
+    For a lost index, one from an older backup, or one that counts wrongly: it counts its rows anew.
+    narseal must not run. Each file is hashed; a path is
     taken on the word of keys of yours that are not revoked. The narinfos of what is refused are moved
     to .narseal/refused in the folder, and looked at again the next time; what cannot be read now stays
     where it is. Exit code 1 if anything was not put back.

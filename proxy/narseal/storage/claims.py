@@ -248,8 +248,15 @@ class Claims:
     async def count_lacking(self, names: Iterable[str]) -> int:
         """How many there are of those."""
         wanted = frozenset(names)
-        rows = self._engines.all(_SERVED, kind=self._table.name)
-        return sum(row.rows for row in rows if not wanted <= names_of(row.ours))
+        return sum(row.rows for row in self._served() if not wanted <= names_of(row.ours))
+
+    async def count(self) -> int:
+        """How many rows are served."""
+        return sum(row.rows for row in self._served())
+
+    def _served(self) -> list[Any]:
+        """How many, by the keys of the operator's that signed them."""
+        return self._engines.all(_SERVED, kind=self._table.name)
 
     def lack(self, names: Iterable[str]) -> list[ColumnElement[bool]]:
         """Of a row in force: it lacks a signature by one of some keys of the operator's."""

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Collection
 
 from sqlalchemy import (
     bindparam,
-    func,
     select,
 )
 from sqlalchemy.dialects.sqlite import insert as insert_or
@@ -18,6 +17,7 @@ from narseal.storage import schema
 from narseal.storage.admissions import NAR_BY_FILE, PATH_BY_HASH, Admissions
 from narseal.storage.attestations import Attestations
 from narseal.storage.claims import Claims
+from narseal.storage.counts import recount
 from narseal.storage.engine import Engines
 from narseal.storage.epoch import Epoch
 from narseal.storage.prepared import Prepared
@@ -37,11 +37,6 @@ from narseal.storage.revocations import Revocations
 _PAGE = 512
 _PATHS_BY_FILE = Prepared(PATHS.where(schema.path.c.nar_file == bindparam("file")))
 _BYTES = Prepared(select(schema.total.c.nar_bytes))
-_SERVED = Prepared(
-    select(func.sum(schema.served.c.rows).label("paths")).where(
-        schema.served.c.kind == schema.path.name
-    )
-)
 
 
 class Index:
@@ -177,7 +172,7 @@ class Index:
 
     async def count(self) -> int:
         """How many paths are served."""
-        return int(self._engines.first(_SERVED).paths or 0)
+        return await self.paths.count()
 
     async def withdraw(self, file: str) -> list[str]:
         """Stop serving the narinfos that name a file; returns their hash parts. The pins stay."""
@@ -220,6 +215,10 @@ class Index:
             .limit(limit)
         )
         return [nar_of(row) for row in await self._engines.survey(query)]
+
+    async def recount(self) -> None:
+        """Count anew what is counted beside the rows."""
+        await self._engines.write_long(recount)
 
     async def stored_bytes(self) -> int:
         """The sum of the sizes of the NARs in storage."""

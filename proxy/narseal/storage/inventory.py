@@ -24,6 +24,7 @@ from sqlalchemy import (
 
 from narseal.errors import Unavailable
 from narseal.storage import schema
+from narseal.storage.counts import miscounts
 from narseal.storage.engine import FAULTS, connect
 from narseal.storage.prepared import Prepared
 from narseal.storage.presence import index_file
@@ -91,40 +92,7 @@ class Inventory:
 
     def miscounts(self) -> list[str]:
         """A sentence for each count that is kept, and is not what the rows come to."""
-        found = []
-        nar, total = schema.nar, schema.total
-        # each pair in one statement: it sees one state of the index
-        bytes_ = select(func.coalesce(func.sum(nar.c.file_size), 0)).where(nar.c.stored)
-        waiting = select(func.count()).select_from(schema.waiting)
-        for kept, counted, what in (
-            (total.c.nar_bytes, bytes_, "bytes of NARs"),
-            (total.c.waiting, waiting, "paths that wait"),
-        ):
-            said, true = self._connection.execute(select(kept, counted.scalar_subquery())).one()
-            if said != true:
-                found.append(f"the index counts {said} {what}, its rows {true}")
-        for table in (schema.path, schema.realisation):
-            found += self._miscounts_of(table)
-        return found
-
-    def _miscounts_of(self, table: Any) -> list[str]:
-        served = schema.served.c
-        kept: Select[Any] = select(literal_column("0"), served.ours, served.rows).where(
-            served.kind == table.name, served.rows != 0
-        )
-        counted = (
-            select(literal_column("1"), table.c.ours, func.count())
-            .where(~table.c.withdrawn)
-            .group_by(table.c.ours)
-        )
-        rows = self._connection.execute(kept.union_all(counted)).all()
-        said, true = ({ours: n for side, ours, n in rows if side == which} for which in (0, 1))
-        return [
-            f"the index counts {said.get(ours, 0)} rows of {table.name} signed by"
-            f" {ours.split() or 'nobody'}, there are {true.get(ours, 0)}"
-            for ours in sorted(said | true)
-            if said.get(ours, 0) != true.get(ours, 0)
-        ]
+        return miscounts(self._connection)
 
 
 def _place(table: str) -> ColumnClause[int]:

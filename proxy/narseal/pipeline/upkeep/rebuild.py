@@ -56,6 +56,7 @@ class Rebuilding:
         What is refused is set aside; what could not be looked at stays where it is.
         Narinfos that an earlier run set aside are looked at again: the configuration may be another.
         """
+        await self._index.recount()
         names = await self._threads.run(self._storage.narinfos)
         for name in names:
             present = await self._index.path(name.removesuffix(".narinfo"))
