@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from narseal.custody import tokens
 from tests.faults.test_process import fetch, strace
 from tests.faults.test_small_nars import ended
 from tests.faults.test_upload_storm import check, uploading
@@ -157,3 +158,47 @@ def test_what_a_killed_worker_was_to_write_another_writes(worker: int, tmp_path:
         storage = tmp_path / "storage"
         wanted = {f"{item.hash}.narinfo" for item in items}
         until(lambda: wanted <= {file.name for file in storage.glob("*.narinfo")})
+
+
+def test_a_token_that_is_revoked_while_its_group_is_published_signs_nothing(
+    tmp_path: Path,
+) -> None:
+    """Others' files, and a slow disk, may keep it waiting for long."""
+    token, settings = uploading(tmp_path)
+    item, trace = ITEMS[0], tmp_path / "trace"
+    with narseal_process(tmp_path, upload=settings) as proxy:
+        uploader = Uploader(proxy, token)
+        slowly = "inject=fsync:delay_enter=3000000"
+        with (
+            strace(proxy, "-e", "trace=fsync", "-e", slowly, "-o", str(trace)),
+            concurrent.futures.ThreadPoolExecutor(1) as pool,
+        ):
+            status = pool.submit(uploader.bring, item)
+            until(lambda: "fsync(" in trace.read_text())
+            tokens.revoke(tmp_path / "tokens", "ci")
+            assert status.result() == 401
+        assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 404
+
+
+def test_two_paths_of_one_nar_leave_nothing_over(tmp_path: Path) -> None:
+    """A second link to a file that has its name already is not moved by a rename."""
+    token, settings = uploading(tmp_path)
+    twins = [entry(f"twin{n}", b"the same", compression="zstd") for n in range(6)]
+    with narseal_process(tmp_path, upload=settings) as proxy:
+        uploader = Uploader(proxy, token)
+        assert set(_all(uploader.bring, twins)) == {201}
+        until(lambda: len(list((tmp_path / "storage").glob("*.narinfo"))) == len(twins))
+        assert not any((tmp_path / "storage/.narseal/incoming").iterdir())
+
+
+def test_one_narinfo_file_that_cannot_be_written_keeps_no_other_from_it(tmp_path: Path) -> None:
+    token, settings = uploading(tmp_path)
+    with narseal_process(tmp_path, upload=settings) as proxy:
+        uploader = Uploader(proxy, token)
+        (tmp_path / "storage" / f"{ITEMS[0].hash}.narinfo").mkdir()  # in its way
+        assert _all(uploader.bring, ITEMS) == [201] * len(ITEMS)
+        until(
+            lambda: (
+                sum(f.is_file() for f in (tmp_path / "storage").glob("*.narinfo")) == len(ITEMS) - 1
+            )
+        )

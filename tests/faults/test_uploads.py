@@ -281,7 +281,8 @@ async def test_nothing_is_overwritten_and_signatures_are_united(tmp_path: Path) 
         info = await client.narinfo(ITEM.hash)
         assert {s.key_name for s in info.signatures} == {"one-1", "two-1", OPERATOR.public.name}
         assert is_countersigned(info)
-        assert NarInfo.parse((client.storage / f"{ITEM.hash}.narinfo").read_bytes()) == info
+        file = client.storage / f"{ITEM.hash}.narinfo"
+        await client.until(lambda: file.exists() and NarInfo.parse(file.read_bytes()) == info)
         other = entry("my-app-1", b"something else", compression="zstd")
         assert other.hash == ITEM.hash
         status, text = await uploader.path(other)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import secrets
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -64,19 +65,23 @@ class Tokens:
         self.fault: ConfigError | None = None
         #: In the place of an unknown id's hash, so that both take the same time.
         self._nobody = argon2id.str(secrets.token_bytes(32), _OPS, _MEMORY).decode()
+        #: How often anything changed by a look at the file.
+        self.version = 0
+        self._reading = threading.Lock()
         self.refresh()
 
-    def refresh(self) -> bool:
-        """Read the file if it is another than before; whether anything changed by it. Blocks."""
-        before, fault = self._by_id, str(self.fault)
-        try:
-            mark = _mark(self._file)
-            if mark is None or mark != self._seen:
-                self._by_id = {token.id: token for token in listed(self._file)}
-            self._seen, self.fault = mark, None
-        except ConfigError as error:  # it is read again at the next look
-            self._seen, self._by_id, self.fault = None, {}, error
-        return before != self._by_id or fault != str(self.fault)
+    def refresh(self) -> None:
+        """Read the file if it is another than before; `version` is another then. Blocks, in any thread."""
+        with self._reading:
+            before, fault = self._by_id, str(self.fault)
+            try:
+                mark = _mark(self._file)
+                if mark is None or mark != self._seen:
+                    self._by_id = {token.id: token for token in listed(self._file)}
+                self._seen, self.fault = mark, None
+            except ConfigError as error:  # it is read again at the next look
+                self._seen, self._by_id, self.fault = None, {}, error
+            self.version += before != self._by_id or fault != str(self.fault)
 
     def check(self, text: str, *, now: float) -> Token | None:
         """The token, if it is in the file and has not expired. Blocks for milliseconds.

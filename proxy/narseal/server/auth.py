@@ -40,7 +40,7 @@ class Gate:
         self._failures: OrderedDict[str, int] = OrderedDict()
         self._looked = 0.0
         #: How often the file was read anew: a check that began before counts no more.
-        self._version = 0
+        self._version = tokens.version if tokens else 0
 
     async def identify(self, request: web.Request, *, anew: bool = False) -> Token:
         """The token that the request brings; Unauthorised if it brings none that is good.
@@ -77,12 +77,12 @@ class Gate:
         if self._tokens is None or not (anew or now - self._looked > _LOOK_SECONDS):
             return
         self._looked = now
-        changed = await self._threads.run(self._tokens.refresh)
+        await self._threads.run(self._tokens.refresh)
         fault = self._tokens.fault
         if fault:
             metrics.tokens_file_errors.inc()
-        if changed:
-            self._version += 1
+        if self._version != self._tokens.version:  # whoever looked: he may not be back yet
+            self._version = self._tokens.version
             self._good.clear()
             if fault:
                 _log.error("no token of the file is good: %s", fault)

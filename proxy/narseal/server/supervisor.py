@@ -192,6 +192,7 @@ class Supervisor:
                 continue
             if status:
                 self._epoch.ask_for_repair()  # of what it was to write behind its answers
+                self._epoch.arrive()  # what it admitted last, and told nobody of
             if self._change and worker.generation == self._change.generation:
                 self._give_up("a worker could not start with it")
                 continue

@@ -209,6 +209,7 @@ class LocalStorage:
                 with storage_errors():
                     os.fsync(file.descriptor)
                     _rename(file.path, self.path(name))
+                file.drop()  # it has its name; what is there already, and is the same file, was left where it was
                 file.path = None
                 folders.setdefault(self.path(name).parent, []).append(number)
                 outcomes.append(None)

@@ -21,6 +21,10 @@ from narseal.storage import Folder
 IsPublished = Callable[[int], Awaitable[bool]]
 
 
+#: Seconds for which what is verified already, and in no file, is waited for.
+_FOR_A_DISK = 10.0
+
+
 class GoneError(UpstreamTrouble):
     """The other worker was killed or stopped, or gave the transfer up."""
 
@@ -96,7 +100,7 @@ async def follow(flight: Flight, folder: Folder, is_published: IsPublished) -> F
         while flight.holder and not flight.is_stuck:
             news = watched.news
             shown = flight.shown()
-            if shown and shown.is_body:
+            if shown and shown.is_body and monotonic() > began + _FOR_A_DISK:
                 raise TimeoutError
             file = await folder.open_incoming(shown.name) if shown else None
             if shown and file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from contextvars import Context
 from dataclasses import replace
 from itertools import islice
@@ -126,7 +127,7 @@ class Publisher:
                 for hash_part in group:
                     del self._behind[hash_part]
                 try:
-                    await self.narinfos(group)
+                    await self._write_each(group)
                 except Exception as error:
                     fault = None if isinstance(error, NarsealError) else error
                     _log.warning(
@@ -138,6 +139,18 @@ class Publisher:
                     await asyncio.sleep(_PAUSE)
         finally:
             self._writing = None
+
+    async def _write_each(self, group: list[str]) -> None:
+        """All at once; where that fails one by one, so that only what fails is left."""
+        try:
+            await self.narinfos(group)
+        except NarsealError:
+            for hash_part in list(group):
+                with suppress(NarsealError):
+                    await self.narinfos([hash_part])
+                    group.remove(hash_part)
+            if group:
+                raise
 
     async def narinfo(self, hash_part: str) -> None:
         """Make the folder say of a path what the index and policy say now; see `narinfos`."""

@@ -21,6 +21,7 @@ from narseal.errors import (
     NarsealError,
     NotFound,
     Refused,
+    StorageBroken,
     Unavailable,
     UploadConflict,
 )
@@ -141,7 +142,10 @@ class Uploads:
             trusted = await self._authorise(info, token)
             found = await self._index.path(hash_part)
             if found and not found[0].withdrawn:
-                await self._merge(*found, info, identify)
+                token = await self._merge(*found, info, identify)
+                await self._settle(
+                    info, found, token
+                )  # whoever brought it may not have come so far
                 return False
             await by_size(len(data), check_content_address, info)
             if not trusted:
@@ -186,8 +190,8 @@ class Uploads:
 
     async def _merge(
         self, path: PathRecord, nar: NarRecord, info: NarInfo, identify: Identify
-    ) -> None:
-        """Add good signatures; whatever else the narinfo says stays as it was."""
+    ) -> Token:
+        """Add good signatures; whatever else the narinfo says stays as it was. By whose token it was."""
         token = await identify()
         await self._authorise(info, token)
         message = info.fingerprint()
@@ -200,7 +204,7 @@ class Uploads:
         if not token.may(info.store_path.name):  # a trusted key let it in: strangers' stay out
             more = {signature for signature in more if signature.key_name in self._known}
         if not more:
-            return
+            return token
         verified = verified_by(self._known, message)
         try:
             await self._index.paths.sign(
@@ -209,8 +213,14 @@ class Uploads:
         except NotFound as error:
             raise Unavailable(f"{info.store_path} is being withdrawn; bring it again") from error
         self._epoch.advance()
-        if nar.stored:
-            await self._publisher.narinfo(info.store_path.hash_part)
+        return token
+
+    async def _settle(self, info: NarInfo, admitted: Admitted, token: Token) -> None:
+        """Show what is in the index by now: it is no more absent, its narinfo has a file, and so has what waited."""
+        self._epoch.arrive()
+        if admitted[1].stored:
+            self._publisher.narinfo_behind(info.store_path.hash_part)
+        await self._side_files.claim(info.url.removeprefix("nar/"), admitted, token)
 
     async def _kept(self, info: NarInfo) -> tuple[Signature, ...]:
         message = info.fingerprint()
@@ -316,17 +326,15 @@ class Uploads:
         record = replace(arrived.record, stored=True)
         try:
             token = await identify()
-            trusted = await self._authorise(info, token)
+            await self._authorise(info, token)
             if arrived.incoming:  # its name is its own hash: what is there under it is the same
-                await self._folder.publish_in_group(arrived.incoming, f"nar/{record.file}")
+                await self._publish(arrived.incoming, info, record)
         except NarsealError:
             if arrived.incoming:
                 await self._threads.run(arrived.incoming.drop)
             raise
-        admitted = await self._signed_and_pinned(info, record, token, trusted)
-        self._publisher.narinfo_behind(info.store_path.hash_part)
-        await self._side_files.claim(info.url.removeprefix("nar/"), admitted, token)
-        self._epoch.arrive()
+        admitted, token = await self._signed_and_pinned(info, record, token, identify)
+        await self._settle(info, admitted, token)
         path = admitted[0]
         _log.info(
             "uploaded %s",
@@ -334,23 +342,43 @@ class Uploads:
             extra={"token": token.name, "evidence": path.evidence, "kept_back": not path.ours},
         )
 
+    async def _publish(self, file: OpenFile, info: NarInfo, record: NarRecord) -> None:
+        """Give its bytes their name. What the disk did not take is brought anew.
+
+        Once it said so, they may be in memory alone, and the next time it says that all is well.
+        """
+        try:
+            await self._folder.publish_in_group(file, f"nar/{record.file}")
+        except StorageBroken:
+            waiting = info.url.removeprefix("nar/")
+            await self._threads.run(self._folder.local.discard_upload, waiting)
+            raise
+
     async def _signed_and_pinned(
-        self, info: NarInfo, nar: NarRecord, token: Token, trusted: str | None
-    ) -> Admitted:
-        """Sign what policy lets through, and pin; if a key was revoked meanwhile, decide anew."""
+        self, info: NarInfo, nar: NarRecord, token: Token, identify: Identify
+    ) -> tuple[Admitted, Token]:
+        """Sign what policy lets through, and pin; by whose token.
+
+        The token and its keys are looked at again when all that takes its time is done; if they changed, it is decided
+        anew.
+        """
         for _ in range(_TRIES):
+            trusted = await self._authorise(info, token)
             evidence = f"upload {token.id}" + (f" signature {trusted}" if trusted else "")
             revoked = (await self._index.revocations.now()).keys
             kept = tuple(s for s in await self._kept(info) if s.key_name not in revoked)
             path = PathRecord(info.with_signatures(kept), nar.file, evidence)
             if await self._policy.passes(path.info, content_digests(path.info, nar)):
                 path = await self._renewal.sign(path, path_request(path, nar))
+            now = await identify()
+            if now != token:
+                token = now
+                continue
             try:
-                return await self._pin(path, nar)
+                return await self._pin(path, nar), token
             except Refused as error:
                 if error.reason != "revoked":
                     raise
-                trusted = await self._authorise(info, token)
         raise Unavailable(f"{info.store_path}: keys are being revoked; bring it again")
 
     async def _pin(self, path: PathRecord, record: NarRecord) -> Admitted:
