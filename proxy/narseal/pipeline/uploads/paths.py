@@ -142,7 +142,7 @@ class Uploads:
             trusted = await self._authorise(info, token)
             found = await self._index.path(hash_part)
             if found and not found[0].withdrawn:
-                token = await self._merge(*found, info, identify)
+                token = await self._merge(found[0], info, identify)
                 await self._settle(
                     info, found, token
                 )  # whoever brought it may not have come so far
@@ -188,9 +188,7 @@ class Uploads:
             )
         return None
 
-    async def _merge(
-        self, path: PathRecord, nar: NarRecord, info: NarInfo, identify: Identify
-    ) -> Token:
+    async def _merge(self, path: PathRecord, info: NarInfo, identify: Identify) -> Token:
         """Add good signatures; whatever else the narinfo says stays as it was. By whose token it was."""
         token = await identify()
         await self._authorise(info, token)
