@@ -143,9 +143,8 @@ class Uploads:
             found = await self._index.path(hash_part)
             if found and not found[0].withdrawn:
                 token = await self._merge(found[0], info, identify)
-                await self._settle(
-                    info, found, token
-                )  # whoever brought it may not have come so far
+                # whoever brought it first may not have come so far
+                await self._settle(info, found, token)
                 return False
             await by_size(len(data), check_content_address, info)
             if not trusted:
