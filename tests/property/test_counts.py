@@ -16,7 +16,7 @@ from itertools import chain, combinations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from narseal.errors import NarsealError
@@ -207,6 +207,10 @@ async def opened(file: Path) -> AsyncIterator[Index]:
         await running
 
 
+@example([("upload", 0, 0), ("withdraw", 0, 0), ("upload", 0, 0)])
+@example([("upload", 0, 0), ("withdraw file", 0, 0), ("enqueue", 0, 0)])
+@example([("upload", 0, 0), ("lose", 0, 0), ("upload", 0, 1)])
+@example([("upload", 0, 0), ("attest", 0, 0), ("sign", 0, 1), ("withdraw", 0, 0)])
 @given(STEPS)
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
