@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -319,3 +320,39 @@ async def test_what_was_refused_holds_no_memory(
         for item in denied:
             assert (await client.get(f"{item.hash}.narinfo"))[0] == 403
         assert (await client.get(f"{wanted.hash}.narinfo"))[0] == 200
+
+
+async def test_what_another_client_queued_comes_in_ones_own_share(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Else whoever joins what a greedy client has queued waits for all that it asked for before."""
+    items = [
+        entry(f"queued{n}", os.urandom(600_000), compression="none").signed(UPSTREAM)
+        for n in range(6)
+    ]
+    upstream.add(*items)
+    goes_on = asyncio.Event()
+
+    async def waits(_: web.Request) -> web.StreamResponse | None:
+        await goes_on.wait()
+        return None
+
+    urls = [item.info.url for item in items]
+    for url in urls:
+        upstream.fault(url, waits)
+    more = {"limits": {"transfers": 4}, "prefetch": "off"}
+    async with (
+        narseal(tmp_path, {"url": upstream.url}, **more) as client,
+        neighbour(client) as other,
+    ):
+        for item in items:
+            await client.narinfo(item.hash)
+        tasks = [asyncio.create_task(client.get(url)) for url in urls]
+        await client.until(lambda: sum(upstream.asked[url] for url in urls) == 2)
+        queued = [url for url in urls if not upstream.asked[url]]
+        tasks.append(asyncio.create_task(other.get(queued[-1])))
+        await client.until(lambda: upstream.asked[queued[-1]])
+        assert not any(task.done() for task in tasks)
+        goes_on.set()
+        assert {answer[0] for answer in await asyncio.gather(*tasks)} == {200}
+    assert {upstream.asked[url] for url in urls} == {1}

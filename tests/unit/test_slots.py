@@ -8,7 +8,8 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narseal.runtime.slots import LATELY, FairSlots, Turn, aside, asker
+from narseal.runtime.slots import LATELY, FairSlots, Taken, Turn, aside, asker
+from tests.tools.waiting import PATIENCE
 
 
 async def _settle() -> None:
@@ -28,7 +29,7 @@ def test_nobody_has_more_than_half_and_no_slot_is_lost(
     async def run() -> None:
         slots = FairSlots(count)
         most = max(1, count // 2)
-        asking: dict[str, list[asyncio.Task[None]]] = {"a": [], "b": [], "c": []}
+        asking: dict[str, list[asyncio.Task[str]]] = {"a": [], "b": [], "c": []}
         for step, who in steps:
             mine = asking[who]
             if step == "ask":
@@ -242,3 +243,40 @@ async def test_who_is_cancelled_waits_for_no_slot() -> None:
     waiting.cancel()
     async with asyncio.timeout(10):
         await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_what_somebody_else_wants_too_waits_in_the_shorter_line() -> None:
+    """In his share, and counted there; given back where it was taken, also by who is cancelled then."""
+    slots = FairSlots(4)
+    ended = [asyncio.Event() for _ in range(6)]
+    begun: list[int] = []
+
+    async def work(number: int, taken: Taken) -> None:
+        async with taken:
+            begun.append(number)
+            await ended[number].wait()
+
+    asker.set("greedy")
+    taken = [slots.taken() for _ in ended]
+    tasks = [asyncio.create_task(work(*pair)) for pair in enumerate(taken)]
+    await _settle()
+    assert begun == [0, 1]  # half of the slots
+    taken[5].wanted_by("other")
+    taken[5].wanted_by("third")  # whose line is no shorter
+    await _settle()
+    assert begun == [0, 1, 5]
+    taken[0].wanted_by("other")  # it has its slot
+    for number in (0, 5):
+        ended[number].set()
+    await _settle()
+    assert begun == [0, 1, 5, 2]
+    tasks[3].cancel()
+    tasks[1].cancel()
+    await _settle()
+    assert begun == [0, 1, 5, 2, 4]
+    for event in ended:
+        event.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for who in ("greedy", "greedy", "other", "other"):
+        async with asyncio.timeout(PATIENCE):
+            await slots.take(who)

@@ -41,28 +41,46 @@ class FairSlots:
         #: When each last asked, in that order, and how many slots it had and wanted then.
         self._asked: OrderedDict[str, tuple[float, int]] = OrderedDict()
         self._held: Counter[str] = Counter()
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        #: Those who wait in each one's share; they are told in whose they have their slot.
+        self._waiting: dict[str, deque[asyncio.Future[str]]] = {}
 
-    def taken(self) -> AbstractAsyncContextManager[None]:
-        """A slot of the present asker's."""
-        return _Taken(self, asker.get())
+    def taken(self) -> Taken:
+        """A slot of the present asker's: a context."""
+        return Taken(self, asker.get())
 
-    async def take(self, source: str) -> None:
-        """Wait for a slot; to be given back."""
+    async def take(self, source: str, taken: Taken | None = None) -> str:
+        """Wait for a slot; whose it is: to be given back."""
         if self._is_levelled:
             self._note(source)
         if self._free and self._may(source):
             self._grant(source)
-            return
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            return source
+        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(source, deque()).append(future)
+        if taken:
+            taken.future = future
         self._look_later()
         try:
-            await future
+            return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
-                self.give(source)
+                self.give(future.result())
             raise
+
+    def move(self, future: asyncio.Future[str], source: str, to: str) -> bool:
+        """Let what waits in one's share wait in another's, if its turn comes earlier there; whether it does."""
+        queue = self._waiting.get(source)
+        if source == to or queue is None or future not in queue:
+            return False
+        here = self._held[source] + queue.index(future)
+        if self._held[to] + len(self._waiting.get(to, ())) >= here:
+            return False
+        queue.remove(future)
+        if not queue:
+            del self._waiting[source]
+        self._waiting.setdefault(to, deque()).append(future)
+        self._share_out()
+        return True
 
     def give(self, source: str) -> None:
         """Give a slot back."""
@@ -90,7 +108,7 @@ class FairSlots:
                 del self._waiting[next_]
             if not future.cancelled():
                 self._grant(next_)
-                future.set_result(None)
+                future.set_result(next_)
 
     def _grant(self, source: str) -> None:
         self._free -= 1
@@ -121,17 +139,24 @@ class FairSlots:
         return min(may, key=lambda source: self._held[source], default=None)
 
 
-class _Taken(AbstractAsyncContextManager[None]):
+class Taken(AbstractAsyncContextManager[None]):
     """A slot that is taken within; a class, since a generator costs as much as what is done with the slot."""
 
-    __slots__ = ("_slots", "_source")
+    __slots__ = ("_slots", "_source", "future")
 
     def __init__(self, slots: FairSlots, source: str) -> None:
         self._slots = slots
         self._source = source
+        #: What is waited for.
+        self.future: asyncio.Future[str] | None = None
+
+    def wanted_by(self, source: str) -> None:
+        """Somebody else wants what this is for: it may wait in his share."""
+        if self.future and self._slots.move(self.future, self._source, source):
+            self._source = source
 
     async def __aenter__(self) -> None:
-        await self._slots.take(self._source)
+        self._source = await self._slots.take(self._source, self)
 
     async def __aexit__(self, *_: object) -> None:
         self._slots.give(self._source)

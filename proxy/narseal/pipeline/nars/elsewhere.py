@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from time import monotonic
 
 from narseal.errors import UpstreamTrouble
-from narseal.pipeline.nars.transfer import Reader
+from narseal.pipeline.nars.transfer import BEGUN, Reader
 from narseal.runtime.board import Shown
 from narseal.runtime.files import OpenFile
 from narseal.runtime.shared_flights import Flight, moment
@@ -21,8 +21,10 @@ from narseal.storage import Folder
 IsPublished = Callable[[int], Awaitable[bool]]
 
 
-#: Seconds for which what is verified already, and in no file, is waited for.
+#: Seconds for which what is verified already, and in no file, is waited for; and for a transfer to begin, which waits
+#: behind others of its first client.
 _FOR_A_DISK = 10.0
+_FOR_A_SLOT = 1.0
 
 
 class GoneError(UpstreamTrouble):
@@ -93,15 +95,18 @@ class FarReader(Reader):
 async def follow(flight: Flight, folder: Folder, is_published: IsPublished) -> FarReader | None:
     """Read along with whoever brings a file, from its first bytes on; None if nobody does any more.
 
-    Raises what the transfer failed with meanwhile; TimeoutError if it came in no file, and only waits for its disk.
+    Raises what the transfer failed with meanwhile; TimeoutError if it waits for its disk, in no file, or for a slot.
     """
     began = monotonic()
     with flight.watching() as watched:
         while flight.holder and not flight.is_stuck:
             news = watched.news
             shown = flight.shown()
-            if shown and shown.is_body and monotonic() > began + _FOR_A_DISK:
-                raise TimeoutError
+            if shown and not _is_coming(shown):
+                if monotonic() > began + (_FOR_A_DISK if shown.is_body else _FOR_A_SLOT):
+                    raise TimeoutError
+                await moment(news)
+                continue
             file = await folder.open_incoming(shown.name) if shown else None
             if shown and file:
                 reader = FarReader(flight, shown, file, is_published)
@@ -116,3 +121,9 @@ async def follow(flight: Flight, folder: Folder, is_published: IsPublished) -> F
             await moment(news)
     flight.check(began)
     return None
+
+
+def _is_coming(shown: Shown) -> bool:
+    """Whether a file has begun to come, or has come."""
+    said = shown.look()
+    return not shown.is_body and (said is None or said[0] >= BEGUN)

@@ -19,7 +19,7 @@ from narseal.pipeline.nars.recompress import Recompression
 from narseal.pipeline.nars.transfer import Origin, Reader, Sink, Transfer, of_nar
 from narseal.pipeline.services import Services
 from narseal.runtime.shared_flights import PATIENCE, Flight
-from narseal.runtime.slots import aside
+from narseal.runtime.slots import aside, asker
 from narseal.storage import NarRecord, file_name
 from narseal.storage.folder import Incoming
 from narseal.telemetry import metrics
@@ -57,6 +57,7 @@ class Fetcher:
         if transfer is None:
             return None
         metrics.flights_joined.inc()
+        transfer.wanted_by(asker.get())
         return Reader(transfer)
 
     async def start(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from time import monotonic
 
 from narseal.errors import NarsealError
-from narseal.runtime.slots import FairSlots
+from narseal.runtime.slots import FairSlots, Taken
 from narseal.upstream import Upstream
 
 #: What nobody reads any more has to come so many times faster.
@@ -23,8 +22,8 @@ class Slots:
         self.least_rate = least_rate
         self._by_url: defaultdict[str, FairSlots] = defaultdict(lambda: FairSlots(each))
 
-    def of(self, upstream: Upstream) -> AbstractAsyncContextManager[None]:
-        """Those of an upstream; to be entered."""
+    def of(self, upstream: Upstream) -> Taken:
+        """One of an upstream's; to be entered."""
         return self._by_url[upstream.config.url].taken()
 
 

@@ -31,6 +31,7 @@ from narseal.nix.inspection import Inspection, Measured
 from narseal.nix.narinfo import NarInfo
 from narseal.pipeline.nars.pace import Pace, Slots
 from narseal.runtime.shared_flights import Progress
+from narseal.runtime.slots import Taken
 from narseal.runtime.threads import ThreadPools
 from narseal.storage import storage_errors
 from narseal.telemetry import metrics
@@ -66,6 +67,10 @@ class Sink(Protocol):
 
     def restart(self) -> None:
         """Forget what was fed."""
+
+
+#: What is said to be a file's size from the time on when its upstream is asked, until more is known.
+BEGUN = 1
 
 
 def of_nar(file: str) -> str:
@@ -139,6 +144,8 @@ class Transfer:
         self._slots = slots
         #: How many read along, or wait for the whole.
         self.readers = 0
+        #: What it waits for, or has, to ask an upstream.
+        self._slot: Taken | None = None
         #: Where other workers see how far it is.
         self.progress: Progress | None = None
         #: Who gave bytes since it was begun, or begun anew.
@@ -236,7 +243,10 @@ class Transfer:
 
     async def _from(self, origin: Origin) -> Measured:
         """What is left of the file, from one origin; the whole, verified."""
-        async with self._slots.of(origin.upstream):
+        self._slot = self._slots.of(origin.upstream)
+        async with self._slot:
+            if self.progress and not self.released:
+                self.progress.advance(BEGUN, 0)
             try:
                 await self._pull_patiently(origin)
             except _OtherSizeError:
@@ -283,6 +293,11 @@ class Transfer:
                 self._release()
         if self.size is not None and self._written != self.size:
             raise UpstreamTrouble(f"{origin.url}: ended after {self._written} of {self.size} bytes")
+
+    def wanted_by(self, source: str) -> None:
+        """Somebody else wants it, too: it need not wait behind what the first one asked for."""
+        if self._slot:
+            self._slot.wanted_by(source)
 
     @property
     def _is_read(self) -> bool:
