@@ -426,12 +426,12 @@ async def narinfos_of_many_connections_that_do_not_end(world: World) -> None:
 
 @bomb
 async def bodies_that_arrive_in_the_same_instant(world: World) -> None:
-    """Of 500 connections, each of which has as much as one read brings. Others are answered meanwhile."""
+    """Of 400 connections, each of which has as much as one read brings. Others are answered meanwhile."""
     token = f"Host: x\r\nAuthorization: Bearer {world.token}\r\n"
     head = f"PUT /nar/{'3' * 52}.nar HTTP/1.1\r\n{token}Content-Length: {MIB}\r\n\r\n"
     assert await world.put(f"{'3' * 32}.narinfo", b"x") == 422  # the token is known now
     [worker] = world.process.workers()
-    lines = [await _open(world, head.encode(), f"127.0.0.{2 + n % 3}") for n in range(500)]
+    lines = [await _open(world, head.encode(), f"127.0.0.{2 + n % 3}") for n in range(400)]
     os.kill(worker, signal.SIGSTOP)
     try:
         for _, writer in lines:

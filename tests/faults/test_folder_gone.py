@@ -38,18 +38,28 @@ def lose(folder: Path) -> None:
 
 def mount_another(folder: Path) -> None:
     """Another narseal's, of the same form and with the same names in it."""
-    folder.rename(folder.with_name("volume"))
-    shutil.copytree(folder.with_name("volume"), folder)
-    for file in (folder / "nar").iterdir():
+    other = _copied(folder)
+    for file in (other / "nar").iterdir():
         file.write_bytes(os.urandom(100))
-    (folder / ".narseal/identity").write_text("another\n")
+    (other / ".narseal/identity").write_text("another\n")
+    _exchange(folder, other)
 
 
 def mount_a_copy(folder: Path) -> None:
     """One with the same files, which bears no mark: both would be written from now on."""
+    other = _copied(folder)
+    (other / ".narseal/identity").unlink()
+    _exchange(folder, other)
+
+
+def _copied(folder: Path) -> Path:
+    """Elsewhere: what is half a copy must not lie where narseal looks."""
+    return Path(shutil.copytree(folder, folder.with_name("other")))
+
+
+def _exchange(folder: Path, other: Path) -> None:
     folder.rename(folder.with_name("volume"))
-    shutil.copytree(folder.with_name("volume"), folder)
-    (folder / ".narseal/identity").unlink()
+    other.rename(folder)
 
 
 def mount(folder: Path) -> None:
