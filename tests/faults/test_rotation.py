@@ -73,6 +73,13 @@ def in_folder(folder: Path) -> list[set[str]]:
     return [signers(p.read_bytes()) for p in (folder / "storage").glob("*.narinfo")]
 
 
+async def brought(client: Client, items: list[Entry], folder: Path) -> None:
+    """All that there is: fetched, and in the folder."""
+    for item in items:
+        await client.get((await client.narinfo(item.hash)).url)
+    await client.until(lambda: len(in_folder(folder)) == len(items))
+
+
 async def test_a_new_key_signs_everything_in_the_background(
     tmp_path: Path, upstream: FakeCache
 ) -> None:
@@ -330,9 +337,7 @@ async def test_a_rotation_signs_many_at_a_time(
     upstream.add(*items, kept)
     there = {"url": upstream.url}
     async with narseal(tmp_path, there) as client:
-        for item in (*items, kept):
-            await client.get((await client.narinfo(item.hash)).url)
-        await client.until(lambda: len(in_folder(tmp_path)) == 65)
+        await brought(client, [*items, kept], tmp_path)
     commits = 0
     commit = Engines._commit
 
@@ -384,9 +389,7 @@ async def test_a_rotation_that_dies_behind_the_index_is_shown_by_the_next(
     upstream.add(*items)
     there = {"url": upstream.url}
     async with narseal(tmp_path, there) as client:
-        for item in items:
-            await client.get((await client.narinfo(item.hash)).url)
-        await client.until(lambda: len(in_folder(tmp_path)) == 8)
+        await brought(client, items, tmp_path)
     signing = both(tmp_path)
     config = tmp_path / "narseal.toml"
     config.write_text(render_toml(settings(tmp_path, there, signing=signing)))
@@ -473,9 +476,7 @@ async def test_a_repair_writes_what_is_wrong_and_nothing_else(
     upstream.add(*items)
     there = {"url": upstream.url}
     async with narseal(tmp_path, there) as client:
-        for item in items:
-            await client.get((await client.narinfo(item.hash)).url)
-        await client.until(lambda: len(in_folder(tmp_path)) == 8)
+        await brought(client, items, tmp_path)
     files = sorted((tmp_path / "storage").glob("*.narinfo"))
     gone, wrong, *right = reversed(files)  # the last ones that are looked at
     gone.unlink()

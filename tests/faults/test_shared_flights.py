@@ -212,13 +212,7 @@ async def test_a_large_nar_is_fetched_once_and_followed_by_all(
     with serving(tmp_path, upstream) as proxy:
         async with clients() as session:
             await ask(session, f"{proxy.url}/{LARGE.hash}.narinfo")
-            has_some = [asyncio.Event() for _ in range(CLIENTS)]
-            tasks = [
-                asyncio.create_task(follow(session, f"{proxy.url}/{LARGE.info.url}", some))
-                for some in has_some
-            ]
-            for some in has_some:
-                await asyncio.wait_for(some.wait(), PATIENCE)
+            tasks = await following(session, f"{proxy.url}/{LARGE.info.url}")
             goes_on.set()
             for body in await asyncio.gather(*tasks):
                 assert body == LARGE.file
@@ -263,6 +257,15 @@ async def follow(session: ClientSession, url: str, has_some: asyncio.Event) -> b
     return bytes(body)
 
 
+async def following(session: ClientSession, url: str) -> list[asyncio.Task[bytes]]:
+    """All clients, each of which has some of it."""
+    has_some = [asyncio.Event() for _ in range(CLIENTS)]
+    tasks = [asyncio.create_task(follow(session, url, some)) for some in has_some]
+    for some in has_some:
+        await asyncio.wait_for(some.wait(), PATIENCE)
+    return tasks
+
+
 async def test_nobody_gets_all_of_a_large_nar_that_is_wrong(
     tmp_path: Path, upstream: FakeCache
 ) -> None:
@@ -274,13 +277,7 @@ async def test_nobody_gets_all_of_a_large_nar_that_is_wrong(
     with serving(tmp_path, upstream) as proxy:
         async with clients() as session:
             await ask(session, f"{proxy.url}/{LARGE.hash}.narinfo")
-            has_some = [asyncio.Event() for _ in range(CLIENTS)]
-            tasks = [
-                asyncio.create_task(follow(session, f"{proxy.url}/{LARGE.info.url}", some))
-                for some in has_some
-            ]
-            for some in has_some:
-                await asyncio.wait_for(some.wait(), PATIENCE)
+            tasks = await following(session, f"{proxy.url}/{LARGE.info.url}")
             goes_on.set()
             for body in await asyncio.gather(*tasks):
                 assert len(body) <= len(wrong) - (1 << 20)
@@ -328,13 +325,7 @@ async def test_who_brings_a_large_nar_is_killed(tmp_path: Path, upstream: FakeCa
     with serving(tmp_path, upstream) as proxy:
         async with clients() as session:
             await ask(session, f"{proxy.url}/{LARGE.hash}.narinfo")
-            has_some = [asyncio.Event() for _ in range(CLIENTS)]
-            tasks = [
-                asyncio.create_task(follow(session, f"{proxy.url}/{url}", some))
-                for some in has_some
-            ]
-            for some in has_some:
-                await asyncio.wait_for(some.wait(), PATIENCE)
+            tasks = await following(session, f"{proxy.url}/{url}")
             await kill_who_brings(proxy, ports)
             for body in await asyncio.gather(*tasks):
                 assert len(body) <= FEW

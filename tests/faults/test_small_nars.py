@@ -19,6 +19,7 @@ from narseal.upstream import http as http_room
 from tests.faults.test_process import cache_of, check_storage, fetch, strace
 from tests.tools.cache import Entry, entry
 from tests.tools.narseal import UPSTREAM, Process, narseal, narseal_process
+from tests.tools.tracing import Calls
 from tests.tools.upstream import FakeCache
 from tests.tools.waiting import PATIENCE, eventually, until
 
@@ -60,44 +61,17 @@ def test_they_are_answered_before_they_are_on_disk(tmp_path: Path) -> None:
 def test_in_a_group_all_is_synced_then_renamed_then_recorded(tmp_path: Path) -> None:
     """What a loss of power at any moment leaves: nothing is in the index that is not on disk."""
     storage, trace = tmp_path / "storage", tmp_path / "trace"
-    calls = "trace=fsync,fdatasync,rename"
     with (
         narseal_process(tmp_path, cache_of(tmp_path, *ITEMS)) as proxy,
-        strace(proxy, "-y", "-e", calls, "-o", str(trace)),
+        strace(proxy, "-y", "-e", "trace=fsync,fdatasync,rename", "-o", str(trace)),
     ):
         ask_for_all(proxy, ITEMS)
         until(lambda: len(list(storage.glob("*.narinfo"))) == len(ITEMS))
-    lines = ended(trace)
-
-    def at(*words: str, after: int = -1) -> int:
-        """Where the first call ended that names all of the words."""
-        return next(
-            n for n, line in enumerate(lines) if n > after and all(word in line for word in words)
-        )
-
+    calls = Calls(trace)
     for item in ITEMS:
-        renamed = at("rename", f'/{item.info.url}"')
-        synced = at("fsync(", lines[renamed].split('"')[1])
-        folder = at("fsync(", "/nar>", after=renamed)
-        recorded = at("sync(", "index.sqlite-wal", after=folder)
-        assert synced < renamed < folder < recorded < at("rename", f'/{item.hash}.narinfo"')
-    renames = ["rename" in line and "/nar/" in line for line in lines]
+        assert calls.recorded(item) < calls.at("rename", f'/{item.hash}.narinfo"')
+    renames = ["rename" in line and "/nar/" in line for line in calls.lines]
     assert (True, True) in itertools.pairwise(renames), "no two were in a group"
-
-
-def ended(trace: Path) -> list[str]:
-    """The system calls of a trace, in the order in which they ended."""
-    lines: list[str] = []
-    begun: dict[str, str] = {}
-    for line in trace.read_text().splitlines():
-        process, call = line.split(maxsplit=1)
-        if call.endswith("<unfinished ...>"):
-            begun[process] = call.removesuffix("<unfinished ...>")
-        elif call.startswith("<..."):
-            lines.append(begun.pop(process) + call.partition("resumed>")[2])
-        else:
-            lines.append(call)
-    return lines
 
 
 @pytest.mark.parametrize("call", ["openat", "write", "fsync", "rename", "close"])

@@ -17,10 +17,10 @@ import pytest
 
 from narseal.custody import tokens
 from tests.faults.test_process import fetch, strace
-from tests.faults.test_small_nars import ended
 from tests.faults.test_upload_storm import check, uploading
 from tests.tools.cache import Entry, entry
 from tests.tools.narseal import Process, narseal_process
+from tests.tools.tracing import Calls
 from tests.tools.waiting import PATIENCE, until
 
 ITEMS = [entry(f"item{n}", os.urandom(20_000), compression="zstd") for n in range(24)]
@@ -77,23 +77,14 @@ def test_what_is_answered_is_on_disk(tmp_path: Path) -> None:
         with strace(proxy, "-yy", "-s", "12", "-e", calls, "-o", str(trace)):
             assert _all(uploader.bring, items) == [201] * len(items)
             until(lambda: len(list(storage.glob("*.narinfo"))) == len(items))
-    lines = ended(trace)
-
-    def at(*words: str, after: int = -1) -> int:
-        """Where the first call ended that names all of the words."""
-        return next(
-            n for n, line in enumerate(lines) if n > after and all(word in line for word in words)
-        )
-
+    seen = Calls(trace)
     for item in items:
-        renamed = at("rename", f'/{item.info.url}"')
-        synced = at("fsync(", lines[renamed].split('"')[1])
-        folder = at("fsync(", "/nar>", after=renamed)
-        recorded = at("sync(", "index.sqlite-wal", after=folder)
         answers = f":{uploader.ports[item.hash]}]"
-        answered = at(answers, "HTTP/1.1 201", after=at(answers, "HTTP/1.1 201"))
-        assert synced < renamed < folder < recorded < answered, item.hash
-    renames = ["/nar/" in line for line in lines if re.search(r"rename\(|fsync\(.*/nar>", line)]
+        answered = seen.at(answers, "HTTP/1.1 201", after=seen.at(answers, "HTTP/1.1 201"))
+        assert seen.recorded(item) < answered, item.hash
+    renames = [
+        "/nar/" in line for line in seen.lines if re.search(r"rename\(|fsync\(.*/nar>", line)
+    ]
     assert (True, True) in itertools.pairwise(renames), "no two were in a group"
 
 
