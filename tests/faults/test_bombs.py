@@ -426,21 +426,38 @@ async def narinfos_of_many_connections_that_do_not_end(world: World) -> None:
 
 @bomb
 async def bodies_that_arrive_in_the_same_instant(world: World) -> None:
-    """Of 400 connections, each of which has as much as one read brings. Others are answered meanwhile."""
+    """Of 700 connections, each of which has as much as one read brings; it was 190 MiB.
+
+    Others are answered meanwhile, and who found no room finds it again.
+    """
     token = f"Host: x\r\nAuthorization: Bearer {world.token}\r\n"
-    head = f"PUT /nar/{'3' * 52}.nar HTTP/1.1\r\n{token}Content-Length: {MIB}\r\n\r\n"
+    head = f"PUT /nar/{'3' * 52}.nar HTTP/1.1\r\n{token}Content-Length: {MIB}\r\n"
     assert await world.put(f"{'3' * 32}.narinfo", b"x") == 422  # the token is known now
     [worker] = world.process.workers()
-    lines = [await _open(world, head.encode(), f"127.0.0.{2 + n % 3}") for n in range(400)]
+    lines = [await _open(world, head.encode(), f"127.0.0.{2 + n % 3}") for n in range(700)]
     os.kill(worker, signal.SIGSTOP)
     try:
         for _, writer in lines:
-            writer.write(bytes(400_000))
+            writer.write(b"\r\n" + bytes(400_000))
         await asyncio.sleep(1)  # the kernel has what it takes
     finally:
         os.kill(worker, signal.SIGCONT)
     assert (await world.get("healthz"))[0] == 200
     await _statuses(lines)
+    assert await world.put(f"{'3' * 32}.narinfo", bytes(200_000)) == 422
+
+
+@bomb
+async def bodies_that_nobody_reads(world: World) -> None:
+    """Whole ones, of requests that are answered without; the connections would stay. It was 60 KiB each."""
+    size = 60 << 10
+    put = f"PUT /{'3' * 10} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n"
+    get = put.replace("PUT", "GET")
+    lines = []
+    for n in range(3000):
+        request = (put if n % 2 else get).encode() + bytes(size)
+        lines.append(await _open(world, request, f"127.0.0.{2 + n % 3}"))
+    assert await _statuses(lines) <= {b"HTTP/1.1 400", b"HTTP/1.1 404"}
 
 
 @bomb

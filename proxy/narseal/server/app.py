@@ -41,7 +41,7 @@ def application(
     async def finish_head(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Server"] = "narseal"
         response.headers["X-Request-Id"] = request.get(_ID, "")
-        if handlers.draining or (request.body_exists and not request.content.is_eof()):
+        if handlers.draining or (request.body_exists and not request.content.at_eof()):
             response.force_close()  # a body that nobody read ends with its connection
             response.headers["Connection"] = "close"
 
@@ -145,6 +145,8 @@ def accounting(tally: Tally) -> Middleware:
         status = 499  # the client left, as nginx has it
         try:
             try:
+                if request.body_exists and request.method in ("GET", "HEAD"):
+                    raise web.HTTPBadRequest(text=f"a {request.method} brings no body\n")
                 response = await handler(request)
             except NarsealError as error:
                 response = failure(error)

@@ -24,6 +24,7 @@ from narseal.config import LimitsConfig
 from narseal.pipeline.caches import HotMap
 from narseal.server.misses import Miss, Misses
 from narseal.server.tally import Tally
+from narseal.server.unread import Unread
 
 _GET = b"GET /"
 _HEAD = b"HEAD /"
@@ -101,6 +102,7 @@ class HotServer(web.Server):
         #: Blocks of headers that were found harmless, so that each is looked at once.
         self.harmless: dict[bytes, None] = {}
         self.per_address: Counter[str] = Counter()
+        self.unread = Unread()
         self._options = options
         self._date = ""
         self._tick()
@@ -151,7 +153,6 @@ class HotProtocol(RequestHandler):
     """One connection."""
 
     __slots__ = (
-        "_address",
         "_behind",
         "_body",
         "_body_left",
@@ -164,6 +165,7 @@ class HotProtocol(RequestHandler):
         "_to_close",
         "_turned_away",
         "_unanswered",
+        "address",
         "missed",
         "waits_since",
     )
@@ -171,7 +173,7 @@ class HotProtocol(RequestHandler):
     def __init__(self, server: HotServer, **options: Any) -> None:
         super().__init__(server, **options)
         self._server = server
-        self._address = ""
+        self.address = ""
         #: aiohttp's parser may hold the beginning of something.
         self._partial = False
         self._eligible = False
@@ -198,13 +200,13 @@ class HotProtocol(RequestHandler):
         """Count the connection, or turn it away."""
         server = self._server
         peer = transport.get_extra_info("peername")
-        self._address = str(peer[0]) if isinstance(peer, tuple) else ""
+        self.address = str(peer[0]) if isinstance(peer, tuple) else ""
         super().connection_made(transport)
         self.waits_since = self._loop.time()
-        server.per_address[self._address] += 1
+        server.per_address[self.address] += 1
         crowded = (
-            self._address
-            and server.per_address[self._address] > server.limits.connections_per_address
+            self.address
+            and server.per_address[self.address] > server.limits.connections_per_address
         )
         scarcity = _scarcity(transport)
         if crowded or len(server.connections) > server.limits.connections or scarcity:
@@ -217,10 +219,12 @@ class HotProtocol(RequestHandler):
         """Give the connection's place away; nobody waits for an answer any more."""
         if self._miss:
             self._miss.cancel()
-        self._server.per_address[self._address] -= 1
-        if self._server.per_address[self._address] <= 0:
-            del self._server.per_address[self._address]
+        self._server.per_address[self.address] -= 1
+        if self._server.per_address[self.address] <= 0:
+            del self._server.per_address[self.address]
         super().connection_lost(exc)
+        if self._current_request is None:
+            self._server.unread.gone(self)
 
     def data_received(self, data: bytes) -> None:
         """Answer from memory, or hand on to aiohttp."""
@@ -266,7 +270,7 @@ class HotProtocol(RequestHandler):
 
     async def _answer(self, misses: Misses, miss: Miss, request: bytes) -> None:
         """Find what was not in memory, answer, and go on with what came behind the request."""
-        answer = await misses.answer(miss, self._address)
+        answer = await misses.answer(miss, self.address)
         self._miss = None
         if self.transport is None or self._force_close:
             return
@@ -324,8 +328,23 @@ class HotProtocol(RequestHandler):
         self._eligible = False
         super().force_close()
 
+    def unread(self) -> int:
+        """Bytes of bodies that came and that no handler has read."""
+        bodies = {body for _, body in self._messages}
+        if self._body is not None:
+            bodies.add(self._body)
+        if self._current_request is not None:
+            bodies.add(self._current_request.content)
+        return sum(getattr(body, "_size", 0) for body in bodies)
+
     def _hand_on(self, data: bytes) -> None:
         self._eligible = False
+        if not self._server.unread.has_room(self, len(data)):
+            if self._is_parked():
+                self._turn_away()
+            else:  # an answer is on its way, or what was said is dropped
+                self.force_close()
+            return
         before = self._request_count
         if not data:  # aiohttp's own: it goes on with what it has
             self._feed(data)
