@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from narseal.config import SigningKeyConfig
 from narseal.cosign.keys import CosignKey
-from narseal.cosign.sign import Key
 from narseal.custody.agent import AgentCosignKey, AgentKey
 from narseal.custody.file import FileKey, expand, read_private
 from narseal.custody.requests import Request
 from narseal.errors import ConfigError, MalformedKey
 from narseal.nix.keys import PublicKey, Signature
+
+if TYPE_CHECKING:
+    from narseal.cosign.sign import Key
 
 
 class Custodian(Protocol):

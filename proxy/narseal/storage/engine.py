@@ -15,8 +15,6 @@ from time import monotonic
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-import alembic.command
-import alembic.config
 from sqlalchemy import (
     Column,
     ColumnElement,
@@ -42,6 +40,7 @@ _log = logging.getLogger(__name__)
 #: What is done within a transaction, which its caller commits.
 Write = Callable[[Connection], T]
 
+_MIGRATIONS = resources.files("narseal.storage") / "migrations"
 _BUSY_MS = 10_000
 _BEGIN = "BEGIN IMMEDIATE"  # for writing: it waits, or fails, now and not in the middle
 #: Works that share a transaction, and seconds after which the loop has a turn between two of them.
@@ -64,19 +63,45 @@ def migrate(url: str) -> None:
         engine = _engine(file, "rwc")
         event.listen(engine, "begin", lambda c: c.exec_driver_sql(_BEGIN))
         with engine.begin() as connection:
-            config = alembic.config.Config()
-            config.set_main_option(
-                "script_location", str(resources.files("narseal.storage") / "migrations")
-            )
-            config.attributes["connection"] = connection
-            alembic.command.upgrade(config, "head")
-    except (OSError, sqlite3.Error, SQLAlchemyError, alembic.util.CommandError) as error:
+            if _revision(connection) != newest_revision():
+                _upgrade(connection)
+    except (OSError, sqlite3.Error, SQLAlchemyError) as error:
         if "database is locked" in str(error):
             raise ConfigError(
                 f"storage.index {file}: another process has been writing for {_BUSY_MS // 1000} s;"
                 " nothing was changed, run it again"
             ) from error
         raise ConfigError(f"storage.index {file}: {error}") from error
+
+
+def newest_revision() -> str:
+    """That of the last migration, whose file its name begins."""
+    files = (_MIGRATIONS / "versions").iterdir()
+    return max(name[:4] for file in files if (name := file.name)[:4].isdecimal())
+
+
+def _revision(connection: Connection) -> str | None:
+    """What Alembic noted when it changed the schema last; None of a new index."""
+    noted = "SELECT version_num FROM alembic_version"
+    is_there = "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'"
+    if connection.exec_driver_sql(is_there).scalar() is None:
+        return None
+    return connection.exec_driver_sql(noted).scalar()
+
+
+def _upgrade(connection: Connection) -> None:
+    """SQLAlchemyError if this narseal does not know the schema."""
+    # 11 MB, for a moment in an index's life
+    import alembic.command
+    import alembic.config
+
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes["connection"] = connection
+    try:
+        alembic.command.upgrade(config, "head")
+    except alembic.util.CommandError as error:
+        raise SQLAlchemyError(str(error)) from error
 
 
 def migrate_present(url: str) -> None:

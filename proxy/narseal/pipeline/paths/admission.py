@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from narseal.cosign.verify import Verified
 from narseal.errors import (
     ContentMismatch,
     Denied,
@@ -31,6 +31,9 @@ from narseal.storage import Admitted, NarRecord, PathRecord, still_says
 from narseal.storage.claims import verified_by
 from narseal.upstream import Upstream
 from narseal.upstream.race import Answers
+
+if TYPE_CHECKING:
+    from narseal.cosign.verify import Verified
 
 _log = logging.getLogger(__name__)
 _TRIES = 4

@@ -10,11 +10,10 @@ import logging
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from narseal.config import SIGNATURE, Config, PolicyConfig, RequirementConfig, Who
-from narseal.config.expression import Expression
 from narseal.cosign.statement import Statement
-from narseal.cosign.verify import Verified
 from narseal.errors import (
     ConfigError,
     Denied,
@@ -39,6 +38,9 @@ from narseal.storage import (
     bundle_name,
 )
 from narseal.telemetry import metrics
+
+if TYPE_CHECKING:
+    from narseal.cosign.verify import Verified
 
 _log = logging.getLogger(__name__)
 _REMEMBERED = 4096
@@ -287,7 +289,11 @@ def _of_subject(statement: Statement | None, digest: bytes, where: str | None) -
     if statement is None:
         return _Said(SIGNATURE, ())
     names = tuple(s.name for s in statement.subjects if s.digest == digest)
-    failure = Expression(where).failure(statement.predicate) if where else None
+    failure = None
+    if where:
+        from narseal.config.expression import Expression  # 6 MB, where none is asked for
+
+        failure = Expression(where).failure(statement.predicate)
     return _Said(statement.predicate_type, names, failure)
 
 

@@ -1,23 +1,28 @@
-"""What the configuration says of Sigstore, put together: whom to trust, what to sign with."""
+"""What the configuration says of Sigstore, put together: whom to trust, what to sign with.
+
+The Sigstore libraries take 20 MB, so they are imported where the configuration asks for them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from narseal.config import Config, CosignConfig, Who, is_pem
-from narseal.cosign import identity, trust
 from narseal.cosign.bundle import Bundle
-from narseal.cosign.identity import TokenSource
 from narseal.cosign.keys import CosignPublicKey
-from narseal.cosign.sign import Key, KeylessSigner, KeySigner, Signer
-from narseal.cosign.trust import Trust
-from narseal.cosign.verify import ByIdentity, ByKey, Verified, Verifier
 from narseal.custody import expand, read_private
 from narseal.custody.operator import open_cosign_key
 from narseal.errors import ConfigError, MalformedKey, Refused
 from narseal.storage import Revoked
 from narseal.telemetry import metrics
+
+if TYPE_CHECKING:
+    from narseal.cosign.identity import TokenSource
+    from narseal.cosign.sign import Key, Signer
+    from narseal.cosign.trust import Trust
+    from narseal.cosign.verify import Verified, Verifier
 
 _MAX_PUBLIC = 16 << 10
 _FEW = 32
@@ -33,7 +38,7 @@ class SigstoreSetup:
         if config.mode == "key":
             assert config.key is not None  # the configuration saw to it
             self.key = open_cosign_key(config.key, config.password_file)
-        self._trust = trust.load(Path(config.trust_config)) if config.trust_config else None
+        self._trust = _load(Path(config.trust_config)) if config.trust_config else None
         self._signer: Signer | None = None
 
     @property
@@ -63,6 +68,8 @@ class SigstoreSetup:
         return self._signer
 
     def _make(self) -> Signer:
+        from narseal.cosign.sign import KeylessSigner, KeySigner
+
         config = self.config
         if self.key:
             with_log = self._instance() if config.log else None
@@ -81,8 +88,20 @@ class SigstoreSetup:
 
     def _instance(self) -> Trust:
         if self._trust is None:
-            self._trust = trust.public_instance()
+            self._trust = _public_instance()
         return self._trust
+
+
+def _load(file: Path) -> Trust:
+    from narseal.cosign import trust
+
+    return trust.load(file)
+
+
+def _public_instance() -> Trust:
+    from narseal.cosign import trust
+
+    return trust.public_instance()
 
 
 def _observe(seconds: float, log_seconds: float) -> None:
@@ -129,6 +148,8 @@ def read_public_key(key: str) -> CosignPublicKey:
 
 def token_source(config: CosignConfig) -> tuple[TokenSource, str]:
     """Where identity tokens come from, and what to call it."""
+    from narseal.cosign import identity
+
     if config.identity_token_file:
         file = config.identity_token_file
         return identity.from_file(Path(expand(file))), file
@@ -170,14 +191,16 @@ class ExpectedSigners:
         return self._verifiers[who]
 
     def _make(self, who: Who) -> Verifier:
+        from narseal.cosign.verify import ByIdentity, ByKey, Verifier
+
         file = who.trust_config or (None if who.cosign_key else self._trust_config)
-        known = trust.load(Path(expand(file))) if file else None
+        known = _load(Path(expand(file))) if file else None
         if who.cosign_key:
             return Verifier(ByKey((read_public_key(who.cosign_key),)), known)
         assert who.identity  # the configuration saw to it
         assert who.issuer
         expected = ByIdentity(who.identity, who.issuer, is_regex=who.is_regex)
-        return Verifier(expected, known or trust.public_instance())
+        return Verifier(expected, known or _public_instance())
 
 
 def upstream_signers(config: Config) -> ExpectedSigners:

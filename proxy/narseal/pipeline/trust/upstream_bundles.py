@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 from narseal.cosign.bundle import MAX_BYTES
 from narseal.cosign.statement import contradictions
-from narseal.cosign.verify import Verified
 from narseal.errors import Refused
 from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
@@ -17,6 +17,9 @@ from narseal.runtime.slots import aside
 from narseal.runtime.threads import ThreadPools
 from narseal.storage import Revocations
 from narseal.upstream import Upstream
+
+if TYPE_CHECKING:
+    from narseal.cosign.verify import Verified
 
 _AT_ONCE = 2
 
