@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import os
 import shutil
@@ -23,7 +22,6 @@ from tests.tools.narseal import (
     UPSTREAM,
     Process,
     metric,
-    narseal,
     narseal_process,
     render_toml,
     settings,
@@ -311,40 +309,3 @@ def test_an_only_copy_is_not_condemned_by_one_fault(tmp_path: Path) -> None:
             assert fetch(f"{proxy.url}/{ITEMS[0].info.url}") == (200, ITEMS[0].file)
         until(lambda: counted(proxy, 'narseal_storage_errors_total{kind="unreadable"}') == 1)
         assert not list((tmp_path / "storage/.narseal/quarantine").iterdir())
-
-
-async def test_nobody_waits_for_those_who_count(tmp_path: Path) -> None:
-    """A status of 600,000 paths, asked for several times: the short questions are answered first."""
-    upstream = cache_of(tmp_path, *ITEMS)
-    async with narseal(tmp_path, upstream) as client:
-        await client.narinfo(ITEMS[0].hash)
-        await asyncio.to_thread(crowd, tmp_path / "index.sqlite", 600_000)
-        joined = metric("narseal_flights_joined_total")
-        done: list[str] = []
-
-        async def ask(name: str) -> None:
-            status, body, _ = await client.get(name)
-            assert status == 200, body
-            done.append("status" if name == "status" else "short")
-
-        async with asyncio.TaskGroup() as group:
-            counting = [group.create_task(ask("status")) for _ in range(4)]
-            while metric("narseal_flights_joined_total") < joined + 3:
-                await asyncio.sleep(0)
-            for name in ("readyz", f"{ITEMS[1].hash}.narinfo", "readyz"):
-                group.create_task(ask(name))
-            await asyncio.wait(counting)
-        assert done == ["short"] * 3 + ["status"] * 4
-
-
-def crowd(index: Path, number: int) -> None:
-    """The one path of an index, under so many names."""
-    with closing(sqlite3.connect(index)) as connection:
-        columns = [row[1] for row in connection.execute("PRAGMA table_info(path)")]
-        others = ", ".join(columns[1:])
-        connection.execute(
-            f"INSERT INTO path (hash_part, {others}) WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL"
-            f" SELECT i + 1 FROM n WHERE i < {number}) SELECT printf('%032d', i), {others}"
-            " FROM path, n"
-        )
-        connection.commit()
