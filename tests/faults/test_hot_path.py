@@ -110,6 +110,20 @@ async def test_torn_and_pipelined_requests_are_answered_byte_for_byte(
         assert metric("narseal_hot_hits_total") > 0
 
 
+async def test_the_first_request_of_a_connection_is_answered_from_memory(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Not by aiohttp, whose answers have an id, and which then need not have begun to wait."""
+    upstream.add(ITEM)
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        await client.get(f"{ITEM.hash}.narinfo")
+        for _ in range(3):
+            async with Wire(client) as wire:
+                for _ in range(2):
+                    await wire.send(get(f"/{ITEM.hash}.narinfo"))
+                    assert b"x-request-id" not in (await wire.answer())[1].lower()
+
+
 async def test_the_hot_answer_says_what_the_slow_one_says(
     tmp_path: Path, upstream: FakeCache
 ) -> None:

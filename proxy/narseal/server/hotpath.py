@@ -421,10 +421,11 @@ class HotProtocol(RequestHandler):
 
     def _is_parked(self) -> bool:
         """Aiohttp waits for a request: none is being answered and none is queued."""
+        # before its first request, aiohttp's task need not have begun to wait
+        waits = self._waiter is not None and not self._waiter.done()
         return (
-            self._waiter is not None
+            (waits or not self._request_count)
             and self._miss is None
-            and not self._waiter.done()
             and not self._messages
             and not self._force_close
             and not self._close
