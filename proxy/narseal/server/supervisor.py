@@ -293,7 +293,12 @@ class Supervisor:
     def _free_seat(self) -> int | None:
         taken = {worker.seat for worker in self._workers.values()}
         seats = range(self._board.seats if self._board else 0)
-        return next((seat for seat in seats if seat not in taken), None)
+        free = next((seat for seat in seats if seat not in taken), None)
+        if free is None and self._board:
+            _log.warning(
+                "a worker shares no flights with the others: %d places are taken", len(seats)
+            )
+        return free
 
     def _become_worker(self, worker: _Worker, config: Config) -> None:
         """In the child, until it is told to stop."""
