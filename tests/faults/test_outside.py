@@ -99,6 +99,16 @@ async def test_a_body_that_no_route_wants_is_not_asked_for(target: bytes, tmp_pa
     assert not list((tmp_path / "storage/.narseal/incoming").iterdir())
 
 
+async def test_an_answer_arrives_though_its_body_is_not_read(tmp_path: Path) -> None:
+    """More than the socket takes: a connection that is closed at once would lose the answer."""
+    async with uploading_by_token(tmp_path) as uploader:
+        for target, status in ((b"/nar/x.nar", b"404"), (b"/attestations/x", b"404")):
+            for size in (100, 8 << 10, 100_000, 20 << 20):
+                head = b"PUT " + target + b" HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+                answer, _ = await ask(uploader.client, head % size + bytes(size))
+                assert answer.split()[1] == status, (size, answer)
+
+
 async def test_methods_that_a_route_lacks_are_named(tmp_path: Path) -> None:
     async with narseal(tmp_path) as client:
         async with client.session.post(f"{client.url}/pubkey") as response:

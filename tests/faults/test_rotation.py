@@ -229,7 +229,8 @@ async def test_revoked_while_64_readers_read(tmp_path: Path, upstream: FakeCache
             await asyncio.gather(*readers)
             assert late == []
             tree = json.loads(outcome.stdout)
-            assert (outcome.returncode, tree["stripped"], tree["signed"]) == (1, 62, 61), tree
+            assert (outcome.returncode, tree["stripped"] - tree["signed"]) == (1, 1), tree
+            assert 1 <= tree["stripped"] <= 62  # a reader's question may have been first
             [lost] = tree["withdrawn"]
             assert lost["path"] == rotten.hash
             assert "nothing else speaks for it" in lost["why"]

@@ -17,6 +17,7 @@ from narseal.server.auth import Gate
 from narseal.server.failure import failure, fault
 from narseal.server.file_answers import Broken
 from narseal.server.handlers import ReadHandlers
+from narseal.server.hotpath import HotProtocol
 from narseal.server.misses import FILE
 from narseal.server.nar_handlers import UPLOAD
 from narseal.server.tally import Tally
@@ -41,9 +42,12 @@ def application(
     async def finish_head(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Server"] = "narseal"
         response.headers["X-Request-Id"] = request.get(_ID, "")
-        if handlers.draining or (request.body_exists and not request.content.at_eof()):
+        is_left = request.body_exists and not request.content.at_eof()
+        if handlers.draining or is_left:
             response.force_close()  # a body that nobody read ends with its connection
             response.headers["Connection"] = "close"
+        if is_left and isinstance(request.protocol, HotProtocol):
+            request.protocol.drop_body(request.content)
 
     middlewares = [accounting(tally), *([reading(gate)] if gate else [])]
     app = web.Application(middlewares=middlewares, client_max_size=1 << 20)
@@ -155,6 +159,10 @@ def accounting(tally: Tally) -> Middleware:
             except Broken as broken:
                 status = broken.status
                 return broken.response
+            except ConnectionError as error:  # the client left while its body was read
+                # what read it is not to stay, with its bytes, for as long as aiohttp knows the error
+                error.__traceback__ = None
+                raise
             except Exception:
                 response = fault(f"{request.method} {request.path}")
             status = response.status

@@ -16,12 +16,15 @@ from narseal.pipeline.uploads.arriving import ArrivingFile
 from narseal.runtime.budget import Budget, Claim, counted
 from narseal.runtime.files import OpenFile
 from narseal.runtime.portions import in_portions, in_turns
+from narseal.server.hotpath import HotProtocol
 from narseal.telemetry import metrics
 
 _LARGE = 1 << 20  # bytes; of more than so many, there is one body in memory at a time
 #: Bytes of a body into a file that are under way in memory: what a thread works on, what gathers for it, and
 #: what one read brings. And those of all, and of each address: who finds no room asks again.
 _UNDER_WAY = 768 << 10
+#: Of a small body that is on its way, before it is counted itself.
+_AHEAD = 192 << 10
 _ALL_UNDER_WAY = 64 << 20
 _EACH_UNDER_WAY = 48 << 20
 
@@ -45,14 +48,15 @@ class Bodies:
     def under_way(self, request: web.Request) -> Claim:
         """Room for a body on its way into a file: a context. Unavailable if too many come at a time."""
         claim = self._under_way.claim(request.remote or "")
-        size = request.content_length
-        claim.take(_UNDER_WAY if size is None else min(size, _UNDER_WAY))
+        claim.take(_at_most(request, _UNDER_WAY))
         return claim
 
-    async def chunks(self, request: web.Request) -> AsyncIterator[bytes]:
+    async def chunks(self, request: web.Request, *, is_small: bool = False) -> AsyncIterator[bytes]:
         """A body as it comes, so that who sends nothing holds no room for longer than he may."""
         window = self._stall_timeout
         pace = Pace(least=self._least_rate, window=window, error=UploadTooSlow)
+        if isinstance(request.protocol, HotProtocol):
+            request.protocol.want_body(request.content, is_small=is_small)
         try:
             while True:
                 pace.wait()
@@ -65,6 +69,8 @@ class Bodies:
         except UploadTooSlow:
             metrics.slow_uploads.inc()
             raise
+        except web.RequestPayloadError as error:
+            raise BadUpload(f"the body's chunks: {error}") from error
         except TimeoutError as error:
             metrics.slow_uploads.inc()
             raise UploadTooSlow(
@@ -80,6 +86,7 @@ class Bodies:
         assert limit <= _LARGE
         body = bytearray()
         with self._memory.claim(request.remote or "") as room:
+            room.take(_at_most(request, _AHEAD))
             try:
                 await self._take(request, limit, room.counting(body.extend), room)
                 data = bytes(body)
@@ -120,7 +127,7 @@ class Bodies:
         encoding = request.headers.get("Content-Encoding", "identity")
         try:
             body = EncodedBody(encoding, limit=limit, write=write)
-            chunks = self.chunks(request)
+            chunks = self.chunks(request, is_small=room is not None)
             if room and body.is_plain:
                 async for chunk in in_turns(chunks):
                     body.feed(chunk)
@@ -132,3 +139,9 @@ class Bodies:
         except Refused as error:
             kind = UploadTooLarge if error.reason == "too-large" else BadUpload
             raise kind(f"the body as {encoding[:40]!a}: {error}") from error
+
+
+def _at_most(request: web.Request, size: int) -> int:
+    """The length of a body, as far as it is known, but no more than `size`."""
+    length = request.content_length
+    return size if length is None else min(length, size)

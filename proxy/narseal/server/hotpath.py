@@ -23,8 +23,8 @@ from aiohttp.web_protocol import RequestHandler
 from narseal.config import LimitsConfig
 from narseal.pipeline.caches import HotMap
 from narseal.server.misses import Miss, Misses
+from narseal.server.reading import Buffers, Reading
 from narseal.server.tally import Tally
-from narseal.server.unread import Unread
 
 _GET = b"GET /"
 _HEAD = b"HEAD /"
@@ -102,14 +102,14 @@ class HotServer(web.Server):
         #: Blocks of headers that were found harmless, so that each is looked at once.
         self.harmless: dict[bytes, None] = {}
         self.per_address: Counter[str] = Counter()
-        self.unread = Unread()
+        self.buffers = Buffers()
         self._options = options
         self._date = ""
         self._tick()
 
-    def __call__(self) -> RequestHandler:
+    def __call__(self) -> Reading:  # type: ignore[override] # aiohttp only gives it to the loop
         """A protocol for a new connection."""
-        return HotProtocol(self, loop=self._loop, **self._options)
+        return Reading(HotProtocol(self, loop=self._loop, **self._options))
 
     def _tick(self) -> None:
         """Every second: the Date header, and the deadlines of heads."""
@@ -157,15 +157,20 @@ class HotProtocol(RequestHandler):
         "_body",
         "_body_left",
         "_deaf",
+        "_drops",
         "_eligible",
+        "_end",
         "_head",
+        "_held",
         "_miss",
         "_partial",
         "_server",
         "_to_close",
         "_turned_away",
         "_unanswered",
+        "_wanted",
         "address",
+        "buffer",
         "missed",
         "waits_since",
     )
@@ -191,6 +196,14 @@ class HotProtocol(RequestHandler):
         #: The last request's body, and how much of it is to come, if it says so.
         self._body: StreamReader | None = None
         self._body_left = 0
+        #: The last bytes of a head that is not whole, in which its end may have begun.
+        self._end = b""
+        #: Whether a handler reads the last request's body. Until then what came of it is held as it is.
+        self._wanted = False
+        self._held = b""
+        #: It was answered without, so that what comes of it is dropped.
+        self._drops = False
+        self.buffer = server.buffers.few
         #: A head was too large: nothing more is read, and the deadline for heads ends it.
         self._deaf = False
         #: When the head began that is not complete yet; infinity while none is awaited.
@@ -223,12 +236,17 @@ class HotProtocol(RequestHandler):
         if self._server.per_address[self.address] <= 0:
             del self._server.per_address[self.address]
         super().connection_lost(exc)
-        if self._current_request is None:
-            self._server.unread.gone(self)
+        self._held = b""
+        if self._body is not None and not self._body.is_eof():  # nobody can have it any more
+            self._body._buffer.clear()  # noqa: SLF001
+            self._body._size = 0  # noqa: SLF001
 
     def data_received(self, data: bytes) -> None:
         """Answer from memory, or hand on to aiohttp."""
         if self._deaf:
+            return
+        if self._drops:
+            self._drop(len(data))
             return
         if self._miss:
             self._wait_behind(data)
@@ -328,29 +346,58 @@ class HotProtocol(RequestHandler):
         self._eligible = False
         super().force_close()
 
-    def unread(self) -> int:
-        """Bytes of bodies that came and that no handler has read."""
-        bodies = {body for _, body in self._messages}
-        if self._body is not None:
-            bodies.add(self._body)
-        if self._current_request is not None:
-            bodies.add(self._current_request.content)
-        return sum(getattr(body, "_size", 0) for body in bodies)
+    def want_body(self, body: StreamReader, *, is_small: bool) -> None:
+        """A handler reads a request's body from now on, in large reads if it is not small."""
+        if (
+            body is not self._body or self._wanted
+        ):  # another request's head came behind it: all of it is there
+            return
+        self._wanted = True
+        if not is_small:
+            self.buffer = self._server.buffers.many
+        self._go_on()
+
+    def drop_body(self, body: StreamReader) -> None:
+        """A request is answered without its body, or without all of it: what still comes is dropped.
+
+        aiohttp goes on to read for a while, so that the answer arrives, and closes the connection.
+        """
+        if body is self._body and not self._wanted:
+            self._drops = True
+            self.buffer = self._server.buffers.many
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Read on, with what was held first."""
+        held, self._held = self._held, b""
+        if held:
+            self.data_received(held)
+        if not (self._held or self._reading_paused or self._buffer_paused):
+            self._resume_transport_reading()
+
+    def _drop(self, size: int) -> None:
+        """So many bytes came that nobody wants."""
+        if self._body_left:
+            self._body_left = max(0, self._body_left - size)
+            if not self._body_left and self._body is not None:
+                self._body.feed_eof()  # there is nothing more to wait for
+
+    def _hold(self, data: bytes) -> None:
+        """Keep what came of a body, and read no more, until somebody wants it."""
+        self._held += data
+        self._pause_transport_reading()
 
     def _hand_on(self, data: bytes) -> None:
         self._eligible = False
-        if not self._server.unread.has_room(self, len(data)):
-            if self._is_parked():
-                self._turn_away()
-            else:  # an answer is on its way, or what was said is dropped
-                self.force_close()
-            return
         before = self._request_count
         if not data:  # aiohttp's own: it goes on with what it has
             self._feed(data)
         rest = data
         while rest and not self._deaf:
-            size = self._room()
+            if self._is_body() and not self._wanted:
+                self._hold(rest)
+                break
+            size = self._room(rest)
             self._feed(rest[:size])
             rest = rest[size:]
         self._partial = self._request_count == before or not data.endswith(_END)
@@ -359,32 +406,43 @@ class HotProtocol(RequestHandler):
         elif self.waits_since == _NEVER:
             self.waits_since = self._loop.time()
 
-    def _room(self) -> int:
-        """How many bytes aiohttp may have at a time: so many that no head in them grows too large."""
+    def _is_body(self) -> bool:
+        """What comes next is of a body."""
+        return bool(self._body_left) or (self._body is not None and not self._body.is_eof())
+
+    def _room(self, data: bytes) -> int:
+        """How many bytes aiohttp may have now: so many that no head in them grows too large, and no body begins."""
         while len(self._unanswered) > len(self._messages):
             self._unanswered.popleft()
         if self._body_left:
             return self._body_left
-        if self._body is not None and not self._body.is_eof():
+        if self._is_body():
             return MAX_HEAD  # of chunks, whose end may be anywhere
-        return max(1, MAX_HEAD - self._head - sum(self._unanswered))
+        size = max(1, MAX_HEAD - self._head - sum(self._unanswered))
+        begun = len(self._end)
+        at = (self._end + data[:size]).find(_END)
+        return size if at < 0 else at + len(_END) - begun
 
     def _feed(self, data: bytes) -> None:
         """Give aiohttp some bytes, and take account of what is a head in them."""
-        is_head = not self._body_left and (self._body is None or self._body.is_eof())
+        is_head = not self._is_body()
         self._body_left = max(0, self._body_left - len(data))
         before = self._request_count
         super().data_received(data)
         if self._request_count > before:
             message, body = self._messages[-1]
             self._body = body
+            self._wanted = False
+            self.buffer = self._server.buffers.few
             if isinstance(message, RawRequestMessage) and not message.chunked:
                 size = int(message.headers.get("Content-Length", 0))
                 self._body_left = max(0, size - body.total_bytes)
             self._unanswered.append(self._head + len(data) - body.total_bytes)
             self._head = 0
+            self._end = b""
         elif is_head:
             self._head += len(data)
+            self._end = (self._end + data)[-len(_END) + 1 :]
             if self._head + sum(self._unanswered) >= MAX_HEAD:
                 self._refuse_head()
 
