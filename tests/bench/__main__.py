@@ -1,7 +1,7 @@
-"""`make bench`: narseal beside nginx in one run on this machine, as ratios.
+"""`make bench`: narseal beside nginx in one run on this machine, as ratios; with NCPS and HARMONIA beside them, too.
 
 Prints a Markdown table (docs/benchmarks.md holds one) and exits 1 if an aim is missed by far.
-Names on the command line choose: narinfo, cold, herd, isolation, storage, relay, copy, distance, upload, memory, growth, cosign, custody,
+Names on the command line choose: narinfo, cold, crowd, herd, isolation, storage, relay, copy, distance, upload, memory, growth, cosign, custody,
 reader, zstd.
 """
 
@@ -14,6 +14,7 @@ from tests.bench import (
     cold,
     copying,
     cosigning,
+    crowd,
     custody,
     distance,
     growth,
@@ -35,6 +36,7 @@ def _zstd() -> list[Row]:
 SUITES: dict[str, Callable[[], list[Row]]] = {
     "narinfo": narinfo.measure,
     "cold": cold.measure,
+    "crowd": crowd.measure,
     "herd": cold.measure_herd,
     "isolation": cold.measure_isolation,
     "storage": nars.measure_storage,

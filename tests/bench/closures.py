@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from tests.bench.servers import HOST_KEY
 from tests.tools.nix import Nix, nix
 
 
-def built(builder: Nix, expression: str) -> tuple[str, str]:
-    """Have a closure in the builder's folder `cache`; the key that signed it, and its path."""
+def built(builder: Nix, expression: str) -> str:
+    """Have a closure in the builder's folder `cache`, signed by HOST_KEY; its path."""
     (builder.folder / "d.nix").write_text(expression)
-    builder.script("nix key generate-secret --key-name builder-1 > key")
+    (builder.folder / "key").write_text(HOST_KEY.render())
     builder.config["secret-key-files"] = builder.path("key")
-    key = builder.script("nix key convert-secret-to-public < key")
     path = builder.script("nix-build --no-out-link d.nix 2>/dev/null")
     builder.script(f"nix copy --to 'file://{builder.path('cache')}?compression=zstd' {path}")
-    return key, path
+    return path
 
 
 def seconds(take: Callable[[Nix, str, str], None], url: str, key: str, path: str) -> float:
@@ -32,6 +32,11 @@ def seconds(take: Callable[[Nix, str, str], None], url: str, key: str, path: str
 def copy(client: Nix, url: str, path: str) -> None:
     """By `nix copy`."""
     client.run("nix", "copy", "--from", url, "--to", store(client), path)
+
+
+def hash_part(path: str) -> str:
+    """By which a narinfo is asked for."""
+    return path.removeprefix("/nix/store/")[:32]
 
 
 def store(client: Nix) -> str:

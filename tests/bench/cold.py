@@ -14,7 +14,9 @@ from pathlib import Path
 
 import aiohttp
 
-from tests.bench.servers import median, nginx
+from tests.bench.peers import ncps
+from tests.bench.servers import ALL_CORES, AT_HOST, HOST_KEY, median, nginx
+from tests.bench.sides import Sides
 from tests.bench.table import Row
 from tests.tools.cache import Entry, entry, write_cache
 from tests.tools.narseal import UPSTREAM, Process, narseal_process
@@ -23,45 +25,46 @@ _READERS = 25
 _PATHS = 2000
 _GREEDY = 200
 _PROBES = 100
-_BOTH = {0, 1}
 _HERDS = 300
 _HERD = 32
 
 
 def measure() -> list[Row]:
     """Small narinfos and NARs that nobody asked for before, beside nginx's proxy_pass of them."""
-    items = [entry(f"item{n}", b"%d" % n).signed(UPSTREAM) for n in range(_PATHS)]
-    rates: dict[tuple[str, str], list[float]] = {}
-    cpu: dict[str, list[float]] = {"narinfo": [], "NAR": []}
-    with _cache(items) as (folder, upstream):
+    items = [entry(f"item{n}", b"%d" % n).signed(HOST_KEY) for n in range(_PATHS)]
+    sides = Sides()
+
+    def take(side: str, kind: str, url: str, pid: int | None = None) -> None:
+        names = [i.info.url if kind == "NAR" else f"{i.hash}.narinfo" for i in items]
+        sides.take(side, kind, lambda: asyncio.run(_all(url, names)), pid, len(names))
+
+    with cache(items, AT_HOST) as (folder, upstream):
+        there = {"url": upstream, "public_keys": [str(HOST_KEY.public)]}
         for round_ in range(3):
             with (
-                nginx(f"location / {{ proxy_pass {upstream}; }}", _BOTH) as relay,
-                narseal_process(folder / f"n{round_}", {"url": upstream}) as proxy,
+                nginx(f"location / {{ proxy_pass {upstream}; }}", ALL_CORES) as relay,
+                narseal_process(folder / f"n{round_}", there) as proxy,
             ):
-                for kind, spent in cpu.items():
-                    names = [i.info.url if kind == "NAR" else f"{i.hash}.narinfo" for i in items]
-                    before = _seconds(proxy)
-                    rate = asyncio.run(_all(proxy.url, names))
-                    rates.setdefault(("ours", kind), []).append(rate)
-                    spent.append((_seconds(proxy) - before) / len(items) * 1000)
-                    rate = asyncio.run(_all(relay, names))
-                    rates.setdefault(("theirs", kind), []).append(rate)
-    rows = []
-    for kind, spent in cpu.items():
-        ours, theirs = median(rates["ours", kind]), median(rates["theirs", kind])
-        what = f"cold small {kind}s/s, {_READERS} readers ({median(spent):.2f} ms CPU each)"
-        rows.append(
-            Row(f"{what}, against nginx proxy_pass", f"{ours:,.0f}", f"{theirs:,.0f}",
-                ours / theirs, "≥ 3,000/s, ≤ 0.35 ms" if kind == "narinfo" else "")
-        )  # fmt: skip
-    return rows
+                for kind in ("narinfo", "NAR"):
+                    take("narseal", kind, proxy.url, proxy.workers()[0])
+                    take("nginx proxy_pass", kind, relay)
+            with ncps(folder / f"ncps{round_}", items[0].hash) as peer:
+                if peer:  # its NARs are not cold then: it brings them behind its narinfos
+                    take("ncps", "narinfo", peer.url, peer.pid)
+    return [
+        row
+        for kind, aim in (("narinfo", "≥ 3,000/s, ≤ 0.35 ms"), ("NAR", ""))
+        for row in sides.rows(
+            f"cold small {kind}s/s, {_READERS} readers", kind,
+            {"nginx proxy_pass": aim, "ncps": "> 1"}, "{:,.0f}",
+        )
+    ]  # fmt: skip
 
 
 def measure_isolation() -> list[Row]:
     """A client that asks one thing after another, beside one that asks for cold paths without end."""
     items = [entry(f"item{n}", b"%d" % n).signed(UPSTREAM) for n in range(20_000)]
-    with _cache(items) as (folder, upstream), narseal_process(folder / "n", {"url": upstream}) as p:
+    with cache(items) as (folder, upstream), narseal_process(folder / "n", {"url": upstream}) as p:
         alone, beside = asyncio.run(_beside(p, iter(items)))
     return [
         Row(f"{kind}, p50, beside a client with {_GREEDY} connections for cold paths, against alone",
@@ -74,7 +77,7 @@ def measure_herd() -> list[Row]:
     """Four workers, each path asked for on many connections at once: how often the upstream is asked for it."""
     items = [entry(f"item{n}", os.urandom(20_000)).signed(UPSTREAM) for n in range(_HERDS)]
     rows = []
-    with _cache(items, "access_log {folder}/asked;") as (folder, upstream):
+    with cache(items, "access_log {folder}/asked;") as (folder, upstream):
         there = {"url": upstream}
         with narseal_process(folder / "n", there, workers=4, prefetch="off") as proxy:
             for kind in ("narinfo", "NAR"):
@@ -102,14 +105,14 @@ async def _herd(url: str, names: list[str]) -> list[float]:
 
 
 @contextmanager
-def _cache(items: list[Entry], more: str = "") -> Iterator[tuple[Path, str]]:
+def cache(items: list[Entry], more: str = "") -> Iterator[tuple[Path, str]]:
     """A folder, and an upstream that has the items."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
         write_cache(folder / "cache", *items)
         more = more.format(folder=folder)
-        with nginx(f"root {folder}/cache; {more}", _BOTH) as upstream:
+        with nginx(f"root {folder}/cache; {more}", ALL_CORES) as upstream:
             yield folder, upstream
 
 
@@ -192,9 +195,3 @@ async def _get(session: aiohttp.ClientSession, url: str) -> float:
         assert response.status == 200, await response.text()
         await response.read()
     return time.perf_counter() - start
-
-
-def _seconds(proxy: Process) -> float:
-    """Of a processor that the worker took so far."""
-    fields = Path(f"/proc/{proxy.workers()[0]}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,12 +1,14 @@
-"""`nix copy` of 600 paths by real Nix: warm and cold, beside nginx."""
+"""`nix copy` of 600 paths by real Nix: warm and cold, beside nginx and the peers."""
 
 from __future__ import annotations
 
 import secrets
 import time
 
-from tests.bench.closures import built, copy, seconds
-from tests.bench.servers import median, nginx
+from tests.bench.closures import built, copy, hash_part, seconds
+from tests.bench.peers import harmonia, ncps
+from tests.bench.servers import ALL_CORES, AT_HOST, HOST_KEY, nginx
+from tests.bench.sides import Sides
 from tests.bench.table import Row
 from tests.tools.narseal import narseal_process
 from tests.tools.nix import nix
@@ -20,30 +22,39 @@ in sh "all" ("echo " + toString (builtins.genList (n: sh "p${{toString n}}" "ech
 
 def measure() -> list[Row]:
     """Seconds for the whole closure into an empty store, by a client without a cache."""
+    sides = Sides()
+
+    def take(side: str, state: str, url: str, key: str, pid: int | None = None) -> None:
+        for _ in range(2 if state == "warm" else 1):
+            sides.take(side, state, lambda: seconds(copy, url, key, path), pid, PATHS)
+
     with nix() as builder:
-        key, path = built(builder, EXPRESSION)
-        cache = builder.folder / "cache"
-        ours: dict[str, list[float]] = {"cold": [], "warm": []}
-        theirs: dict[str, list[float]] = {"cold": [], "warm": []}
-        cores = {0, 1}
-        with nginx(f"root {cache};", cores) as static:
-            with nginx(f"location / {{ proxy_pass {static}; }}", cores) as relay:
-                for round_ in range(3):
-                    folder = builder.folder / f"narseal{round_}"
-                    with narseal_process(folder, {"url": static, "public_keys": [key]}) as proxy:
-                        ours["cold"].append(seconds(copy, proxy.url, proxy.public_key, path))
-                        while len(list((folder / "storage").glob("*.narinfo"))) < PATHS:
-                            time.sleep(0.05)  # warm is what is published
-                        ours["warm"].append(seconds(copy, proxy.url, proxy.public_key, path))
-                        ours["warm"].append(seconds(copy, proxy.url, proxy.public_key, path))
-                    theirs["cold"].append(seconds(copy, relay, key, path))
-                    theirs["warm"].append(seconds(copy, static, key, path))
-                    theirs["warm"].append(seconds(copy, static, key, path))
-    rows = []
-    for state, beside, aim in (("warm", "nginx static", "≤ 1.1"), ("cold", "nginx proxy_pass", "")):
-        mine, other = median(ours[state]), median(theirs[state])
-        rows.append(
-            Row(f"`nix copy` of {PATHS} paths, {state}, against {beside} (time)", f"{mine:.2f} s",
-                f"{other:.2f} s", mine / other, aim)
-        )  # fmt: skip
-    return rows
+        path, key = built(builder, EXPRESSION), str(HOST_KEY.public)
+        with (
+            nginx(f"root {builder.folder / 'cache'}; {AT_HOST}", ALL_CORES) as static,
+            nginx(f"location / {{ proxy_pass {static}; }}", ALL_CORES) as relay,
+            harmonia(static, path) as local,
+        ):
+            for round_ in range(3):
+                folder = builder.folder / f"narseal{round_}"
+                with narseal_process(folder, {"url": static, "public_keys": [key]}) as proxy:
+                    us = (proxy.url, proxy.public_key, proxy.workers()[0])
+                    take("narseal", "cold", *us)
+                    while len(list((folder / "storage").glob("*.narinfo"))) < PATHS:
+                        time.sleep(0.05)  # warm is what is published
+                    take("narseal", "warm", *us)
+                take("nginx proxy_pass", "cold", relay, key)
+                take("nginx static", "warm", static, key)
+                with ncps(builder.folder / f"ncps{round_}", hash_part(path)) as peer:
+                    if peer:
+                        take("ncps", "cold", peer.url, peer.public_key, peer.pid)
+                        take("ncps", "warm", peer.url, peer.public_key, peer.pid)
+                if local:
+                    take("harmonia", "warm", local.url, local.public_key, local.pid)
+    label, form = f"`nix copy` of {PATHS} paths", "{:.2f} s"
+    warm = {"nginx static": "≤ 1.1", "ncps": "< 1", "harmonia": "< 1"}
+    cold = {"nginx proxy_pass": "", "ncps": "≤ 0.5"}
+    return [
+        *sides.rows(f"{label}, warm", "warm", warm, form, " (time)"),
+        *sides.rows(f"{label}, cold", "cold", cold, form, " (time)"),
+    ]

@@ -24,6 +24,7 @@ from narseal.custody.operator import Custodian
 from narseal.custody.pkcs11 import Pkcs11Key
 from narseal.custody.requests import PathRequest
 from narseal.nix.keys import Signature
+from tests.bench.servers import cpu_seconds
 from tests.bench.table import Row
 from tests.tools.cache import Entry, entry, write_cache
 from tests.tools.narseal import OPERATOR, UPSTREAM, narseal_process
@@ -86,9 +87,9 @@ def _signing(items: list[Entry], urls: dict[str, str], pid: int) -> list[Row]:
             f"{least:,.0f}/s", f"{pynacl:,.0f}/s", least / pynacl, "")
     ]  # fmt: skip
     for name, url in urls.items():
-        before = time.process_time() + _cpu(pid)
+        before = time.process_time() + cpu_seconds(pid)
         rate = uvloop.run(_rate(open_[name](url), requests))
-        cpu = (time.process_time() + _cpu(pid) - before) / count
+        cpu = (time.process_time() + cpu_seconds(pid) - before) / count
         aim = "≥ 0.25" if name == "agent" else ""
         rows.append(
             Row(f"signatures a second, {name}, {_ON_THEIR_WAY} on their way"
@@ -96,12 +97,6 @@ def _signing(items: list[Entry], urls: dict[str, str], pid: int) -> list[Row]:
                 f"{rate:,.0f}/s", f"{pynacl:,.0f}/s", rate / pynacl, aim)
         )  # fmt: skip
     return rows
-
-
-def _cpu(pid: int) -> float:
-    """Seconds that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _least(items: list[Entry], url: str) -> float:

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from tests.bench.closures import built, copy, seconds, store
-from tests.bench.servers import nginx
+from tests.bench.closures import built, copy, hash_part, seconds, store
+from tests.bench.peers import ncps
+from tests.bench.servers import ALL_CORES, HOST, HOST_KEY, NCPS, nginx
+from tests.bench.sides import Sides
 from tests.bench.table import Row
 from tests.tools.narseal import narseal_process
 from tests.tools.nix import Nix, nix
@@ -19,6 +21,9 @@ _LEVELS, _WIDTH = 20, 30
 _PATHS = _LEVELS * _WIDTH + 1
 _RETURN = 0.05  # seconds there and back
 _JOBS = 16
+_STRAIGHT = "the same straight from it"
+#: Where the line begins: one for all.
+_AT = (HOST, "80") if NCPS else ("127.0.0.1", "0")
 _EXPRESSION = f"""
 let
   salt = "{secrets.token_hex(8)}";
@@ -34,22 +39,31 @@ in sh "all" (toString (builtins.foldl' level [ ] (builtins.genList (n: n) {_LEVE
 
 def measure() -> list[Row]:
     """Seconds for the whole closure into an empty store."""
-    rows: list[Row] = []
+    sides = Sides()
+    ways = {"`nix-store -r`": (_realise, "≤ 0.5"), "`nix copy`": (copy, "≤ 0.1")}
     with nix() as builder:
-        key, path = built(builder, _EXPRESSION)
-        with nginx(f"root {builder.folder / 'cache'};", {0, 1}) as near, _far(near) as far:
-            for way, take in (("`nix-store -r`", _realise), ("`nix copy`", copy)):
-                with narseal_process(
-                    builder.folder / f"n{len(rows)}", {"url": far, "public_keys": [key]}
-                ) as proxy:
-                    ours = seconds(take, proxy.url, proxy.public_key, path)
-                theirs = seconds(take, far, key, path)
-                rows.append(
-                    Row(f"{way} of {_PATHS} paths, {_LEVELS} levels, cold, upstream {_RETURN * 1000:.0f} ms away,"
-                        " against the same straight from it (time)", f"{ours:.2f} s", f"{theirs:.2f} s",
-                        ours / theirs, "≤ 0.5" if take is _realise else "≤ 0.1")
-                )  # fmt: skip
-    return rows
+        path, key = built(builder, _EXPRESSION), str(HOST_KEY.public)
+        with nginx(f"root {builder.folder / 'cache'};", ALL_CORES) as near, _far(near) as far:
+            for way, (by, _) in ways.items():
+
+                def take(side: str, url: str, key: str, pid: int | None = None) -> None:
+                    sides.take(side, way, lambda: seconds(by, url, key, path), pid, _PATHS)
+
+                folder = builder.folder / way.strip("`").replace(" ", "")
+                with narseal_process(folder, {"url": far, "public_keys": [key]}) as proxy:
+                    take("narseal", proxy.url, proxy.public_key, proxy.workers()[0])
+                take(_STRAIGHT, far, key)
+                with ncps(folder / "ncps", hash_part(path)) as peer:
+                    if peer:
+                        take("ncps", peer.url, peer.public_key, peer.pid)
+    return [
+        row
+        for way, (_, aim) in ways.items()
+        for row in sides.rows(
+            f"{way} of {_PATHS} paths, {_LEVELS} levels, cold, upstream {_RETURN * 1000:.0f} ms away",
+            way, {_STRAIGHT: aim, "ncps": aim}, "{:.2f} s", " (time)",
+        )
+    ]  # fmt: skip
 
 
 @contextmanager
@@ -58,13 +72,13 @@ def _far(url: str) -> Iterator[str]:
     parts = urlsplit(url)
     command = [sys.executable, "-m", "tests.tools.delaying_line"]
     line = subprocess.Popen(
-        [*command, str(parts.hostname), str(parts.port), str(_RETURN / 2)],
+        [*command, str(parts.hostname), str(parts.port), str(_RETURN / 2), *_AT],
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
         assert line.stdout is not None
-        yield f"http://127.0.0.1:{line.stdout.readline().strip()}"
+        yield f"http://{line.stdout.readline().strip()}"
     finally:
         line.terminate()
         line.communicate()

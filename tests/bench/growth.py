@@ -31,7 +31,7 @@ from narseal.nix.narinfo import NarInfo
 from narseal.nix.store_path import References, StorePath
 from narseal.storage import LocalStorage, NarRecord, PathRecord, join
 from narseal.storage.records import nar_values, path_values
-from tests.bench.servers import median, nginx
+from tests.bench.servers import cpu_seconds, median, nginx
 from tests.bench.table import Row
 from tests.tools.cache import entry, key, write_cache
 from tests.tools.narseal import (
@@ -142,13 +142,13 @@ def _rotated(folder: Path, upstream: str, names: Iterator[str]) -> list[Row]:
 
         while (first := lacking()) == _PATHS:  # what is looked at before comes first
             time.sleep(0.01)
-        start, spent = time.monotonic(), _seconds(proxy)
+        start, spent = time.monotonic(), cpu_seconds(proxy.workers()[0])
         beside = _cold(proxy, names, "beside a rotation")
         left = first
         while left and time.monotonic() - start < _LONGEST:
             time.sleep(0.2)
             left = lacking()
-        took, cpu = time.monotonic() - start, _seconds(proxy) - spent
+        took, cpu = time.monotonic() - start, cpu_seconds(proxy.workers()[0]) - spent
         count = first - left
     text = f"{count / took:,.0f}/s ({cpu / max(1, count) * 1e3:.2f} ms CPU each)"
     return [_row("paths that a rotation signs and publishes", text, "≥ 2,000/s a core"), beside]
@@ -242,9 +242,3 @@ def _forget(file: Path) -> None:
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
-
-
-def _seconds(proxy: Process) -> float:
-    """Of a processor that the worker took so far."""
-    fields = Path(f"/proc/{proxy.workers()[0]}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -17,6 +17,7 @@ from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
 from tests.bench.servers import nginx
 from tests.bench.table import Row
+from tests.tools import watching
 from tests.tools.cache import Entry, entry, store_path, write_cache
 from tests.tools.narseal import UPSTREAM, Process, narseal_process
 
@@ -117,5 +118,4 @@ async def _ask(url: str, hashes: list[str]) -> None:
 
 def resident(proxy: Process) -> float:
     """Of the one worker, in megabytes."""
-    status = Path(f"/proc/{proxy.workers()[0]}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+    return watching.resident(proxy.workers()[0]) / (1 << 20)

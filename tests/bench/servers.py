@@ -1,4 +1,4 @@
-"""nginx and narseal, each on the server's core; load comes from the other."""
+"""Servers that stand still for measuring: nginx, narseal, whatever else listens on a port."""
 
 from __future__ import annotations
 
@@ -13,14 +13,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.tools.cache import key
 from tests.tools.narseal import Process, narseal_process
 from tests.tools.ports import free_ports
 
 SERVER_CORE = {0}
+ALL_CORES = {0, 1}
+#: The peers' binaries; where they are not named, nothing is measured beside them.
+NCPS = os.environ.get("NCPS")
+HARMONIA = os.environ.get("HARMONIA")
+#: ncps holds an upstream only to keys named after its host, which it cannot read if a port is in them:
+#: its upstreams stand at port 80 of an address that no other run of the benchmarks has.
+HOST = f"127.99.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"
+HOST_KEY = key(f"{HOST}-1")
+#: What a server block says to stand there, too.
+AT_HOST = f"listen {HOST}:80 backlog=1024;" if NCPS else ""
 LOAD = ["taskset", "-c", "1"]
 _NGINX = """
 worker_processes 1; daemon off; pid {folder}/pid; error_log {folder}/error.log;
-events {{ worker_connections 1024; }}
+events {{ worker_connections 4096; }}
 http {{
   access_log off; sendfile on; tcp_nopush on; tcp_nodelay on; keepalive_requests 100000000;
   types {{ text/x-nix-narinfo narinfo; application/x-nix-nar nar xz zst; }}
@@ -40,15 +51,28 @@ def nginx(body: str, cores: set[int] = SERVER_CORE) -> Iterator[str]:
         [port] = free_ports(1)
         config = folder / "nginx.conf"
         config.write_text("user root;" + _NGINX.format(folder=folder, port=port, body=body))
-        process = subprocess.Popen(
-            ["taskset", "-c", ",".join(map(str, cores)), "nginx", "-c", str(config)]
-        )
-        try:
-            _wait_for(port)
+        with served(["nginx", "-c", str(config)], port, cores, folder / "out"):
             yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait()
+
+
+@contextmanager
+def served(
+    command: list[str], port: int, cores: set[int], log: Path, **environment: str
+) -> Iterator[int]:
+    """A program on these cores, once it listens on this port; its process id."""
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            ["taskset", "-c", ",".join(map(str, cores)), *command],
+            env=os.environ | environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _wait_for(port, process, log)
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @contextmanager
@@ -92,13 +116,20 @@ def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def _wait_for(port: int) -> None:
+def cpu_seconds(pid: int) -> float:
+    """What a process and the children that it waited for took of processors so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + 10
     while True:
         try:
             socket.create_connection(("127.0.0.1", port)).close()
         except OSError:
-            assert time.monotonic() < deadline, "nginx did not start"
+            tried = process.poll() is not None or time.monotonic() > deadline
+            assert not tried, f"{process.args!r} does not listen: {log.read_text()[-4000:]}"
             time.sleep(0.02)
         else:
             return

@@ -1,6 +1,6 @@
-"""A TCP relay over a distance: `python -m tests.tools.delaying_line HOST PORT SECONDS`.
+"""A TCP relay over a distance: `python -m tests.tools.delaying_line HOST PORT SECONDS ADDRESS PORT`.
 
-What comes is passed on so many seconds later, each way; as much as comes is on its way. Prints its port.
+What comes is passed on so many seconds later, each way; as much as comes is on its way. Prints where it begins.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import sys
 
 
-async def main(host: str, port: int, delay: float) -> None:
+async def main(host: str, port: int, delay: float, address: str, at: int) -> None:
     """Relay until terminated."""
     loop = asyncio.get_running_loop()
 
@@ -23,11 +23,13 @@ async def main(host: str, port: int, delay: float) -> None:
         there, back = await asyncio.open_connection(host, port)
         await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
 
-    server = await asyncio.start_server(relay, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
+    server = await asyncio.start_server(relay, address, at)
+    print("{}:{}".format(*server.sockets[0].getsockname()), flush=True)
     async with server:
         await server.serve_forever()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3])))
+    asyncio.run(
+        main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
+    )
