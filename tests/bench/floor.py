@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 import ssl
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +45,7 @@ def _serve(upstream: str, folder: Path, trusted: str, pipe: object) -> None:
 
 
 async def _run(upstream: str, folder: Path, ring: KeyRing, pipe: object) -> None:
-    url = f"sqlite:///{folder}/floor.sqlite"
+    url = f"sqlite:///{tempfile.mkdtemp(dir=folder)}/index.sqlite"
     migrate(url)
     server = _Floor(upstream, Index(url, "/nix/store"), ring)
     running = asyncio.create_task(server.index.run())
@@ -94,9 +94,3 @@ class _Connection(asyncio.Protocol):
         answer = await self._server.narinfo(target)
         if self._transport:
             self._transport.write(answer)
-
-
-def seconds(pid: int) -> float:
-    """Of a processor that a process took so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -14,6 +14,8 @@ from tests.tools.narseal import UPSTREAM, narseal_process
 
 _SIZE = 100 << 20
 _ROUNDS = 7
+_FEW = 3
+_GIGABIT = 125_000_000  # bytes a second
 
 
 def measure_storage() -> list[Row]:
@@ -60,11 +62,23 @@ def measure_relay() -> list[Row]:
                 by_default.append(download(f"{default}/{item.info.url}"))
                 by_best.append(download(f"{best}/{item.info.url}"))
                 ours.append(download(f"{proxy.url}/{item.info.url}"))
+        with (
+            nginx(f"root {folder}/cache; limit_rate {_GIGABIT};", both) as upstream,
+            nginx(f"location / {{ proxy_pass {upstream}; {http} }}", both) as relay,
+            narseal_process(folder / "far", {"url": upstream}) as proxy,
+        ):
+            limited, by_relay = [], []
+            for item in items[:_FEW]:
+                urllib.request.urlopen(f"{proxy.url}/{item.hash}.narinfo").read()
+                by_relay.append(download(f"{relay}/{item.info.url}"))
+                limited.append(download(f"{proxy.url}/{item.info.url}"))
     return [
         _row("100 MB NAR through a cold relay, hashed and kept, against proxy_pass with its"
              " default buffers", ours, by_default, "≥ 0.6"),
         _row("the same against proxy_pass with large buffers and no temporary file", ours,
              by_best, ""),
+        _row("the same from an upstream of 1 Gbit/s, against proxy_pass with its default buffers",
+             limited, by_relay, "1"),
     ]  # fmt: skip
 
 
