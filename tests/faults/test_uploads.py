@@ -167,6 +167,16 @@ async def test_who_may_not_upload(tmp_path: Path) -> None:
         assert (await uploader.client.get(f"{OTHER.hash}.narinfo"))[0] == 404
 
 
+async def test_a_cache_info_is_read_and_its_connection_goes_on(tmp_path: Path) -> None:
+    """`nix copy` begins with one."""
+    async with uploading(tmp_path) as uploader:
+        session, url = uploader.client.session, f"{uploader.client.url}/nix-cache-info"
+        for size, status in ((20, 200), (60_000, 200), (70_000, 413)):
+            async with session.put(url, data=bytes(size), headers=uploader.headers) as response:
+                assert response.status == status
+                assert (response.headers.get("Connection") == "close") is (status == 413)
+
+
 async def test_failed_attempts_are_slowed(tmp_path: Path) -> None:
     async with uploading(tmp_path) as uploader:
         stranger = Uploader(uploader.client, "narseal_000000000000_" + "A" * 43)

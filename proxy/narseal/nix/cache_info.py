@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from narseal.errors import MalformedCacheInfo
 
+#: Of one that somebody brings.
+MAX_BYTES = 64 << 10
 _NUMBER = re.compile(r"-?[0-9]{1,9}", re.ASCII)
 
 

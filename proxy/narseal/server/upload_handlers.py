@@ -8,7 +8,7 @@ from functools import partial
 from aiohttp import web
 
 from narseal.errors import BadUpload, NarsealError
-from narseal.nix import narinfo, realisation
+from narseal.nix import cache_info, narinfo, realisation
 from narseal.nix.hashes import Hash
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.substituter import Substituter
@@ -58,9 +58,10 @@ class UploadHandlers:
         return None
 
     async def cache_info(self, request: web.Request) -> web.Response:
-        """Nix may bring one; ours stays."""
+        """Nix may bring one; ours stays. It is read, so that its connection goes on."""
         await self._gate.identify(request)
-        return web.Response(status=200)
+        async with self._bodies.small(request, cache_info.MAX_BYTES):
+            return web.Response(status=200)
 
     async def nar(self, request: web.Request) -> web.Response:
         """A NAR, to wait for its narinfo, which is held to the token once more."""
