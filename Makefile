@@ -45,7 +45,7 @@ fuzz: $(READY) tools ## fuzz every parser of untrusted input and both sockets fo
 mutants: $(READY) tools ## seed each bug of tests/mutants.toml; a test must see it
 	$(BIN)/python -m tests.tools.mutants
 
-bench: $(READY) tools ## ratios against nginx, all from one run on this machine
+bench: $(READY) tools ## ratios against nginx, and the programs NCPS= and HARMONIA= name, from one run
 	@$(BIN)/uv sync --quiet --frozen --inexact --group bench
 	$(BIN)/python -m tests.bench
 

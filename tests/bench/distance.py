@@ -23,7 +23,7 @@ _RETURN = 0.05  # seconds there and back
 _JOBS = 16
 _STRAIGHT = "the same straight from it"
 _AGAIN = "the same again, all of it there: what is left is Nix's own"
-#: Where the line begins: one for all.
+#: The address and port of the line, the same for all sides.
 _AT = (HOST, "80") if NCPS else ("127.0.0.1", "0")
 _EXPRESSION = f"""
 let

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from narseal.nix.narinfo import NarInfo
+from tests.faults.test_uploads import add
 from tests.tools.cache import entry
 from tests.tools.narseal import UPSTREAM, Client, Process, metric, narseal, narseal_process
 from tests.tools.upstream import FakeCache
@@ -544,6 +545,20 @@ async def test_bodies_do_not_count_as_heads(tmp_path: Path, upstream: FakeCache)
                     with suppress(ConnectionError):  # who does not read it says so at once
                         await wire.send(*pieces)
                     assert (await wire.answer())[0] == 405
+
+
+async def test_what_comes_behind_chunks_is_answered(tmp_path: Path) -> None:
+    """Wherever the body ends in what is given to the parser at a time; some 16 KiB of it were taken for the next head."""
+    token = add(tmp_path)
+    upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
+    async with narseal(tmp_path, upload=upload) as client:
+        put = f"PUT /nix-cache-info HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+        for size in range(24_000, 24_700, 10):
+            body = b"%x\r\n%s\r\n0\r\n\r\n" % (size, bytes(size))
+            request = put.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + body
+            async with Wire(client) as wire:
+                await wire.send(request + get("/pubkey") * 2)
+                assert [(await wire.answer())[0] for _ in range(3)] == [200] * 3, size
 
 
 async def test_heads_that_wait_for_their_turn_are_bounded(

@@ -16,6 +16,7 @@ import pytest
 from yarl import URL
 
 from narseal.errors import UpstreamTrouble
+from narseal.server import worker
 from narseal.upstream.addresses import check_public, public_addresses
 from narseal.upstream.redirects import next_hop
 from tests.faults.test_oidc import good, uploading
@@ -25,6 +26,7 @@ from tests.tools.cache import entry
 from tests.tools.narseal import UPSTREAM, Client, narseal
 from tests.tools.sigstore.issuer import Issuer
 from tests.tools.upstream import FakeCache, status
+from tests.tools.waiting import PATIENCE
 
 ITEM = entry("app-1", b"x" * 100_000).signed(UPSTREAM)
 
@@ -107,6 +109,39 @@ async def test_an_answer_arrives_though_its_body_is_not_read(tmp_path: Path) -> 
                 head = b"PUT " + target + b" HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
                 answer, _ = await ask(uploader.client, head % size + bytes(size))
                 assert answer.split()[1] == status, (size, answer)
+
+
+async def test_chunks_that_nobody_wants_end_with_their_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is not kept for what does not come, which may take for ever here."""
+    monkeypatch.setattr(worker, "_LINGER", 10 * PATIENCE)
+    async with uploading_by_token(tmp_path) as uploader:
+        head = b"PUT /nope HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        answer, _ = await ask(uploader.client, head + b"5\r\nhello\r\n0\r\n\r\n")
+        assert answer.split()[1] == b"404"
+
+
+@pytest.mark.parametrize("pause", [0, 0.2])
+@pytest.mark.parametrize("target", [UPLOADED.info.url, f"{UPLOADED.hash}.narinfo"])
+async def test_chunks_that_are_none_are_refused_at_once(
+    target: str, pause: float, tmp_path: Path
+) -> None:
+    """With the head, or while the handler waits for them."""
+    async with uploading_by_token(tmp_path) as uploader:
+        host, port = uploader.client.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = f"PUT /{target} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+        head += f"Authorization: {uploader.headers['Authorization']}\r\n\r\n"
+        writer.write(head.encode())
+        await writer.drain()
+        await asyncio.sleep(pause)
+        writer.write(b"zz\r\n")
+        async with asyncio.timeout(PATIENCE):
+            answer = await reader.read()
+        writer.close()
+        assert answer.split()[1] == b"422", answer
+        assert b"the body's chunks" in answer
 
 
 async def test_methods_that_a_route_lacks_are_named(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ import alembic.command
 import alembic.config
 import pytest
 import sqlalchemy as sa
+from alembic.script import ScriptDirectory
 
 from narseal.nix.hashes import Hash
 from narseal.storage import Index, migrate
+from narseal.storage.engine import newest_revision
 from narseal.storage.inventory import Inventory
 from tests.tools.cache import key, store_path
 
@@ -179,7 +181,15 @@ async def test_what_was_not_counted_yet_is_counted_once(tmp_path: Path) -> None:
         assert inventory.miscounts() == []
 
 
-def test_an_index_that_is_new_enough_needs_no_alembic(tmp_path: Path) -> None:
+def test_the_newest_revision_is_alembics_head() -> None:
+    config = alembic.config.Config()
+    config.set_main_option(
+        "script_location", str(resources.files("narseal.storage") / "migrations")
+    )
+    assert newest_revision() == ScriptDirectory.from_config(config).get_current_head()
+
+
+def test_a_plain_start_imports_neither_alembic_nor_sigstore_nor_cel(tmp_path: Path) -> None:
     """It takes 11 MB of every worker, Sigstore's libraries 20, those of CEL 6."""
     url = f"sqlite:///{tmp_path / 'index.sqlite'}"
     migrate(url)

@@ -14,10 +14,10 @@ from narseal.errors import NarsealError
 from narseal.nix.base32 import CHARS
 from narseal.runtime.slots import asker
 from narseal.server.auth import Gate
+from narseal.server.bounded import connection_of
 from narseal.server.failure import failure, fault
 from narseal.server.file_answers import Broken
 from narseal.server.handlers import ReadHandlers
-from narseal.server.hotpath import HotProtocol
 from narseal.server.misses import FILE
 from narseal.server.nar_handlers import UPLOAD
 from narseal.server.tally import Tally
@@ -46,8 +46,8 @@ def application(
         if handlers.draining or is_left:
             response.force_close()  # a body that nobody read ends with its connection
             response.headers["Connection"] = "close"
-        if is_left and isinstance(request.protocol, HotProtocol):
-            request.protocol.drop_body(request.content)
+        if is_left:
+            connection_of(request).drop_body(request.content)
 
     middlewares = [accounting(tally), *([reading(gate)] if gate else [])]
     app = web.Application(middlewares=middlewares, client_max_size=1 << 20)
@@ -159,11 +159,11 @@ def accounting(tally: Tally) -> Middleware:
             except Broken as broken:
                 status = broken.status
                 return broken.response
-            except ConnectionError as error:  # the client left while its body was read
-                # what read it is not to stay, with its bytes, for as long as aiohttp knows the error
-                error.__traceback__ = None
-                raise
-            except Exception:
+            except Exception as error:
+                if isinstance(error, ConnectionError) and is_gone(request):
+                    # what read its body is not to stay, with the bytes, for as long as aiohttp knows the error
+                    error.__traceback__ = None
+                    raise
                 response = fault(f"{request.method} {request.path}")
             status = response.status
             if isinstance(response, web.HTTPException):
@@ -174,6 +174,11 @@ def accounting(tally: Tally) -> Middleware:
             tally.answered(route, request.method, request.path, status, perf_counter() - start)
 
     return account
+
+
+def is_gone(request: web.Request) -> bool:
+    """Its client left."""
+    return request.transport is None or request.transport.is_closing()
 
 
 def metrics_application(handlers: ReadHandlers) -> web.Application:

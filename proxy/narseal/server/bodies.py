@@ -16,17 +16,17 @@ from narseal.pipeline.uploads.arriving import ArrivingFile
 from narseal.runtime.budget import Budget, Claim, counted
 from narseal.runtime.files import OpenFile
 from narseal.runtime.portions import in_portions, in_turns
-from narseal.server.hotpath import HotProtocol
+from narseal.server.bounded import connection_of
 from narseal.telemetry import metrics
 
 _LARGE = 1 << 20  # bytes; of more than so many, there is one body in memory at a time
 #: Bytes of a body into a file that are under way in memory: what a thread works on, what gathers for it, and
 #: what one read brings. And those of all, and of each address: who finds no room asks again.
 _UNDER_WAY = 768 << 10
-#: Of a small body that is on its way, before it is counted itself.
-_AHEAD = 192 << 10
 _ALL_UNDER_WAY = 64 << 20
 _EACH_UNDER_WAY = 48 << 20
+#: Of a small body, beside what is counted of it: what was read ahead, three times READ_AHEAD, or 4,096 chunks.
+_AHEAD = 192 << 10
 
 
 class Bodies:
@@ -52,11 +52,13 @@ class Bodies:
         return claim
 
     async def chunks(self, request: web.Request, *, is_small: bool = False) -> AsyncIterator[bytes]:
-        """A body as it comes, so that who sends nothing holds no room for longer than he may."""
+        """A body as it comes, so that who sends nothing holds no room for longer than he may.
+
+        With the first step its connection is read on, in small pieces if it `is_small`: there is room by then.
+        """
         window = self._stall_timeout
         pace = Pace(least=self._least_rate, window=window, error=UploadTooSlow)
-        if isinstance(request.protocol, HotProtocol):
-            request.protocol.want_body(request.content, is_small=is_small)
+        connection_of(request).want_body(request.content, is_small=is_small)
         try:
             while True:
                 pace.wait()

@@ -2,34 +2,31 @@
 
 It recognises the request in the raw bytes: `GET <target> HTTP/1.1` and a block of harmless
 headers, nothing before, nothing behind. What such a request, or a HEAD, asks for and is not in memory, `misses`
-finds. Anything else goes to aiohttp unchanged. It also keeps the deadline for a request's head and
-the bound on its size, and the bounds on connections, for all of them.
+finds. Anything else goes to aiohttp, within the bounds of `bounded`. It also keeps the deadline for a
+request's head, and the bounds on connections, for all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import resource
-from collections import Counter, deque
+from collections import Counter
 from email.utils import formatdate
 from http import HTTPStatus
 from time import perf_counter, time
 from typing import Any
 
-from aiohttp import StreamReader, web
-from aiohttp.http import RawRequestMessage
-from aiohttp.web_protocol import RequestHandler
+from aiohttp import web
 
 from narseal.config import LimitsConfig
 from narseal.pipeline.caches import HotMap
+from narseal.server.bounded import END_OF_HEAD, MAX_HEAD, BoundedProtocol, Buffers, Reading
 from narseal.server.misses import Miss, Misses
-from narseal.server.reading import Buffers, Reading
 from narseal.server.tally import Tally
 
 _GET = b"GET /"
 _HEAD = b"HEAD /"
 _VERSION = b" HTTP/1.1\r\n"
-_END = b"\r\n\r\n"
 _MAX_TARGET = 100
 _MAX_HEAD = 2048
 #: Headers that change nothing of an answer from memory.
@@ -64,15 +61,6 @@ _NO_ROOM = (
     "X-Narseal-Reason: unavailable\r\nRetry-After: 5\r\nConnection: close\r\n"
     f"Server: narseal\r\n\r\n{_NO_ROOM_TEXT}"
 ).encode()
-_TOO_LARGE_TEXT = "the head of a request has at most 16 KiB\n"
-_TOO_LARGE = (
-    "HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: text/plain; charset=utf-8\r\n"
-    f"Content-Length: {len(_TOO_LARGE_TEXT)}\r\nCache-Control: no-store\r\n"
-    "X-Narseal-Reason: head-too-large\r\nConnection: close\r\n"
-    f"Server: narseal\r\n\r\n{_TOO_LARGE_TEXT}"
-).encode()
-#: Bytes of a request's head, and of all heads of a connection that wait behind one being answered.
-MAX_HEAD = 16 << 10
 _SWEEP = 1.0
 
 
@@ -149,34 +137,24 @@ _NEVER = float("inf")
 _FRESH = 0.5  # seconds in which the first request of a connection is on its way
 
 
-class HotProtocol(RequestHandler):
-    """One connection."""
+class HotProtocol(BoundedProtocol):
+    """One connection, some of whose requests aiohttp never sees."""
 
     __slots__ = (
         "_behind",
-        "_body",
-        "_body_left",
-        "_deaf",
-        "_drops",
         "_eligible",
-        "_end",
-        "_head",
-        "_held",
         "_miss",
         "_partial",
         "_server",
         "_to_close",
         "_turned_away",
-        "_unanswered",
-        "_wanted",
         "address",
-        "buffer",
         "missed",
         "waits_since",
     )
 
     def __init__(self, server: HotServer, **options: Any) -> None:
-        super().__init__(server, **options)
+        super().__init__(server, server.buffers, **options)
         self._server = server
         self.address = ""
         #: aiohttp's parser may hold the beginning of something.
@@ -190,22 +168,6 @@ class HotProtocol(RequestHandler):
         self._to_close = False
         #: The request that is handed on was looked for already, in vain.
         self.missed = False
-        #: Bytes of the head that is not whole yet; of those that are, and wait for their turn.
-        self._head = 0
-        self._unanswered: deque[int] = deque()
-        #: The last request's body, and how much of it is to come, if it says so.
-        self._body: StreamReader | None = None
-        self._body_left = 0
-        #: The last bytes of a head that is not whole, in which its end may have begun.
-        self._end = b""
-        #: Whether a handler reads the last request's body. Until then what came of it is held as it is.
-        self._wanted = False
-        self._held = b""
-        #: It was answered without, so that what comes of it is dropped.
-        self._drops = False
-        self.buffer = server.buffers.few
-        #: A head was too large: nothing more is read, and the deadline for heads ends it.
-        self._deaf = False
         #: When the head began that is not complete yet; infinity while none is awaited.
         self.waits_since = _NEVER
 
@@ -236,17 +198,13 @@ class HotProtocol(RequestHandler):
         if self._server.per_address[self.address] <= 0:
             del self._server.per_address[self.address]
         super().connection_lost(exc)
-        self._held = b""
-        if self._body is not None and not self._body.is_eof():  # nobody can have it any more
-            self._body._buffer.clear()  # noqa: SLF001
-            self._body._size = 0  # noqa: SLF001
 
     def data_received(self, data: bytes) -> None:
         """Answer from memory, or hand on to aiohttp."""
         if self._deaf:
             return
         if self._drops:
-            self._drop(len(data))
+            self._drop(data)
             return
         if self._miss:
             self._wait_behind(data)
@@ -346,121 +304,21 @@ class HotProtocol(RequestHandler):
         self._eligible = False
         super().force_close()
 
-    def want_body(self, body: StreamReader, *, is_small: bool) -> None:
-        """A handler reads a request's body from now on, in large reads if it is not small."""
-        if (
-            body is not self._body or self._wanted
-        ):  # another request's head came behind it: all of it is there
-            return
-        self._wanted = True
-        if not is_small:
-            self.buffer = self._server.buffers.many
-        self._go_on()
-
-    def drop_body(self, body: StreamReader) -> None:
-        """A request is answered without its body, or without all of it: what still comes is dropped.
-
-        aiohttp goes on to read for a while, so that the answer arrives, and closes the connection.
-        """
-        if body is self._body and not self._wanted:
-            self._drops = True
-            self.buffer = self._server.buffers.many
-            self._go_on()
-
-    def _go_on(self) -> None:
-        """Read on, with what was held first."""
-        held, self._held = self._held, b""
-        if held:
-            self.data_received(held)
-        if not (self._held or self._reading_paused or self._buffer_paused):
-            self._resume_transport_reading()
-
-    def _drop(self, size: int) -> None:
-        """So many bytes came that nobody wants."""
-        if self._body_left:
-            self._body_left = max(0, self._body_left - size)
-            if not self._body_left and self._body is not None:
-                self._body.feed_eof()  # there is nothing more to wait for
-
-    def _hold(self, data: bytes) -> None:
-        """Keep what came of a body, and read no more, until somebody wants it."""
-        self._held += data
-        self._pause_transport_reading()
-
     def _hand_on(self, data: bytes) -> None:
         self._eligible = False
         before = self._request_count
-        if not data:  # aiohttp's own: it goes on with what it has
-            self._feed(data)
-        rest = data
-        while rest and not self._deaf:
-            if self._is_body() and not self._wanted:
-                self._hold(rest)
-                break
-            size = self._room(rest)
-            self._feed(rest[:size])
-            rest = rest[size:]
-        self._partial = self._request_count == before or not data.endswith(_END)
-        if not (self._partial and self._is_parked()):
+        self.give(data)
+        self._partial = self._request_count == before or not data.endswith(END_OF_HEAD)
+        if not (self._partial and self.is_parked()):
             self.waits_since = _NEVER
         elif self.waits_since == _NEVER:
             self.waits_since = self._loop.time()
-
-    def _is_body(self) -> bool:
-        """What comes next is of a body."""
-        return bool(self._body_left) or (self._body is not None and not self._body.is_eof())
-
-    def _room(self, data: bytes) -> int:
-        """How many bytes aiohttp may have now: so many that no head in them grows too large, and no body begins."""
-        while len(self._unanswered) > len(self._messages):
-            self._unanswered.popleft()
-        if self._body_left:
-            return self._body_left
-        if self._is_body():
-            return MAX_HEAD  # of chunks, whose end may be anywhere
-        size = max(1, MAX_HEAD - self._head - sum(self._unanswered))
-        begun = len(self._end)
-        at = (self._end + data[:size]).find(_END)
-        return size if at < 0 else at + len(_END) - begun
-
-    def _feed(self, data: bytes) -> None:
-        """Give aiohttp some bytes, and take account of what is a head in them."""
-        is_head = not self._is_body()
-        self._body_left = max(0, self._body_left - len(data))
-        before = self._request_count
-        super().data_received(data)
-        if self._request_count > before:
-            message, body = self._messages[-1]
-            self._body = body
-            self._wanted = False
-            self.buffer = self._server.buffers.few
-            if isinstance(message, RawRequestMessage) and not message.chunked:
-                size = int(message.headers.get("Content-Length", 0))
-                self._body_left = max(0, size - body.total_bytes)
-            self._unanswered.append(self._head + len(data) - body.total_bytes)
-            self._head = 0
-            self._end = b""
-        elif is_head:
-            self._head += len(data)
-            self._end = (self._end + data)[-len(_END) + 1 :]
-            if self._head + sum(self._unanswered) >= MAX_HEAD:
-                self._refuse_head()
-
-    def _refuse_head(self) -> None:
-        """Say that it is too large. What still comes is dropped, so that the answer arrives."""
-        self._deaf = True
-        if not self._is_parked() or self.transport is None:  # another answer is on its way
-            self.force_close()
-            return
-        self.transport.write(_TOO_LARGE)
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
 
     def _is_eligible(self) -> bool:
         """Nothing stands between a request and its answer; true until something is handed on."""
         self._eligible = (
             not self._partial
-            and self._is_parked()
+            and self.is_parked()
             and self.transport is not None
             and not self._paused
             and not self._server.draining
@@ -474,32 +332,23 @@ class HotProtocol(RequestHandler):
         """
         self._eligible = False
         began = self.waits_since == _NEVER or self.waits_since < fresh
-        if began and not self._partial and self._is_parked():
+        if began and not self._partial and self.is_parked():
             self.force_close()
 
-    def _is_parked(self) -> bool:
-        """Aiohttp waits for a request: none is being answered and none is queued."""
-        # before its first request, aiohttp's task need not have begun to wait
-        waits = self._waiter is not None and not self._waiter.done()
-        return (
-            (waits or not self._request_count)
-            and self._miss is None
-            and not self._messages
-            and not self._force_close
-            and not self._close
-            and not self._upgraded
-        )
+    def is_parked(self) -> bool:
+        """Nor is an answer being looked for."""
+        return self._miss is None and super().is_parked()
 
     def _is_harmless(self, head: bytes) -> bool:
         known = self._server.harmless
         if (
             len(head) > _MAX_HEAD
             or not head.startswith(_VERSION)
-            or head.find(_END) != len(head) - len(_END)
+            or head.find(END_OF_HEAD) != len(head) - len(END_OF_HEAD)
         ):
             return False
         names = set()
-        for line in head[len(_VERSION) : -len(_END)].split(b"\r\n"):
+        for line in head[len(_VERSION) : -len(END_OF_HEAD)].split(b"\r\n"):
             name, colon, _ = line.lower().partition(b":")
             if line.lower() == b"connection: keep-alive":
                 continue

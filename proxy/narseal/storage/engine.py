@@ -75,7 +75,7 @@ def migrate(url: str) -> None:
 
 
 def newest_revision() -> str:
-    """That of the last migration, whose file its name begins."""
+    """The revision of the newest migration: the four digits with which its file's name begins."""
     files = (_MIGRATIONS / "versions").iterdir()
     return max(name[:4] for file in files if (name := file.name)[:4].isdecimal())
 
