@@ -97,13 +97,19 @@ async def follow(flight: Flight, folder: Folder, is_published: IsPublished) -> F
 
     Raises what the transfer failed with meanwhile; TimeoutError if it waits for its disk, in no file, or for a slot.
     """
-    began = monotonic()
+    began = since = monotonic()
+    waits_for = None
     with flight.watching() as watched:
         while flight.holder and not flight.is_stuck:
             news = watched.news
             shown = flight.shown()
             if shown and not _is_coming(shown):
-                if monotonic() > began + (_FOR_A_DISK if shown.is_body else _FOR_A_SLOT):
+                if waits_for != (
+                    shown.by,
+                    shown.name,
+                ):  # the first, or who goes on for one that was killed
+                    waits_for, since = (shown.by, shown.name), monotonic()
+                if monotonic() > since + (_FOR_A_DISK if shown.is_body else _FOR_A_SLOT):
                     raise TimeoutError
                 await moment(news)
                 continue
