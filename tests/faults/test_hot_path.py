@@ -574,13 +574,14 @@ async def test_heads_that_wait_for_their_turn_are_bounded(
         return web.Response(status=404)
 
     upstream.fault(f"{ITEM.hash}.narinfo", fault)
-    async with narseal(tmp_path, {"url": upstream.url}) as client, Wire(client) as wire:
-        await wire.send(get(f"/{ITEM.hash}.narinfo"))
-        await asked.wait()
-        with suppress(ConnectionError):
-            for _ in range(4):
-                await wire.send(padded(8000))
-            assert (
-                await asyncio.wait_for(wire.reader.read(), PATIENCE) == b""
-            )  # the connection ended
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        for more in ((), ("X-Y: aiohttp's",)):
+            async with Wire(client) as wire:
+                await wire.send(get(f"/{ITEM.hash}.narinfo", *more))
+                await asked.wait()
+                with suppress(ConnectionError):
+                    for _ in range(4):
+                        await wire.send(padded(8000))
+                    # the connection ended
+                    assert await asyncio.wait_for(wire.reader.read(), PATIENCE) == b""
         goes_on.set()

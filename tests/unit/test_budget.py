@@ -27,7 +27,7 @@ def test_all_together_and_each_one_are_bounded() -> None:
 
 
 def test_what_is_let_go_of_is_there_for_others_once() -> None:
-    budget = Budget(10, each=10)
+    budget = Budget(10, each=100)
     with budget.claim("a") as claim:
         claim.take(10)
     claim.release()

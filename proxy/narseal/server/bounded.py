@@ -86,6 +86,14 @@ class BoundedProtocol(RequestHandler):
         #: A head was too large: nothing more is read, and the deadline for heads ends it.
         self._deaf = False
 
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """See asyncio.BufferedProtocol."""
+        return self.buffer
+
+    def data_received(self, data: bytes | int) -> None:
+        """See asyncio.Protocol; a number: so many bytes are in the buffer."""
+        raise NotImplementedError
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """TLS, too, reads no more ahead than it has to."""
         super().connection_made(transport)
@@ -193,7 +201,7 @@ class BoundedProtocol(RequestHandler):
         is_head = not self._is_body()
         self._body_left = max(0, self._body_left - len(data))
         before = self._request_count
-        super().data_received(data)
+        RequestHandler.data_received(self, data)
         if self._request_count > before:
             message, body = self._messages[-1]
             if isinstance(message, RawRequestMessage):
@@ -249,20 +257,15 @@ def connection_of(request: web.Request) -> BoundedProtocol:
 
 
 class Reading(asyncio.BufferedProtocol):
-    """Stands between a transport and a connection, which says how much a read may bring."""
+    """Stands between a transport and a connection, which says how much a read may bring.
+
+    What happens at each read is the connection's own, so that an answer from memory pays for no more calls than it must.
+    """
 
     def __init__(self, connection: BoundedProtocol) -> None:
         self._connection = connection
-        self._buffer = connection.buffer
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """See BufferedProtocol."""
-        self._buffer = self._connection.buffer
-        return self._buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """See BufferedProtocol."""
-        self._connection.data_received(bytes(self._buffer[:nbytes]))
+        self.get_buffer = connection.get_buffer  # type: ignore[method-assign]
+        self.buffer_updated = connection.data_received  # type: ignore[assignment,method-assign]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See BaseProtocol."""

@@ -199,18 +199,11 @@ class HotProtocol(BoundedProtocol):
             del self._server.per_address[self.address]
         super().connection_lost(exc)
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes | int) -> None:
         """Answer from memory, or hand on to aiohttp."""
-        if self._deaf:
-            return
-        if self._drops:
-            self._drop(data)
-            return
-        if self._miss:
-            self._wait_behind(data)
-            return
-        if self._turned_away:
-            self._turn_away()
+        if isinstance(data, int):
+            data = bytes(self.buffer[:data])
+        if not self._eligible and self._is_taken(data):
             return
         start = perf_counter()
         looks = False
@@ -234,9 +227,25 @@ class HotProtocol(BoundedProtocol):
                     miss := server.misses.of(data[begin:stop], start, only_looks=looks)
                 ):
                     self.waits_since = _NEVER
+                    self._eligible = False
                     self._miss = self._loop.create_task(self._answer(server.misses, miss, data))
                     return
         self._hand_on(data)
+
+    def _is_taken(self, data: bytes) -> bool:
+        """What came is no request now: nobody wants it, it waits, or its connection is turned away."""
+        if self._deaf:
+            return True
+        if self._drops:
+            self._drop(data)
+            return True
+        if self._miss:
+            self._wait_behind(data)
+            return True
+        if self._turned_away:
+            self._turn_away()
+            return True
+        return False
 
     def _wait_behind(self, data: bytes) -> None:
         """Keep what comes behind a request that is being answered, as much as heads may have together."""
