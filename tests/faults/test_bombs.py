@@ -36,9 +36,10 @@ from tests.faults.test_policy import OTHER, attested, by_ci, digest_of
 from tests.faults.test_uploads import add
 from tests.tools.cache import Entry, entry
 from tests.tools.narseal import UPSTREAM, Process, narseal_process
+from tests.tools.tls import self_signed
 from tests.tools.upstream import FakeCache
 from tests.tools.waiting import eventually, until
-from tests.tools.watching import Watched, watching
+from tests.tools.watching import Watched, resident, watching
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -703,6 +704,33 @@ async def test_uploads_that_arrive_together_stay_within_the_quarantine(world: Wo
     assert answers.count(201) <= 8
     # what was not taken holds no room: the next one that is alone is taken, if it fits
     assert await nar(100, sized=True) == (201 if answers.count(201) < 8 else 507)
+
+
+async def test_bodies_that_nobody_wants_are_bounded_over_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes is decrypted, whoever it is from: 300 connections with a wrong token took 170 MiB."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+    add(tmp_path)
+    upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
+    tls, context = self_signed(tmp_path)
+    wrong = f"Host: x\r\nAuthorization: Bearer narseal_0123456789ab_{'x' * 43}\r\n"
+    head = f"PUT /nar/{'3' * 52}.nar HTTP/1.1\r\n{wrong}Content-Length: {50 * MIB}\r\n\r\n"
+    with narseal_process(tmp_path / "n", upload=upload, tls=tls) as process:
+        [pid] = process.workers()
+        host, port = process.url.removeprefix("https://").split(":")
+        base, grown, writers = resident(pid), 0, []
+        for _ in range(300):
+            _, writer = await asyncio.open_connection(host, int(port), ssl=context)
+            writer.write(head.encode() + bytes(600 << 10))
+            writers.append(writer)
+            grown = max(grown, resident(pid) - base)
+        for _ in range(30):
+            await asyncio.sleep(0.1)
+            grown = max(grown, resident(pid) - base)
+        for writer in writers:
+            writer.transport.abort()
+    assert 0 < grown <= GROWTH, grown
 
 
 def test_the_table_has_enough_rows() -> None:

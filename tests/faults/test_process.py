@@ -11,7 +11,6 @@ import resource
 import signal
 import socket
 import sqlite3
-import ssl
 import subprocess
 import sys
 import time
@@ -35,6 +34,7 @@ from tests.tools.narseal import (
     settings,
 )
 from tests.tools.ports import free_ports
+from tests.tools.tls import self_signed
 from tests.tools.waiting import PATIENCE, until
 
 ITEMS = [entry(f"item{n}", os.urandom(40_000)).signed(UPSTREAM) for n in range(12)]
@@ -382,21 +382,13 @@ def test_a_second_narseal_on_the_same_storage_is_refused(tmp_path: Path) -> None
 
 
 def test_unix_socket_tls_and_a_metrics_listener(tmp_path: Path) -> None:
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
-         "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
-         "subjectAltName=IP:127.0.0.1", "-keyout", str(tmp_path / "key.pem"), "-out",
-         str(tmp_path / "cert.pem")], check=True, capture_output=True,
-    )  # fmt: skip
+    tls, context = self_signed(tmp_path)
     upstream = cache_of(tmp_path, BIG)
     [port] = free_ports(1)
     with narseal_process(
-        tmp_path / "tls", upstream,
-        tls={"certificate": f"{tmp_path}/cert.pem", "key": f"{tmp_path}/key.pem"},
-        metrics={"listen": f"127.0.0.1:{port}"},
-    ) as proxy:  # fmt: skip
+        tmp_path / "tls", upstream, tls=tls, metrics={"listen": f"127.0.0.1:{port}"}
+    ) as proxy:
         assert proxy.url.startswith("https://")
-        context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
         for name, wanted in ((f"{BIG.hash}.narinfo", None), (BIG.info.url, BIG.file)) * 2:
             with urllib.request.urlopen(f"{proxy.url}/{name}", context=context) as response:
                 body = response.read()

@@ -5,12 +5,13 @@ then. Here a head has a bound, and a body is read once its handler wants it: unt
 of it is held as it came. What nobody wants is dropped until the client has its answer.
 
 Behind a body in chunks, whose end only the parser knows, up to 16 KiB of the next request are the
-parser's already. Over TLS the loop reads into buffers of its own, of some 0.5 MiB a connection.
+parser's already. Over TLS the loop has buffers of its own, of some 0.2 MiB a connection.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import deque
 from typing import Any
 
@@ -27,6 +28,8 @@ _MANY = 256 << 10
 #: Bytes of a request's head, and of all heads of a connection that wait behind one being answered.
 MAX_HEAD = 16 << 10
 _TLS_RECORD = 16 << 10
+_SO_BUF_LOCK = 72  # of Linux's sys/socket.h, not of Python's socket
+_NARROW, _WIDE = 32 << 10, 4 << 20
 END_OF_HEAD = b"\r\n\r\n"
 _END_OF_CHUNKS = b"0\r\n\r\n"
 _TOO_LARGE_TEXT = "the head of a request has at most 16 KiB\n"
@@ -59,6 +62,7 @@ class BoundedProtocol(RequestHandler):
         "_head",
         "_held",
         "_is_small",
+        "_narrow",
         "_unanswered",
         "_wanted",
         "buffer",
@@ -85,6 +89,8 @@ class BoundedProtocol(RequestHandler):
         self._drops = False
         #: A head was too large: nothing more is read, and the deadline for heads ends it.
         self._deaf = False
+        #: Over TLS, the socket while the kernel takes little for it: what it takes is decrypted, whoever it is from.
+        self._narrow: socket.socket | None = None
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """See asyncio.BufferedProtocol."""
@@ -99,6 +105,8 @@ class BoundedProtocol(RequestHandler):
         super().connection_made(transport)
         if transport.get_extra_info("sslcontext"):
             transport.set_read_buffer_limits(high=_TLS_RECORD)  # type: ignore[attr-defined]
+            self._narrow = transport.get_extra_info("socket")
+            self._narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _NARROW)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Let go of what came, which nobody can have any more: who waits for it may stay for a while."""
@@ -114,6 +122,9 @@ class BoundedProtocol(RequestHandler):
             return
         self._wanted = True
         self._is_small = is_small
+        if self._narrow and not is_small:
+            _widen(self._narrow)
+            self._narrow = None
         self._go_on()
 
     def drop_body(self, body: StreamReader) -> None:
@@ -247,6 +258,14 @@ class BoundedProtocol(RequestHandler):
             and not self._close
             and not self._upgraded
         )
+
+
+def _widen(sock: socket.socket) -> None:
+    """Let the kernel find again how much it takes for a socket, or take as much as may be said."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)
+    except OSError:  # before Linux 5.15
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WIDE)
 
 
 def connection_of(request: web.Request) -> BoundedProtocol:
