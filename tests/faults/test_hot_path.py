@@ -114,14 +114,17 @@ async def test_torn_and_pipelined_requests_are_answered_byte_for_byte(
 async def test_the_first_request_of_a_connection_is_answered_from_memory(
     tmp_path: Path, upstream: FakeCache
 ) -> None:
-    """Not by aiohttp, whose answers have an id, and which then need not have begun to wait."""
+    """Not by aiohttp, whose answers have an id, and which need not have begun to wait in a worker's loop."""
     upstream.add(ITEM)
-    async with narseal(tmp_path, {"url": upstream.url}) as client:
-        await client.get(f"{ITEM.hash}.narinfo")
+    request = get(f"/{ITEM.hash}.narinfo")
+    with narseal_process(tmp_path, {"url": upstream.url}) as process:
+        async with Wire(process) as wire:
+            await wire.send(request)
+            await wire.answer()
         for _ in range(3):
-            async with Wire(client) as wire:
+            async with Wire(process) as wire:
                 for _ in range(2):
-                    await wire.send(get(f"/{ITEM.hash}.narinfo"))
+                    await wire.send(request)
                     assert b"x-request-id" not in (await wire.answer())[1].lower()
 
 
