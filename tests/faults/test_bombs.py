@@ -713,7 +713,7 @@ async def test_uploads_that_arrive_together_stay_within_the_quarantine(world: Wo
 async def test_bodies_that_nobody_wants_are_bounded_over_tls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What comes is decrypted, whoever it is from: 300 connections with a wrong token took 170 MiB."""
+    """What comes is decrypted, whoever it is from: 400 connections with a wrong token took 270 MiB."""
     monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
     add(tmp_path)
     upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
@@ -724,7 +724,7 @@ async def test_bodies_that_nobody_wants_are_bounded_over_tls(
         [pid] = process.workers()
         host, port = process.url.removeprefix("https://").split(":")
         base, grown, writers = resident(pid), 0, []
-        for _ in range(300):
+        for _ in range(400):
             _, writer = await asyncio.open_connection(host, int(port), ssl=context)
             writer.write(head.encode() + bytes(600 << 10))
             writers.append(writer)
