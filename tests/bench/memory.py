@@ -16,7 +16,7 @@ import aiohttp
 
 from narseal.nix.hashes import Hash
 from narseal.nix.narinfo import NarInfo
-from tests.bench.servers import nginx
+from tests.bench.servers import ALL_CORES, nginx
 from tests.bench.table import Row
 from tests.tools import watching
 from tests.tools.cache import Entry, entry, store_path, write_cache
@@ -38,7 +38,7 @@ def measure() -> list[Row]:
         with served():
             pass  # the index is made: its migrations stay in the memory of who ran them
         with (
-            nginx(f"root {folder}/cache;", {0, 1}) as upstream,
+            nginx(f"root {folder}/cache;", ALL_CORES) as upstream,
             served({"url": upstream}) as proxy,
         ):
             start = time.monotonic()

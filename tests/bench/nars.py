@@ -7,7 +7,7 @@ import tempfile
 import urllib.request
 from pathlib import Path
 
-from tests.bench.servers import download, median, nginx, pinned_narseal
+from tests.bench.servers import ALL_CORES, download, median, nginx, pinned_narseal
 from tests.bench.table import Row
 from tests.tools.cache import Entry, entry, write_cache
 from tests.tools.narseal import UPSTREAM, narseal_process
@@ -48,12 +48,11 @@ def measure_relay() -> list[Row]:
         items = [_big(f"cold{n}") for n in range(_ROUNDS)]
         write_cache(folder / "cache", *items)
         tuned = "proxy_buffers 64 64k; proxy_buffer_size 64k; proxy_max_temp_file_size 0;"
-        both = {0, 1}
         http = "proxy_http_version 1.1; proxy_set_header Connection '';"
         with (
-            nginx(f"root {folder}/cache;", both) as upstream,
-            nginx(f"location / {{ proxy_pass {upstream}; {http} }}", both) as default,
-            nginx(f"location / {{ proxy_pass {upstream}; {http} {tuned} }}", both) as best,
+            nginx(f"root {folder}/cache;", ALL_CORES) as upstream,
+            nginx(f"location / {{ proxy_pass {upstream}; {http} }}", ALL_CORES) as default,
+            nginx(f"location / {{ proxy_pass {upstream}; {http} {tuned} }}", ALL_CORES) as best,
             narseal_process(folder / "n", {"url": upstream}) as proxy,
         ):
             ours, by_default, by_best = [], [], []
@@ -63,8 +62,8 @@ def measure_relay() -> list[Row]:
                 by_best.append(download(f"{best}/{item.info.url}"))
                 ours.append(download(f"{proxy.url}/{item.info.url}"))
         with (
-            nginx(f"root {folder}/cache; limit_rate {_GIGABIT};", both) as upstream,
-            nginx(f"location / {{ proxy_pass {upstream}; {http} }}", both) as relay,
+            nginx(f"root {folder}/cache; limit_rate {_GIGABIT};", ALL_CORES) as upstream,
+            nginx(f"location / {{ proxy_pass {upstream}; {http} }}", ALL_CORES) as relay,
             narseal_process(folder / "far", {"url": upstream}) as proxy,
         ):
             limited, by_relay = [], []

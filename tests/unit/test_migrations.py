@@ -31,10 +31,15 @@ DAMAGED = [b"", b"\xff", b"[]", b"{}", b'{"outPath":"x"}', b'{"signatures":[]}',
            b'{"outPath":"x","signatures":[{"keyName":"a-1"}]}']  # fmt: skip
 
 
-def upgrade(connection: sa.Connection, revision: str) -> None:
+def migrations() -> alembic.config.Config:
     config = alembic.config.Config()
     scripts = resources.files("narseal.storage") / "migrations"
     config.set_main_option("script_location", str(scripts))
+    return config
+
+
+def upgrade(connection: sa.Connection, revision: str) -> None:
+    config = migrations()
     config.attributes["connection"] = connection
     alembic.command.upgrade(config, revision)
 
@@ -182,11 +187,7 @@ async def test_what_was_not_counted_yet_is_counted_once(tmp_path: Path) -> None:
 
 
 def test_the_newest_revision_is_alembics_head() -> None:
-    config = alembic.config.Config()
-    config.set_main_option(
-        "script_location", str(resources.files("narseal.storage") / "migrations")
-    )
-    assert newest_revision() == ScriptDirectory.from_config(config).get_current_head()
+    assert newest_revision() == ScriptDirectory.from_config(migrations()).get_current_head()
 
 
 def test_a_plain_start_imports_neither_alembic_nor_sigstore_nor_cel(tmp_path: Path) -> None:

@@ -96,10 +96,6 @@ class BoundedProtocol(RequestHandler):
         """See asyncio.BufferedProtocol."""
         return self.buffer
 
-    def data_received(self, data: bytes | int) -> None:
-        """See asyncio.Protocol; a number: so many bytes are in the buffer."""
-        raise NotImplementedError
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """TLS, too, reads no more ahead than it has to."""
         super().connection_made(transport)
@@ -277,6 +273,8 @@ def connection_of(request: web.Request) -> BoundedProtocol:
 
 class Reading(asyncio.BufferedProtocol):
     """Stands between a transport and a connection, which says how much a read may bring.
+
+    Its `data_received` is given a number, too: so many bytes are in its buffer.
 
     What happens at each read is the connection's own, so that an answer from memory pays for no more calls than it must.
     """

@@ -141,6 +141,7 @@ class HotProtocol(BoundedProtocol):
     """One connection, some of whose requests aiohttp never sees."""
 
     __slots__ = (
+        "_address",
         "_behind",
         "_eligible",
         "_miss",
@@ -148,7 +149,6 @@ class HotProtocol(BoundedProtocol):
         "_server",
         "_to_close",
         "_turned_away",
-        "address",
         "missed",
         "waits_since",
     )
@@ -156,7 +156,7 @@ class HotProtocol(BoundedProtocol):
     def __init__(self, server: HotServer, **options: Any) -> None:
         super().__init__(server, server.buffers, **options)
         self._server = server
-        self.address = ""
+        self._address = ""
         #: aiohttp's parser may hold the beginning of something.
         self._partial = False
         self._eligible = False
@@ -175,13 +175,13 @@ class HotProtocol(BoundedProtocol):
         """Count the connection, or turn it away."""
         server = self._server
         peer = transport.get_extra_info("peername")
-        self.address = str(peer[0]) if isinstance(peer, tuple) else ""
+        self._address = str(peer[0]) if isinstance(peer, tuple) else ""
         super().connection_made(transport)
         self.waits_since = self._loop.time()
-        server.per_address[self.address] += 1
+        server.per_address[self._address] += 1
         crowded = (
-            self.address
-            and server.per_address[self.address] > server.limits.connections_per_address
+            self._address
+            and server.per_address[self._address] > server.limits.connections_per_address
         )
         scarcity = _scarcity(transport)
         if crowded or len(server.connections) > server.limits.connections or scarcity:
@@ -194,9 +194,9 @@ class HotProtocol(BoundedProtocol):
         """Give the connection's place away; nobody waits for an answer any more."""
         if self._miss:
             self._miss.cancel()
-        self._server.per_address[self.address] -= 1
-        if self._server.per_address[self.address] <= 0:
-            del self._server.per_address[self.address]
+        self._server.per_address[self._address] -= 1
+        if self._server.per_address[self._address] <= 0:
+            del self._server.per_address[self._address]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes | int) -> None:
@@ -255,7 +255,7 @@ class HotProtocol(BoundedProtocol):
 
     async def _answer(self, misses: Misses, miss: Miss, request: bytes) -> None:
         """Find what was not in memory, answer, and go on with what came behind the request."""
-        answer = await misses.answer(miss, self.address)
+        answer = await misses.answer(miss, self._address)
         self._miss = None
         if self.transport is None or self._force_close:
             return

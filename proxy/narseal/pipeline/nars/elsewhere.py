@@ -104,11 +104,9 @@ async def follow(flight: Flight, folder: Folder, is_published: IsPublished) -> F
             news = watched.news
             shown = flight.shown()
             if shown and not _is_coming(shown):
-                if waits_for != (
-                    shown.by,
-                    shown.name,
-                ):  # the first, or who goes on for one that was killed
-                    waits_for, since = (shown.by, shown.name), monotonic()
+                place = (shown.by, shown.name)
+                if place != waits_for:  # the first, or who goes on for one that was killed
+                    waits_for, since = place, monotonic()
                 if monotonic() > since + (_FOR_A_DISK if shown.is_body else _FOR_A_SLOT):
                     raise TimeoutError
                 await moment(news)
