@@ -12,7 +12,8 @@ from narseal.pipeline.upkeep.check import Subject, problems
 from narseal.storage import Epoch, LocalStorage
 from tests.faults.test_folder_gone import DAMAGE, change, rows
 from tests.faults.test_process import cache_of
-from tests.faults.test_storage_faults import ITEMS, fill, run
+from tests.faults.test_storage_faults import ITEMS, fill
+from tests.tools.command import narseal_command
 from tests.tools.narseal import narseal_process
 
 #: In one process, and in several.
@@ -78,7 +79,7 @@ def test_a_row_that_cannot_be_read_is_one_of_the_problems(damage: str, tmp_path:
     one, two, *_ = sorted(item.hash for item in ITEMS)
     change(tmp_path, f"UPDATE path SET {damage} WHERE hash_part = '{one}'")
     (tmp_path / "storage" / f"{two}.narinfo").unlink()
-    checked = run("index", "check", "--config", config)
+    checked = narseal_command("index", "check", "--config", config)
     assert (checked.returncode, checked.stdout) == (1, "2 problems\n"), checked.stderr
     assert f"{one}.narinfo: its row in the index cannot be read" in checked.stderr
     assert f"{two}.narinfo is not in storage" in checked.stderr
@@ -92,8 +93,8 @@ def test_a_rebuild_counts_anew(tmp_path: Path) -> None:
         "UPDATE total SET waiting = 7; UPDATE served SET rows = 9;"
         " INSERT INTO served (kind, ours, rows) VALUES ('realisation', 'nobody', 3)",
     )
-    checked = run("index", "check", "--config", config)
+    checked = narseal_command("index", "check", "--config", config)
     assert checked.stdout == "4 problems\n"
     assert checked.stderr.count("run `narseal index rebuild`") == 4
-    assert run("index", "rebuild", "--config", config).returncode == 0
-    assert run("index", "check", "--config", config).stdout == "good\n"
+    assert narseal_command("index", "rebuild", "--config", config).returncode == 0
+    assert narseal_command("index", "check", "--config", config).stdout == "good\n"

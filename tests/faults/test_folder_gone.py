@@ -19,9 +19,9 @@ from tests.faults.test_storage_faults import (
     counted,
     delete_all,
     fill,
-    run,
 )
 from tests.tools.cache import entry
+from tests.tools.command import narseal_command
 from tests.tools.narseal import UPSTREAM, narseal_process, render_toml, settings
 from tests.tools.waiting import until
 
@@ -113,11 +113,11 @@ def test_no_start_on_a_folder_that_is_not_the_indexs(
     before = state(storage)
     config = str(tmp_path / "narseal.toml")
     for command in (("serve",), ("index", "rebuild")):
-        refused = run(*command, "--config", config)
+        refused = narseal_command(*command, "--config", config)
         assert refused.returncode == 2, refused.stdout
         assert "mounted" in refused.stderr and "narseal index join" in refused.stderr
         assert state(storage) == before
-    checked = run("index", "check", "--config", config)
+    checked = narseal_command("index", "check", "--config", config)
     assert (checked.returncode, checked.stdout) == (1, "1 problems\n")
     assert "narseal index join" in checked.stderr
     mount(storage)
@@ -195,14 +195,14 @@ def test_revoking_while_the_folder_is_away_goes_on_when_it_is_there(tmp_path: Pa
     storage = tmp_path / "storage"
     unmount(storage)
     before = state(storage)
-    done = run(*command, "--config", config)
+    done = narseal_command(*command, "--config", config)
     assert done.returncode == 3, done.stderr
     assert "is it mounted?" in done.stderr
     assert state(storage) == before
     assert rows(tmp_path, "SELECT count(*) FROM path WHERE withdrawn") == [(len(ITEMS),)]
     mount(storage)
     assert len(list(storage.glob("*.narinfo"))) == len(ITEMS)
-    done = run(*command, "--config", config)
+    done = narseal_command(*command, "--config", config)
     assert done.returncode == 1 and f"taken off {len(ITEMS)} paths" in done.stdout
     assert not list(storage.glob("*.narinfo"))
 
@@ -216,11 +216,11 @@ def test_revoking_withdraws_nothing_that_it_could_not_look_at(tmp_path: Path) ->
         unmount(tmp_path / "storage")
         config = str(tmp_path / "narseal.toml")
         command = ("revoke", UPSTREAM.name, "--reason", "stolen", "--config", config)
-        assert run(*command).returncode == 3
+        assert narseal_command(*command).returncode == 3
         for item in ITEMS:
             assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 503
         mount(tmp_path / "storage")
-        assert run(*command).returncode == 0
+        assert narseal_command(*command).returncode == 0
         for item in ITEMS:
             assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 200
     assert_nothing_was_struck(tmp_path)
@@ -258,7 +258,7 @@ def test_a_command_knows_a_folder_of_an_earlier_release_too(tmp_path: Path) -> N
         fill(proxy)
     unmarked(tmp_path)
     command = ("revoke", UPSTREAM.name, "--reason", "stolen")
-    assert run(*command, "--config", str(tmp_path / "narseal.toml")).returncode == 1
+    assert narseal_command(*command, "--config", str(tmp_path / "narseal.toml")).returncode == 1
     assert not list((tmp_path / "storage").glob("*.narinfo"))
 
 
@@ -276,7 +276,7 @@ def test_no_start_on_a_folder_of_an_earlier_release_that_is_not_plainly_its_own(
     else:
         (unmount if how == "unmounted" else lose)(storage)
     before = state(storage)
-    refused = run("serve", "--config", str(tmp_path / "narseal.toml"))
+    refused = narseal_command("serve", "--config", str(tmp_path / "narseal.toml"))
     assert refused.returncode == 2
     assert "mounted" in refused.stderr and "narseal index join" in refused.stderr
     assert state(storage) == before
@@ -302,12 +302,12 @@ def test_a_folder_whose_files_are_lost_is_taken_on_the_operators_word(tmp_path: 
     with narseal_process(tmp_path, upstream) as proxy:
         fill(proxy)
         config = str(tmp_path / "narseal.toml")
-        busy = run("index", "join", "--config", config)
+        busy = narseal_command("index", "join", "--config", config)
         assert busy.returncode == 2 and "another narseal serves from it" in busy.stderr
     storage = tmp_path / "storage"
     lose(storage)
-    assert run("serve", "--config", config).returncode == 2
-    joined = run("index", "join", "--config", config)
+    assert narseal_command("serve", "--config", config).returncode == 2
+    joined = narseal_command("index", "join", "--config", config)
     assert (joined.returncode, joined.stdout) == (
         0,
         f"joined: 0 of 4 stored NARs are in {storage}\n",
@@ -316,7 +316,7 @@ def test_a_folder_whose_files_are_lost_is_taken_on_the_operators_word(tmp_path: 
         for item in ITEMS:
             assert fetch(f"{proxy.url}/{item.info.url}") == (200, item.file)
     mount(storage)  # what was lost comes back: it is not the index's any more
-    assert run("serve", "--config", config).returncode == 2
+    assert narseal_command("serve", "--config", config).returncode == 2
 
 
 def test_a_moved_folder_is_taken_on_the_operators_word(tmp_path: Path) -> None:
@@ -325,9 +325,9 @@ def test_a_moved_folder_is_taken_on_the_operators_word(tmp_path: Path) -> None:
         fill(proxy)
     shutil.rmtree(tmp_path / "storage/.narseal")
     config = str(tmp_path / "narseal.toml")
-    assert run("serve", "--config", config).returncode == 2
-    assert run("index", "join", "--config", config).stdout.startswith("joined: 4 of 4 ")
-    assert run("index", "check", "--content", "--config", config).stdout == "good\n"
+    assert narseal_command("serve", "--config", config).returncode == 2
+    assert narseal_command("index", "join", "--config", config).stdout.startswith("joined: 4 of 4 ")
+    assert narseal_command("index", "check", "--content", "--config", config).stdout == "good\n"
 
 
 def test_a_backup_of_the_index_keeps_its_folder(tmp_path: Path) -> None:
@@ -336,10 +336,10 @@ def test_a_backup_of_the_index_keeps_its_folder(tmp_path: Path) -> None:
     with narseal_process(tmp_path, upstream) as proxy:
         fill(proxy)
         copy = tmp_path / "copy"
-        assert run("index", "backup", str(copy), "--config", config).returncode == 0
+        assert narseal_command("index", "backup", str(copy), "--config", config).returncode == 0
     delete_all(tmp_path / "index.sqlite")
     copy.rename(tmp_path / "index.sqlite")
-    assert run("index", "check", "--config", config).stdout == "good\n"
+    assert narseal_command("index", "check", "--config", config).stdout == "good\n"
     with narseal_process(tmp_path, upstream) as proxy:
         assert fetch(f"{proxy.url}/{ITEMS[0].info.url}") == (200, ITEMS[0].file)
 
@@ -351,9 +351,9 @@ def test_a_lost_index_is_noticed_beside_a_folder_without_paths(tmp_path: Path) -
         pass
     delete_all(tmp_path / "index.sqlite")
     config = str(tmp_path / "narseal.toml")
-    refused = run("serve", "--config", config)
+    refused = narseal_command("serve", "--config", config)
     assert refused.returncode == 2 and "narseal index rebuild" in refused.stderr
-    rebuilt = run("index", "rebuild", "--config", config)
+    rebuilt = narseal_command("index", "rebuild", "--config", config)
     assert rebuilt.returncode == 0 and "has no narinfos" in rebuilt.stdout
     with narseal_process(tmp_path, upstream) as proxy:
         fill(proxy)
@@ -371,7 +371,7 @@ def test_a_folder_by_mistake_is_not_mixed_with_anothers(tmp_path: Path) -> None:
     file.write_text(render_toml(tree))
     before = state(tmp_path / "two/storage")
     for command in (("serve",), ("index", "rebuild")):
-        refused = run(*command, "--config", str(file))
+        refused = narseal_command(*command, "--config", str(file))
         assert refused.returncode == 2 and "the mark of another index" in refused.stderr
     assert state(tmp_path / "two/storage") == before
 
@@ -397,7 +397,7 @@ def test_an_index_that_cannot_be_looked_at_is_named(tmp_path: Path) -> None:
     file = tmp_path / "narseal.toml"
     file.write_text(render_toml(tree))
     for command in (("serve",), ("index", "rebuild")):
-        refused = run(*command, "--config", str(file))
+        refused = narseal_command(*command, "--config", str(file))
         assert refused.returncode == 2, refused.stderr
         assert f"storage.index {tmp_path}/file/index.sqlite: Not a directory" in refused.stderr
 
@@ -412,6 +412,6 @@ def test_an_index_without_a_mark_takes_no_folder_that_bears_anothers(tmp_path: P
         fill(proxy)
     (first / "storage").rename(first / "own")
     (second / "storage").rename(first / "storage")
-    refused = run("serve", "--config", str(first / "narseal.toml"))
+    refused = narseal_command("serve", "--config", str(first / "narseal.toml"))
     assert refused.returncode == 2
     assert "bears the mark of another index" in refused.stderr

@@ -25,6 +25,7 @@ import pytest
 
 from narseal.nix.narinfo import NarInfo
 from tests.tools.cache import Entry, entry, write_cache
+from tests.tools.command import narseal_command
 from tests.tools.narseal import (
     UPSTREAM,
     Process,
@@ -376,7 +377,7 @@ def test_sigterm_lets_a_running_download_end(tmp_path: Path) -> None:
 def test_a_second_narseal_on_the_same_storage_is_refused(tmp_path: Path) -> None:
     with narseal_process(tmp_path, cache_of(tmp_path)) as proxy:
         file = proxy.folder / "narseal.toml"
-        second = run("serve", "--config", str(file))
+        second = narseal_command("serve", "--config", str(file))
         assert second.returncode == 2
         assert "another narseal serves from it" in second.stderr
 
@@ -437,15 +438,6 @@ def test_systemd_socket_activation_and_readiness(tmp_path: Path) -> None:
         process.stdout.close()
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "narseal", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-
-
 KEY = str(UPSTREAM.public)
 BROKEN: list[tuple[str, str]] = [
     ("lisen = 'x'", "line 1: lisen: there is no such setting"),
@@ -480,24 +472,24 @@ def test_a_broken_configuration_says_what_to_change(number: int, tmp_path: Path)
     text, message = BROKEN[number]
     file = tmp_path / "narseal.toml"
     file.write_text(text)
-    result = run("check-config", "--config", str(file))
+    result = narseal_command("check-config", "--config", str(file))
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_key_files_that_others_can_read_are_refused(tmp_path: Path) -> None:
-    made = run("key", "generate", "cache.example.org-1", "-o", str(tmp_path / "k"))
+    made = narseal_command("key", "generate", "cache.example.org-1", "-o", str(tmp_path / "k"))
     assert made.returncode == 0
     assert (tmp_path / "k").stat().st_mode & 0o777 == 0o600
-    assert run("key", "public", str(tmp_path / "k")).stdout == made.stdout
-    again = run("key", "generate", "cache.example.org-1", "-o", str(tmp_path / "k"))
+    assert narseal_command("key", "public", str(tmp_path / "k")).stdout == made.stdout
+    again = narseal_command("key", "generate", "cache.example.org-1", "-o", str(tmp_path / "k"))
     assert again.returncode == 2 and "File exists" in again.stderr
     (tmp_path / "k").chmod(0o644)
-    refused = run("key", "public", str(tmp_path / "k"))
+    refused = narseal_command("key", "public", str(tmp_path / "k"))
     assert refused.returncode == 2
     assert "mode 0644 lets others read it; chmod 600" in refused.stderr
-    assert run("key", "generate", "a b").returncode == 2
+    assert narseal_command("key", "generate", "a b").returncode == 2
 
 
 def test_environment_overrides_the_file_and_unknown_names_are_errors(tmp_path: Path) -> None:
@@ -516,6 +508,6 @@ def test_environment_overrides_the_file_and_unknown_names_are_errors(tmp_path: P
 
 
 def test_help_names_every_command() -> None:
-    text = run("--help").stdout
+    text = narseal_command("--help").stdout
     for command in ("serve", "check-config", "key"):
         assert command in text

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ import pytest
 from tests.faults.test_process import BIG, cache_of, fetch, strace
 from tests.faults.test_uploads import uploading
 from tests.tools.cache import Entry, entry
+from tests.tools.command import narseal_command
 from tests.tools.narseal import (
     UPSTREAM,
     Process,
@@ -30,12 +29,6 @@ from tests.tools.waiting import until
 
 ITEMS = [entry(f"item{n}", os.urandom(90_000)).signed(UPSTREAM) for n in range(4)]
 SMALL = entry("small", os.urandom(2_000)).signed(UPSTREAM)
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "narseal", *command], capture_output=True, text=True
-    )
 
 
 def fill(proxy: Process, *more: Entry) -> None:
@@ -121,12 +114,19 @@ def test_no_start_on_a_new_index_beside_a_full_folder(how: str, tmp_path: Path) 
     if how == "empty":
         index.touch()
     size = index.stat().st_size if index.exists() else None
-    refused = run("serve", "--config", config)
+    refused = narseal_command("serve", "--config", config)
     assert refused.returncode == 2
     assert "narseal index rebuild" in refused.stderr and "docs/recovery.md" in refused.stderr
     assert (index.stat().st_size if index.exists() else None) == size
-    assert run("index", "rebuild", "--config", config).stdout.startswith(f"put back {len(ITEMS)} ")
-    assert run("revoke", "up-9", "--unknown", "--reason", "x", "--config", config).returncode == 0
+    assert narseal_command("index", "rebuild", "--config", config).stdout.startswith(
+        f"put back {len(ITEMS)} "
+    )
+    assert (
+        narseal_command(
+            "revoke", "up-9", "--unknown", "--reason", "x", "--config", config
+        ).returncode
+        == 0
+    )
     with narseal_process(tmp_path, upstream) as proxy:
         for item in ITEMS:
             assert fetch(f"{proxy.url}/{item.info.url}") == (200, item.file)
@@ -148,7 +148,7 @@ def test_what_is_about_an_index_makes_none(
         (tmp_path / "index.sqlite").touch()
     before = {path: path.stat().st_size for path in tmp_path.rglob("*")}
     words = (*command, str(tmp_path / "copy")) if command == ("index", "backup") else command
-    done = run(*words, "--config", str(file))
+    done = narseal_command(*words, "--config", str(file))
     assert (done.returncode, done.stdout) == (1, "")
     assert "there is no index" in done.stderr and "narseal index rebuild" in done.stderr
     assert {path: path.stat().st_size for path in tmp_path.rglob("*")} == before
