@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import http.client
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+
+#: The prober's own, so that it does not stand behind the connections of a test at 127.0.0.1.
+_ADDRESS = "127.0.0.9"
+_TIMEOUT = 120
 
 
 @dataclass
@@ -37,45 +44,64 @@ def loop_seconds(pid: int) -> float:
 
 @contextmanager
 def watching(pid: int, url: str) -> Iterator[Watched]:
-    """Ask for /healthz again and again, and look at the process meanwhile."""
-    seen = Watched()
-    begun, ended = threading.Event(), threading.Event()
-    base = resident(pid)
+    """Ask for /healthz again and again, and look at the process meanwhile.
 
-    def probe() -> None:
-        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
-        before = None
-        while not ended.is_set():
-            start = time.monotonic()
-            connection.request("GET", "/healthz")
-            response = connection.getresponse()
-            assert (response.status, response.read()) == (200, b"ok\n")
-            now = loop_seconds(pid)
-            seen.wait = max(seen.wait, time.monotonic() - start)
-            seen.stall = max(seen.stall, now - (now if before is None else before))
-            before = now
-            seen.answers += 1
-            begun.set()
-            time.sleep(0.002)
-        connection.close()
+    A process of its own does it: a test's is held up by what the test does.
+    """
+    seen = Watched()
+    command = [sys.executable, __file__, str(pid), urlsplit(url).netloc]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as prober:
+        assert prober.stdin is not None and prober.stdout is not None
+        try:
+            assert prober.stdout.readline() == b"begun\n"
+            yield seen
+            prober.stdin.close()
+            answer = prober.stdout.read()
+            assert answer, "the worker answers nobody any more"
+            vars(seen).update(json.loads(answer))
+        finally:
+            prober.kill()
+
+
+def _probe(pid: int, netloc: str) -> None:
+    """Watch until nothing more comes in at stdin, and for two answers more."""
+    seen = Watched()
+    base = resident(pid)
+    ended = threading.Event()
 
     def weigh() -> None:
         while not ended.is_set():
             seen.growth = max(seen.growth, resident(pid) - base)
             time.sleep(0.005)
 
-    threads = [threading.Thread(target=work) for work in (probe, weigh)]
-    for thread in threads:
-        thread.start()
-    try:
-        assert begun.wait(120)
-        yield seen
-        after = seen.answers  # the prober is answered still
-        deadline = time.monotonic() + 120
-        while seen.answers < after + 2:
-            assert time.monotonic() < deadline, "the worker answers nobody any more"
-            time.sleep(0.005)
-    finally:
+    def wait() -> None:
+        sys.stdin.read()
         ended.set()
-        for thread in threads:
-            thread.join()
+
+    connection = http.client.HTTPConnection(netloc, timeout=_TIMEOUT, source_address=(_ADDRESS, 0))
+
+    def ask() -> float:
+        start = time.monotonic()
+        connection.request("GET", "/healthz")
+        response = connection.getresponse()
+        assert (response.status, response.read()) == (200, b"ok\n")
+        seen.wait = max(seen.wait, time.monotonic() - start)
+        seen.answers += 1
+        return loop_seconds(pid)
+
+    before = ask()
+    print("begun", flush=True)
+    for work in (weigh, wait):
+        threading.Thread(target=work, daemon=True).start()
+    left = 2
+    while left:
+        left -= ended.is_set()
+        now = ask()
+        seen.stall = max(seen.stall, now - before)
+        before = now
+        time.sleep(0.002)
+    print(json.dumps(asdict(seen)))
+
+
+if __name__ == "__main__":
+    _probe(int(sys.argv[1]), sys.argv[2])
