@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from dataclasses import replace
 
 import pytest
@@ -17,6 +19,7 @@ from narseal.errors import (
 )
 from narseal.nix import nar
 from narseal.nix.addressing import check_content_address, check_url, names_nar_hash
+from narseal.nix.bounded_json import check_shape, load_json
 from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.fingerprint import fingerprint
 from narseal.nix.hashes import Hash
@@ -431,3 +434,45 @@ def test_two_references_of_one_hash_part_are_refused() -> None:
         References.parse(f"{_PART}-a {A} {_PART}-b")
     with pytest.raises(MalformedNarInfo, match="same hash part"):
         replace(ITEM.info, references=References((StorePath(ITEM.hash, "other"),)))
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"[" + b"[]," * 500_000 + b"1]", "over 400000 values"),
+        (b"[" * 40_000 + b"]" * 40_000, "nests deeper than 100"),
+        (b"[" * 2_000 + b"]" * 2_000, "is not JSON"),
+        (b'["' + b"x" * (5 << 20) + b'",' + b"1," * 40_000 + b"1]", "more than 4 MiB"),
+        (b"[" + b"1" * (5 << 20) + b"," + b"1," * 40_000 + b"1]", "more than 4 MiB"),
+        (b"[" + b"1," * 40_000 + b"]", "is not JSON"),
+        (b"[" + b"1," * 40_000 + b"1]x", "is not JSON"),
+        (b"[" + b"1," * 40_000 + b"1", "is not JSON"),
+        (b'{"a":1,"a":1}', "twice"),
+        (b"[NaN]", "no number"),
+    ],
+)
+def test_json_that_is_not_taken(data: bytes, sentence: str) -> None:
+    with pytest.raises(Malformed, match=sentence):
+        load_json(data, what="it")
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"few": "x" * (10 << 20)},
+        {"many": [{"n": str(n)} for n in range(100_000)]},
+        {"commas": ",[{" * 100_000, "rest": [1.5, None, True]},
+        {"texts": ["x" * (2 << 20)] * 3, "many": [1] * 50_000},
+    ],
+)
+def test_json_that_is_taken(tree: object) -> None:
+    assert load_json(json.dumps(tree).encode(), what="it") == tree
+
+
+def test_a_shape_is_what_the_outermost_object_says() -> None:
+    data = b'{"version": 1, "root": {"entries": [1, {"root": 2}]}, "list": [], "text": "t"}'
+    found = check_shape(io.BytesIO(data), what="it", depth=4, values=9)
+    assert found == {"version": 1, "root": {}, "list": [], "text": "t"}
+    for depth, values in ((3, 9), (4, 8)):
+        with pytest.raises(Malformed, match="deeper"):
+            check_shape(io.BytesIO(data), what="it", depth=depth, values=values)

@@ -1,13 +1,14 @@
 """JSON from outside: its nesting and the number of its values are bounded before a tree is made.
 
 `json.loads` needs 20 to 30 bytes of memory for each byte of `[[],[],…`, and lets nobody else run
-until it is done. So what is large is first read as a stream of events, which takes no memory.
+until it is done. So what may have many values is first read as a stream of events, which takes no memory.
 """
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import ijson
@@ -18,8 +19,10 @@ from narseal.errors import Malformed
 MAX_DEPTH = 100
 #: Scalars, objects and arrays; a tree of so many takes some 40 MiB and 80 ms.
 MAX_VALUES = 400_000
-_SMALL = 64 << 10  # bytes whose tree can do no harm, whatever it is
-_PORTION = 64 << 10  # bytes that are read at a time, the interpreter's lock being held
+_FEW = 32_000  # values whose tree can do no harm, whatever it is
+_BLOCK = 1 << 20  # bytes that are read at a time
+_PORTION = 64 << 10  # bytes that are parsed at a time, the interpreter's lock being held
+_MAX_TOKEN = 4 << 20  # bytes of one text or number: it is copied with each portion
 
 
 def load_json(data: bytes, *, what: str) -> Any:
@@ -28,13 +31,18 @@ def load_json(data: bytes, *, what: str) -> Any:
     It is held to RFC 8259, and a name stands once in an object: which of two counts, readers differ.
     """
     try:
-        if len(data) > _SMALL:
+        if len(data) > _FEW and _values(data) > _FEW:
             check_shape(io.BytesIO(data), what=what, depth=MAX_DEPTH, values=MAX_VALUES)
-        return json.loads(data.decode(), object_pairs_hook=_once, parse_constant=_no_number)
+        return _DECODER.decode(data.decode())
     except (ValueError, RecursionError) as error:
         if isinstance(error, Malformed):
             raise
         raise Malformed(f"{what} is not JSON: {error}") from error
+
+
+def _values(data: bytes) -> int:
+    """At most so many values are in a text: each is the first, or behind one of these."""
+    return 1 + len(data) - len(data.translate(None, b",[{"))
 
 
 def check_shape(file: BinaryIO, *, what: str, depth: int, values: int) -> dict[str, object]:
@@ -47,7 +55,7 @@ def check_shape(file: BinaryIO, *, what: str, depth: int, values: int) -> dict[s
     name = ""
     level = count = 0
     try:
-        for event, value in ijson.basic_parse(file, buf_size=_PORTION, use_float=True):
+        for event, value in _events(file, what):
             if event == "map_key":
                 if level == 1:
                     name = str(value)
@@ -67,6 +75,27 @@ def check_shape(file: BinaryIO, *, what: str, depth: int, values: int) -> dict[s
     return outermost
 
 
+def _events(file: BinaryIO, what: str) -> Iterator[tuple[str, Any]]:
+    """What ijson finds, portion by portion: between two of them, other threads have their turn.
+
+    A read lets go of the interpreter's lock only to take it again, and whoever waits for it begins
+    anew: so there are few reads.
+    """
+    events = ijson.sendable_list()
+    parser = ijson.basic_parse_coro(events, use_float=True)
+    silent = 0  # bytes since the last event
+    while block := file.read(_BLOCK):
+        for at in range(0, len(block), _PORTION):
+            parser.send(block[at : at + _PORTION])
+            silent = 0 if events else silent + _PORTION
+            if silent > _MAX_TOKEN:
+                raise Malformed(f"{what} has a text of more than {_MAX_TOKEN >> 20} MiB")
+            yield from events
+            events.clear()
+    parser.close()  # it says whether that was all
+    yield from events
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
@@ -76,3 +105,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no number of JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
