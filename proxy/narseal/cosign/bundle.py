@@ -22,6 +22,7 @@ _OLDER = "application/vnd.dev.sigstore.bundle+json;version=0"
 _MEDIA_TYPES = (MEDIA_TYPE, *(f"{_OLDER}.{minor}" for minor in (1, 2, 3)))
 #: Bytes of a whole bundle.
 MAX_BYTES = 24 << 20
+_SMALL = 64 << 10  # bytes of all but the payload
 _MAX_TIMESTAMPS = 8
 
 
@@ -85,7 +86,7 @@ class Bundle:
             raise MalformedAttestation("a bundle of version 0.1 has an inclusionPromise")
         if _fill(material):
             data = json.dumps(tree).encode()
-        _check_fields(data)
+        _check_fields(data, tree)
         certificate = _certificate(material)
         if certificate is None and not isinstance(material.get("publicKey"), dict):
             raise MalformedAttestation("the bundle has neither a certificate nor a publicKey")
@@ -132,8 +133,7 @@ def render(
 ) -> bytes:
     """A bundle of a signature."""
     material = by.material()
-    if log_entry:
-        material["tlogEntries"] = [log_entry]
+    material["tlogEntries"] = [log_entry] if log_entry else []
     if timestamps:
         material["timestampVerificationData"] = {
             "rfc3161Timestamps": [{"signedTimestamp": _base64(stamp)} for stamp in timestamps]
@@ -169,8 +169,16 @@ def _fill(material: dict[str, Any]) -> bool:
     return filled
 
 
-def _check_fields(data: bytes) -> None:
-    """No field that the specification does not have, nor one of another form."""
+def _check_fields(data: bytes, tree: dict[str, Any]) -> None:
+    """No field that the specification does not have, nor one of another form.
+
+    A large payload is left out, which is looked at elsewhere, and need not be decoded twice.
+    """
+    envelope = tree.get("dsseEnvelope")
+    payload = envelope.get("payload") if isinstance(envelope, dict) else None
+    if isinstance(payload, str) and _SMALL < len(data) < len(payload) + _SMALL:
+        assert isinstance(envelope, dict)
+        data = json.dumps(tree | {"dsseEnvelope": envelope | {"payload": ""}}).encode()
     try:
         Model.from_json(data)
     except ValueError as error:

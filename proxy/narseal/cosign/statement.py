@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from narseal.errors import Malformed, MalformedAttestation
 from narseal.nix.bounded_json import load_json
@@ -33,8 +33,7 @@ _AUDIT = "narseal-audit-log:"
 _AUDIT_NAME = re.compile(rf"{_AUDIT}[1-9][0-9]{{0,18}}", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
+class Subject(NamedTuple):
     """A name and a SHA-256 digest."""
 
     name: str
