@@ -50,5 +50,4 @@ def names_nar_hash(info: NarInfo) -> bool:
     """Whether the CA is over the very NAR, so that its hash must be NarHash."""
     if info.ca is None or info.ca.method is not Method.NAR or info.ca.hash.algorithm != "sha256":
         return False
-    own = info.store_path.hash_part
-    return not any(reference.hash_part == own for reference in info.references)
+    return not info.refers_to_itself

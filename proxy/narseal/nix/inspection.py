@@ -51,8 +51,7 @@ class Inspection:
         on_plain: Callable[[bytes], object] | None = None,
     ) -> None:
         self._info = info
-        claimed = (reference.hash_part for reference in info.references)
-        self._scanner = ReferenceScanner(claimed if scan else ())
+        self._scanner = ReferenceScanner(info.references.hash_parts() if scan else ())
         self._on_plain = on_plain
         self._decoder = decompressor(info.compression)
         # an uncompressed file is the NAR: its hash is taken once
@@ -148,9 +147,8 @@ def _whole_digest(info: NarInfo) -> _Digest | HashModulo | None:
     """For a CA that is over the NAR, but is not simply NarHash."""
     if info.ca is None or info.ca.method is not Method.NAR:
         return None
-    own = info.store_path.hash_part
-    if any(reference.hash_part == own for reference in info.references):
-        return HashModulo(info.ca.hash.algorithm, own)
+    if info.refers_to_itself:
+        return HashModulo(info.ca.hash.algorithm, info.store_path.hash_part)
     return None if info.ca.hash == info.nar_hash else hashlib.new(info.ca.hash.algorithm)
 
 

@@ -96,6 +96,11 @@ class NarInfo:
         """The value that `data` means; MalformedNarInfo with line and field if there is none."""
         return _Parser(data, store_dir).narinfo()
 
+    @property
+    def refers_to_itself(self) -> bool:
+        """Whether its path is among its references."""
+        return self.references.with_hash_part(self.store_path.hash_part) is not None
+
     def fingerprint(self) -> bytes:
         """The text under this path's signatures."""
         return fingerprint(

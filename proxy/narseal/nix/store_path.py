@@ -99,6 +99,10 @@ class References(Sequence[StorePath]):
         found.text = _in_order(texts)
         return found
 
+    def hash_parts(self) -> Iterator[str]:
+        """Those of all, in order."""
+        return (text[:HASH_LENGTH] for text in (self.text.split(" ") if self.text else ()))
+
     def with_hash_part(self, hash_part: str) -> StorePath | None:
         """The one of a hash part."""
         at = 0 if self.text.startswith(hash_part) else self.text.find(f" {hash_part}-") + 1

@@ -1,7 +1,7 @@
 """Where work runs: what blocks in two bounded pools of threads a worker, never on the loop.
 
 What only computes runs on the loop while it is small, since a hand-over to a thread costs more, and
-in asyncio's own pool while it is large.
+else in one thread: more of them would not be faster, and the loop would wait for each.
 """
 
 from __future__ import annotations
@@ -10,19 +10,24 @@ import asyncio
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 from typing import TypeVar
 
 T = TypeVar("T")
 
 #: Bytes of text that are parsed, verified or signed in well under 10 ms.
 _SMALL = 64 << 10
+_computing = ThreadPoolExecutor(1, thread_name_prefix="computing")
 
 
 async def by_size(size: int, work: Callable[..., T], *args: object) -> T:
     """`work(*args)`, which computes and does not wait, on `size` bytes: in a thread if they are many."""
     if size <= _SMALL:
         return work(*args)
-    return await asyncio.to_thread(work, *args)
+    return await asyncio.get_running_loop().run_in_executor(
+        _computing, partial(copy_context().run, work, *args)
+    )
 
 
 class ThreadPools:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import islice
 from time import monotonic
 
 from narseal.errors import NarsealError
@@ -25,7 +26,8 @@ from narseal.telemetry import metrics
 
 _log = logging.getLogger(__name__)
 
-#: Paths that one question may have brought, however deep they refer to each other.
+#: Paths that one question may have brought, however deep they refer to each other; of one path's references, so many
+#: are looked at.
 MOST = 1000
 #: Paths, or NARs, that are asked for at the same time.
 _AT_A_TIME = 32
@@ -101,12 +103,11 @@ class _Brought:
         elif self._unused.pop(key, None) is not None:
             self._count_used.inc()
 
-    @property
-    def is_full(self) -> bool:
-        """Whether so much was brought in vain, or is on its way, that no more is."""
+    def is_full(self, waiting: int = 0) -> bool:
+        """Whether so much was brought in vain, is on its way or waits for that, that no more is."""
         while self._unused and next(iter(self._unused.values())) < monotonic() - _FORGOTTEN:
             self._unused.popitem(last=False)
-        coming = len(self.under_way)
+        coming = len(self.under_way) + waiting
         return len(self._unused) + coming >= self._most or coming >= _UNDER_WAY
 
 
@@ -127,7 +128,9 @@ class References:
         self._tasks = services.tasks
         self._bring = bring
         self._is_asked = is_asked
-        self._slots = asyncio.Semaphore(_AT_A_TIME)
+        #: What is to be brought, on behalf of which question; and how many tasks do that.
+        self._waiting: dict[str, _Question] = {}
+        self._bringing = 0
         self._brought = _Brought("narinfo", _UNUSED)
         #: What was admitted for who only looked: Nix begins so with a path that it wants.
         self._looked_at: OrderedDict[str, None] = OrderedDict()
@@ -154,37 +157,43 @@ class References:
                 self._looked_at.popitem(last=False)
             return
         self._looked_at.pop(info.store_path.hash_part, None)
-        for reference in info.references:
-            hash_part = reference.hash_part
-            if hash_part in asks.seen or hash_part in self._brought.under_way:
+        for hash_part in islice(info.references.hash_parts(), MOST):
+            if hash_part in asks.seen or hash_part == info.store_path.hash_part:
                 continue
-            if reference == info.store_path:
+            if hash_part in self._waiting or hash_part in self._brought.under_way:
                 continue
-            if not asks.left or self._brought.is_full:
+            if not asks.left or self._brought.is_full(len(self._waiting)):
                 metrics.prefetch_stopped.inc()
                 _log.debug("%s: no more of its references in advance", info.store_path)
-                return
+                break
             asks.left -= 1
             asks.seen.add(hash_part)
-            with apart():
-                self._tasks.start(self._take(hash_part), f"in advance {reference}")
+            self._waiting[hash_part] = asks
+        with apart():
+            for _ in range(min(_AT_A_TIME - self._bringing, len(self._waiting))):
+                self._bringing += 1
+                self._tasks.start(self._bring_some(), "narinfos in advance")
+
+    async def _bring_some(self) -> None:
+        asker.set(_IN_ADVANCE)
+        try:
+            while self._waiting and not self.is_off:
+                hash_part = next(iter(self._waiting))
+                _question.set(self._waiting.pop(hash_part))
+                await self._take(hash_part)
+        finally:
+            self._bringing -= 1
 
     async def _take(self, hash_part: str) -> None:
-        if hash_part in self._brought.under_way:
-            return
-        asker.set(_IN_ADVANCE)
         with self._brought.coming(hash_part) as came:
-            async with self._slots:
-                try:
-                    if self.is_off or self._is_asked(hash_part):
-                        return
-                    if await self._index.path(hash_part):
-                        return
-                    await self._bring(hash_part)
-                except NarsealError as error:
-                    _log.debug("%s is not brought in advance: %s", hash_part, error)
-                else:
-                    came()
+            try:
+                if self._is_asked(hash_part) or await self._index.path(hash_part):
+                    return
+                await self._bring(hash_part)
+            except NarsealError as error:
+                _log.debug("%s is not brought in advance: %s", hash_part, error)
+            else:
+                came()
 
 
 class NarsInAdvance:
@@ -239,7 +248,7 @@ class NarsInAdvance:
             self._bringing.discard(client)
 
     async def _bring_some(self, wanted: dict[str, None]) -> None:
-        while wanted and not self.is_off and not self._brought.is_full:
+        while wanted and not self.is_off and not self._brought.is_full():
             file, _ = wanted.popitem()  # the last one first: Nix begins at what refers to nothing
             if file in self._brought.under_way:
                 continue
