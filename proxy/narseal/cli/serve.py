@@ -32,9 +32,11 @@ def serve(config_file: Path) -> None:
 
 
 def _run(config: Config, file: Path) -> int:
+    from narseal.runtime.allocation import give_back_large
     from narseal.runtime.sockets import url_of
     from narseal.server.supervisor import Supervisor
 
+    give_back_large()
     supervisor = Supervisor(config, file=file, load=lambda: load(file))
     keys = " ".join(map(str, supervisor.public_keys))
     url = url_of(supervisor.sockets[0][0], tls=config.tls is not None)

@@ -21,6 +21,7 @@ from narseal.config.signer import SignerConfig
 from narseal.custody import wire
 from narseal.custody.memory import forbid_dumps, lock_all
 from narseal.errors import ConfigError, Malformed, NarsealError, Unavailable
+from narseal.runtime.allocation import give_back_large
 from narseal.runtime.sockets import listen, notify_systemd
 from narseal.signer.lines import Frame, Line, Lines
 from narseal.signer.rules import Approved, Peer, SigningRules, ToHash
@@ -231,6 +232,7 @@ def _send(answers: Sequence[tuple[Frame, dict[str, Any]]]) -> None:
 def run(config: SignerConfig) -> None:
     """Hold the keys and sign until SIGTERM. ConfigError if it cannot begin."""
     forbid_dumps()
+    give_back_large()
     locked = lock_all()
     rules = SigningRules(config)
     if not locked:
