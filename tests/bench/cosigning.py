@@ -210,6 +210,7 @@ def _fill(index: Path) -> None:
             " nar_file, evidence, admitted_at, withdrawn) VALUES (?,?,?,?,?,?,?,?,?,?,?)", paths
         )  # fmt: skip
         connection.executemany("INSERT INTO waiting VALUES (?,?)", waiting)
+        connection.execute("UPDATE total SET waiting = waiting + ?", (_WAITING,))
         connection.commit()
 
 

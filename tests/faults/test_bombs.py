@@ -575,12 +575,15 @@ async def test_bomb(name: str, world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a_log_in_chunks_of_one_byte", "an_uploaded_log_in_chunks_of_one_byte"]
+    "name",
+    [
+        "a_log_in_chunks_of_one_byte",
+        "an_uploaded_log_in_chunks_of_one_byte",
+        "large_heads_of_many_connections",
+    ],
 )
-async def test_small_chunks_keep_the_loop_for_less_than_a_tenth_of_a_second(
-    name: str, world: World
-) -> None:
-    """It was 0.12 s. A prober that is held up itself sees more of the loop's time: so, in one try of some."""
+async def test_the_loop_is_kept_for_less_than_a_tenth_of_a_second(name: str, world: World) -> None:
+    """It was 0.12 to 0.15 s. A prober that is held up itself sees more of the loop's time: so, in one try of some."""
     [pid] = world.process.workers()
     stalls: list[float] = []
     while not stalls or min(stalls) > SHORT:
@@ -592,6 +595,14 @@ async def test_small_chunks_keep_the_loop_for_less_than_a_tenth_of_a_second(
                 file.unlink()
             await BOMBS[name](world)
         stalls.append(seen.stall)
+
+
+async def test_memory_that_was_freed_goes_back(world: World) -> None:
+    """Four bundles of 7 MiB, one after another, had left up to 150 MiB with the C library."""
+    [pid] = world.process.workers()
+    base = resident(pid)
+    await BOMBS["uploaded_attestations_of_one_large_text"](world)
+    assert resident(pid) - base <= 64 * MIB
 
 
 async def test_attestations_go_out_one_by_one(world: World) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import signal
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -28,11 +28,14 @@ ITEM = entry("item").signed(UPSTREAM)
 class Wire:
     """A raw connection."""
 
-    def __init__(self, client: Client | Process) -> None:
+    def __init__(self, client: Client | Process, address: str = "127.0.0.1") -> None:
         self.host, self.port = client.url.removeprefix("http://").split(":")
+        self.address = address
 
     async def __aenter__(self) -> Wire:
-        self.reader, self.writer = await asyncio.open_connection(self.host, int(self.port))
+        self.reader, self.writer = await asyncio.open_connection(
+            self.host, int(self.port), local_addr=(self.address, 0)
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -319,6 +322,44 @@ async def refuses(proxy: Process) -> bool:
             return False
     except ConnectionError:
         return True
+
+
+async def test_requests_of_one_instant_are_begun_in_turns(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """What one client sends in 200 connections does not stand before another's."""
+    came: list[str] = []
+
+    async def ask(wire: Wire) -> None:
+        assert (await wire.answer())[0] == 404
+        came.append(wire.address)
+
+    async with narseal(tmp_path, {"url": upstream.url}) as client, AsyncExitStack() as stack:
+        addresses = ["127.0.0.2"] * 200 + ["127.0.0.3"]
+        wires = [await stack.enter_async_context(Wire(client, address)) for address in addresses]
+        for wire in wires:  # each is known by now
+            await wire.send(get("/x"))
+            await wire.answer()
+        for wire in wires:
+            wire.writer.write(get("/y"))
+        await asyncio.gather(*map(ask, wires))
+    assert came.index("127.0.0.3") < 150
+
+
+async def test_what_waits_for_its_turn_is_answered_though_the_server_stops(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    async with AsyncExitStack() as stack:
+        async with narseal(tmp_path, {"url": upstream.url}) as client:
+            wires = [await stack.enter_async_context(Wire(client)) for _ in range(200)]
+            for wire in wires:
+                await wire.send(get("/x"))
+                await wire.answer()
+            for wire in wires:
+                wire.writer.write(get("/y") + get("/z"))
+            assert (await wires[0].answer())[0] == 404
+        for wire in wires[1:]:
+            assert (await wire.answer())[0] == 404
 
 
 async def test_a_client_that_reads_nothing_takes_no_memory(

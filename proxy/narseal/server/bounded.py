@@ -121,7 +121,7 @@ class BoundedProtocol(RequestHandler):
         if self._narrow and not is_small:
             _widen(self._narrow)
             self._narrow = None
-        self._go_on()
+        self.go_on()
 
     def drop_body(self, body: StreamReader) -> None:
         """A request is answered without its body: what still comes is dropped.
@@ -131,9 +131,9 @@ class BoundedProtocol(RequestHandler):
         """
         if not self._wanted and body is self._body:
             self._drops = True
-            self._go_on()
+            self.go_on()
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
         """Read on, with what was held first."""
         held, self._held = self._held, b""
         self._choose_buffer()
@@ -147,8 +147,13 @@ class BoundedProtocol(RequestHandler):
         if not self._held:
             super()._resume_transport_reading()
 
-    def _hold(self, data: bytes) -> None:
-        """Keep what came of a body, and read no more, until somebody wants it."""
+    @property
+    def holds(self) -> bool:
+        """Something came that is not looked at yet."""
+        return bool(self._held)
+
+    def hold(self, data: bytes) -> None:
+        """Keep what came, and read no more, until `go_on`: of a body until somebody wants it."""
         self._held += data
         self._pause_transport_reading()
 
@@ -165,7 +170,7 @@ class BoundedProtocol(RequestHandler):
 
     def _choose_buffer(self) -> None:
         """How much the next read brings: of a body that is wanted much, but nothing of what is behind it."""
-        if not (self._drops or (self._is_body() and self._wanted)):
+        if not (self._drops or (self.is_body() and self._wanted)):
             self.buffer = self._buffers.few
         elif self._is_small or not self._body_left:
             self.buffer = self._buffers.many[:READ_AHEAD]
@@ -178,15 +183,15 @@ class BoundedProtocol(RequestHandler):
             self._feed(data)
         rest = data
         while rest and not self._deaf:
-            if self._is_body() and not self._wanted:
-                self._hold(rest)
+            if self.is_body() and not self._wanted:
+                self.hold(rest)
                 break
             size = self._room(rest)
             self._feed(rest[:size])
             rest = rest[size:]
         self._choose_buffer()
 
-    def _is_body(self) -> bool:
+    def is_body(self) -> bool:
         """What comes next is of a body."""
         return bool(self._body_left) or (self._body is not None and not self._body.is_eof())
 
@@ -196,7 +201,7 @@ class BoundedProtocol(RequestHandler):
             self._unanswered.popleft()
         if self._body_left:
             return self._body_left
-        if self._is_body():
+        if self.is_body():
             return MAX_HEAD  # of chunks, whose end may be anywhere
         size = max(1, MAX_HEAD - self._head - sum(self._unanswered))
         begun = len(self._end)
@@ -205,7 +210,7 @@ class BoundedProtocol(RequestHandler):
 
     def _feed(self, data: bytes) -> None:
         """Give aiohttp some bytes, and take account of what is a head in them."""
-        is_head = not self._is_body()
+        is_head = not self.is_body()
         self._body_left = max(0, self._body_left - len(data))
         before = self._request_count
         RequestHandler.data_received(self, data)

@@ -22,6 +22,7 @@ from narseal.config import LimitsConfig
 from narseal.pipeline.caches import HotMap
 from narseal.server.bounded import END_OF_HEAD, MAX_HEAD, BoundedProtocol, Buffers, Reading
 from narseal.server.misses import Miss, Misses
+from narseal.server.request_queue import RequestQueue
 from narseal.server.tally import Tally
 
 _GET = b"GET /"
@@ -91,6 +92,7 @@ class HotServer(web.Server):
         self.harmless: dict[bytes, None] = {}
         self.per_address: Counter[str] = Counter()
         self.buffers = Buffers()
+        self.queue = RequestQueue(self._loop)
         self._options = options
         self._date = ""
         self._tick()
@@ -105,7 +107,7 @@ class HotServer(web.Server):
         self.begin = self.begin_of(200)
         late = self._loop.time() - self.limits.header_timeout
         for protocol in self.connections:
-            if isinstance(protocol, HotProtocol) and protocol.waits_since < late:
+            if isinstance(protocol, HotProtocol) and protocol.is_late(late):
                 protocol.force_close()
         self.keepalive_until = self._loop.time() + self.limits.keepalive_timeout
         self._timer = self._loop.call_later(_SWEEP, self._tick)
@@ -206,13 +208,14 @@ class HotProtocol(BoundedProtocol):
         if not self._eligible and self._is_taken(data):
             return
         start = perf_counter()
+        server = self._server
+        target = b""
         looks = False
         if (data.startswith(_GET) or (looks := data.startswith(_HEAD))) and (
             self._eligible or self._is_eligible()
         ):
             begin = 5 if looks else 4
             stop = data.find(b" ", begin, _MAX_TARGET)
-            server = self._server
             answer = None if looks else server.hot.get(data[4:stop])
             head = data[stop:]
             # a block of headers that is known to be harmless is also known to be whole
@@ -223,14 +226,17 @@ class HotProtocol(BoundedProtocol):
                     self._next_keepalive_close_time = server.keepalive_until
                     server.tally.hit(answer, data[4:stop], perf_counter() - start)
                     return
-                if server.misses and (
-                    miss := server.misses.of(data[begin:stop], start, only_looks=looks)
-                ):
-                    self.waits_since = _NEVER
-                    self._eligible = False
-                    self._miss = self._loop.create_task(self._answer(server.misses, miss, data))
-                    return
-        self._hand_on(data)
+                target = data[begin:stop]
+        if data and not (self.is_body() or server.queue.may_begin(self)):
+            self._eligible = False
+            self.hold(data)
+            server.queue.add(self._address, self)
+        elif server.misses and (miss := server.misses.of(target, start, only_looks=looks)):
+            self.waits_since = _NEVER
+            self._eligible = False
+            self._miss = self._loop.create_task(self._answer(server.misses, miss, data))
+        else:
+            self._hand_on(data)
 
     def _is_taken(self, data: bytes) -> bool:
         """What came is no request now: nobody wants it, it waits, or its connection is turned away."""
@@ -278,8 +284,8 @@ class HotProtocol(BoundedProtocol):
             self.data_received(behind)
 
     def _process_keepalive(self) -> None:
-        """As aiohttp's, which does not know of what `_answer` is about."""
-        if self._miss:
+        """As aiohttp's, which does not know of what `_answer` is about, or of what waits for its turn."""
+        if self._miss or self.holds:
             self._next_keepalive_close_time = self._server.keepalive_until
         super()._process_keepalive()
 
@@ -345,8 +351,12 @@ class HotProtocol(BoundedProtocol):
             self.force_close()
 
     def is_parked(self) -> bool:
-        """Nor is an answer being looked for."""
-        return self._miss is None and super().is_parked()
+        """Nor is an answer being looked for, or a request waiting for its turn."""
+        return self._miss is None and not self.holds and super().is_parked()
+
+    def is_late(self, deadline: float) -> bool:
+        """The head of a request began before a loop time, and its client has not sent all of it."""
+        return self.waits_since < deadline and not self.holds
 
     def _is_harmless(self, head: bytes) -> bool:
         known = self._server.harmless
