@@ -11,9 +11,9 @@ from narseal.nix.keys import PublicKey, Signature
 MAX_FAILURES = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class KeyRing:
-    """Public keys by name; several may have the same name."""
+    """Public keys by name; several may have the same name. A ring is equal to itself alone."""
 
     _keys: Mapping[str, tuple[PublicKey, ...]]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Awaitable, Callable
 from time import perf_counter
 
@@ -22,7 +21,7 @@ from narseal.server.misses import FILE
 from narseal.server.nar_handlers import UPLOAD
 from narseal.server.tally import Tally
 from narseal.server.upload_handlers import UploadHandlers
-from narseal.telemetry.logs import request_id
+from narseal.telemetry.logs import new_request_id, request_id
 
 _HASH = f"{CHARS}{{32}}"
 _PATH = rf"{CHARS}{{32}}-[0-9a-zA-Z+\-._?=]{{1,211}}"
@@ -141,7 +140,7 @@ def accounting(tally: Tally) -> Middleware:
         """Request id, counting, and every error as a short text for whoever reads it."""
         start = perf_counter()
         given = request.headers.get("X-Request-Id", "")
-        name = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        name = given if _REQUEST_ID.fullmatch(given) else new_request_id()
         token = request_id.set(name)
         request[_ID] = name
         asker.set(request.remote or "")

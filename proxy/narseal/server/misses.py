@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -21,7 +20,7 @@ from narseal.runtime.slots import asker
 from narseal.server.failure import failure, fault
 from narseal.server.hot_answers import HotAnswers
 from narseal.server.tally import Tally
-from narseal.telemetry.logs import request_id
+from narseal.telemetry.logs import new_request_id, request_id
 
 _SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(set(COMPRESSIONS.values())) if suffix)
 #: A regular expression for the name of a NAR file.
@@ -74,7 +73,7 @@ class Misses:
 
         To be run in a task of its own. A task that is cancelled stands for a client that left.
         """
-        name = secrets.token_hex(8)
+        name = new_request_id()
         request_id.set(name)
         asker.set(address)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 from sqlalchemy import Connection, bindparam, delete, select, update
@@ -92,7 +93,7 @@ class Admissions:
         self, connection: Connection, path: PathRecord, bound: NarRecord, revoked: frozenset[str]
     ) -> Admitted:
         """Pin a path with a NAR whose name is bound."""
-        pin = replace(path, nar_file=bound.file), bound
+        pin = path if path.nar_file == bound.file else replace(path, nar_file=bound.file), bound
         if not _NEW_PATH.run(connection, **path_values(pin[0])):
             pin = self._pin(connection, pin, revoked)
         if pin[1].stored and self._attest:
@@ -141,11 +142,8 @@ class Admissions:
 
     def bind(self, connection: Connection, nar: NarRecord) -> NarRecord:
         """The row of the file name: the present one if it means the same NAR, else a new one."""
-        by_nar_hash = file_name(nar.nar_hash, nar.compression)
-        # the last is nobody's to take: names that a narinfo claims are only claimed
-        unclaimed = file_name(Hash("sha256", os.urandom(32)), nar.compression)
-        for file in dict.fromkeys((nar.file, by_nar_hash, unclaimed)):
-            candidate = replace(nar, file=file)
+        for candidate in _names(nar):
+            file = candidate.file
             if _NEW_NAR.run(connection, **nar_values(candidate)):
                 return candidate
             present = nar_of(NAR_BY_FILE.first(connection, file=file))
@@ -205,6 +203,17 @@ class Admissions:
         hash_parts = [str(row.hash_part) for row in rows]
         connection.execute(update(schema.path).where(named).values(withdrawn=True))
         return hash_parts
+
+
+def _names(nar: NarRecord) -> Iterator[NarRecord]:
+    """A NAR under each name that it may have: what its narinfo says, its hash, and one that is nobody's to take.
+
+    Names that a narinfo claims are only claimed.
+    """
+    yield nar
+    if (by_nar_hash := file_name(nar.nar_hash, nar.compression)) != nar.file:
+        yield replace(nar, file=by_nar_hash)
+    yield replace(nar, file=file_name(Hash("sha256", os.urandom(32)), nar.compression))
 
 
 def _is_void(pinned: PathRecord | RealisationRecord, revoked: frozenset[str]) -> bool:

@@ -7,8 +7,15 @@ import logging
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from random import getrandbits
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+
+def new_request_id() -> str:
+    """16 hex digits for a request that brought no name of its own; no secret."""
+    return f"{getrandbits(64):016x}"  # a random number of the kernel's costs a system call
+
 
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 

@@ -8,12 +8,14 @@ address, NarHash and NarSize from the NAR, the references by a scan of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from narseal.config import UpstreamConfig
 from narseal.errors import Refused
 from narseal.nix.addressing import check_content_address, check_url
 from narseal.nix.compression import decompressor
 from narseal.nix.keyring import KeyRing
+from narseal.nix.keys import PublicKey
 from narseal.nix.narinfo import MOST_BUT_OURS, NarInfo
 
 CONTENT_ADDRESS = "content-address"
@@ -55,9 +57,8 @@ def weigh(
     check_content_address(info)
     message = info.fingerprint()
     info = info.with_signatures(tuple(s for s in info.signatures if s.key_name not in revoked))
-    pinned = KeyRing.of(upstream.public_keys)
+    pinned, known = _rings(upstream.public_keys, own_keys)
     good = pinned.without(revoked).verified(message, info.signatures)
-    known = KeyRing.of(upstream.public_keys, own_keys.keys)
     kept = info.with_signatures(known.kept(message, info.signatures, most=MOST_BUT_OURS, good=good))
     if good:
         content_first = upstream.sign_when == "content" or upstream.verify != "signature"
@@ -68,6 +69,12 @@ def weigh(
         scan = upstream.verify == "content"  # a bundle names the references
         return kept, Evidence(upstream.verify, content_first=True, scan=scan)
     raise Refused("unsigned", f"{path}: {_why_unsigned(info, pinned)}")
+
+
+@lru_cache
+def _rings(public_keys: tuple[PublicKey, ...], own: KeyRing) -> tuple[KeyRing, KeyRing]:
+    """An upstream's keys, and those with ours: few, and the same for each of its narinfos."""
+    return KeyRing.of(public_keys), KeyRing.of(public_keys, own.keys)
 
 
 def _why_unsigned(info: NarInfo, pinned: KeyRing) -> str:
