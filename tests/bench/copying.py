@@ -6,6 +6,7 @@ import secrets
 import time
 
 from tests.bench.closures import built, copy, hash_part, seconds
+from tests.bench.floor import FLOOR, floor
 from tests.bench.peers import harmonia, ncps
 from tests.bench.servers import ALL_CORES, AT_HOST, HOST_KEY, nginx
 from tests.bench.sides import Sides
@@ -44,6 +45,8 @@ def measure() -> list[Row]:
                         time.sleep(0.05)  # warm is what is published
                     take("narseal", "warm", *us)
                 take("nginx proxy_pass", "cold", relay, key)
+                with floor(static, builder.folder, HOST_KEY.public) as (url, pid, floors_key):
+                    take(FLOOR, "cold", url, floors_key, pid)
                 take("nginx static", "warm", static, key)
                 with ncps(builder.folder / f"ncps{round_}", hash_part(path)) as peer:
                     if peer:
@@ -52,8 +55,8 @@ def measure() -> list[Row]:
                 if local:
                     take("harmonia", "warm", local.url, local.public_key, local.pid)
     label, form = f"`nix copy` of {PATHS} paths", "{:.2f} s"
-    warm = {"nginx static": "≤ 1.1", "ncps": "< 1", "harmonia": "< 1"}
-    cold = {"nginx proxy_pass": "", "ncps": "≤ 0.5"}
+    warm = {"nginx static": "≤ 0.8", "ncps": "< 1", "harmonia": "< 1"}
+    cold = {"nginx proxy_pass": "≤ 1.5", FLOOR: "", "ncps": "≤ 0.5"}
     return [
         *sides.rows(f"{label}, warm", "warm", warm, form, " (time)"),
         *sides.rows(f"{label}, cold", "cold", cold, form, " (time)"),

@@ -1,8 +1,10 @@
-"""A server that does for a cold narinfo only what cannot be left out, to say what the rest costs.
+"""A server that does for cold paths and uploads only what cannot be left out, to say what the rest costs.
 
-It asks its upstream, parses, verifies one signature, signs, commits the pin and answers: narseal's own
-parts, one after another. It has no policy, revocations, flights, fair turns, second upstream, memory
-or folder, and no errors.
+A narinfo: it asks its upstream, parses, verifies one signature, signs, commits the pin and answers. A NAR:
+it fetches it, holds it to its narinfo, answers, and writes and records it behind that, in groups. An upload:
+it writes and hashes the NAR, holds it to its narinfo, synchronises it, signs, commits, and writes the narinfo
+behind the answer. All with narseal's own parts, one after another: no policy, tokens, revocations, flights,
+fair turns, second upstream, memory of answers, bounds, metrics or errors.
 """
 
 from __future__ import annotations
@@ -11,30 +13,49 @@ import asyncio
 import multiprocessing
 import ssl
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
+import httptools
 import uvloop
 from nacl.signing import SigningKey
 from yarl import URL
 
+from narseal.nix.cache_info import CacheInfo
+from narseal.nix.hashes import Hash
+from narseal.nix.inspection import Measured, inspect_file
 from narseal.nix.keyring import KeyRing
 from narseal.nix.keys import PublicKey, Signature
 from narseal.nix.narinfo import NarInfo
-from narseal.storage import Index, NarRecord, PathRecord, migrate
+from narseal.runtime.batching import Batcher
+from narseal.runtime.files import OpenFile
+from narseal.storage import Index, LocalStorage, NarRecord, PathRecord, migrate
 from narseal.upstream.plain import Client, Place
+
+#: What its rows are called.
+FLOOR = "what cannot be left out (tests/bench/floor.py)"
+_TOGETHER = 64
+_GATHERING = 0.05  # seconds, of what is written behind the answer
+T = TypeVar("T")
 
 
 @contextmanager
-def floor(upstream: str, folder: Path, trusted: PublicKey) -> Iterator[tuple[str, int]]:
-    """Its URL and process id."""
+def floor(upstream: str, folder: Path, trusted: PublicKey) -> Iterator[tuple[str, int, str]]:
+    """Its URL, process id and public key."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(upstream, folder, str(trusted), theirs))
     process.start()
     try:
-        yield f"http://127.0.0.1:{ours.recv()}", process.pid or 0
+        port, key = ours.recv()
+        yield f"http://127.0.0.1:{port}", process.pid or 0, key
     finally:
         process.terminate()
         process.join()
@@ -45,52 +66,157 @@ def _serve(upstream: str, folder: Path, trusted: str, pipe: object) -> None:
 
 
 async def _run(upstream: str, folder: Path, ring: KeyRing, pipe: object) -> None:
-    url = f"sqlite:///{tempfile.mkdtemp(dir=folder)}/index.sqlite"
+    home = tempfile.mkdtemp(dir=folder)
+    url = f"sqlite:///{home}/index.sqlite"
     migrate(url)
-    server = _Floor(upstream, Index(url, "/nix/store"), ring)
-    running = asyncio.create_task(server.index.run())
-    loop = asyncio.get_running_loop()
-    listening = await loop.create_server(lambda: _Connection(server), "127.0.0.1", 0)
-    pipe.send(listening.sockets[0].getsockname()[1])  # type: ignore[attr-defined]
-    await running
+    storage = LocalStorage(f"file://{home}/storage")
+    storage.prepare(CacheInfo("/nix/store"))
+    server = _Floor(upstream, Index(url, "/nix/store"), storage, ring)
+    listening = await asyncio.get_running_loop().create_server(
+        lambda: _Connection(server), "127.0.0.1", 0, backlog=1024
+    )
+    port = listening.sockets[0].getsockname()[1]
+    public = PublicKey("floor-1", bytes(server.key.verify_key))
+    pipe.send((port, str(public)))  # type: ignore[attr-defined]
+    async with asyncio.TaskGroup() as group:
+        for work in (server.index.run, server.publishing.run, server.write_behind):
+            group.create_task(work())
 
 
 class _Floor:
-    def __init__(self, upstream: str, index: Index, ring: KeyRing) -> None:
+    def __init__(self, upstream: str, index: Index, storage: LocalStorage, ring: KeyRing) -> None:
         self.index = index
+        self.key = SigningKey.generate()
+        self.publishing: Batcher[tuple[OpenFile, str], None] = Batcher(
+            self._publish, most=_TOGETHER
+        )
         self._upstream = upstream
+        self._storage = storage
         self._ring = ring
         self._client = Client(ssl.create_default_context(), connect_timeout=5)
         self._place = Place(URL(upstream), {})
-        self._key = SigningKey.generate()
+        self._known: dict[str, tuple[NarInfo, NarRecord]] = {}
+        self._uploaded: dict[str, OpenFile] = {}
+        #: What is written behind the answer: NARs, which their narinfos follow.
+        self._nars: dict[str, bytes] = {}
+        self._narinfos: dict[str, bytes] = {}
+        self._threads = ThreadPoolExecutor(8)
 
-    async def narinfo(self, target: str) -> bytes:
-        with await self._client.ask(self._place, target) as answer:
+    def _thread(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    async def answer(self, method: str, name: str, body: bytes) -> tuple[int, bytes]:
+        """Status and body."""
+        if method == "PUT":
+            if name.endswith(".narinfo"):
+                await self._put_narinfo(body)
+            elif name.startswith("nar/"):
+                self._uploaded[name] = await self._thread(self._received, name, body)
+            return 201, b""
+        if name == "nix-cache-info":
+            return 200, CacheInfo("/nix/store").render().encode()
+        if not self._upstream:
+            return 404, b""
+        return 200, await (self._nar(name) if name.startswith("nar/") else self._narinfo(name))
+
+    async def _narinfo(self, name: str) -> bytes:
+        with await self._client.ask(self._place, f"/{name}") as answer:
             info = NarInfo.parse(await answer.read())
-        message = info.fingerprint()
-        assert self._ring.signer(message, info.signatures)
-        ours = Signature("floor-1", self._key.sign(message).signature)
-        signed = info.with_signatures((*info.signatures, ours))
+        assert self._ring.signer(info.fingerprint(), info.signatures)
+        signed = self._signed(info)
         nar = NarRecord.of(info, self._upstream)
         record = PathRecord(signed, nar.file, "signature", ours=frozenset(("floor-1",)))
         await self.index.admit(record, nar)
-        body = signed.render()
-        return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        self._known[info.url] = signed, nar
+        return signed.render()
+
+    def _signed(self, info: NarInfo) -> NarInfo:
+        ours = Signature("floor-1", self.key.sign(info.fingerprint()).signature)
+        return info.with_signatures((*info.signatures, ours))
+
+    async def _nar(self, name: str) -> bytes:
+        info, _ = self._known[name]
+        with await self._client.ask(self._place, f"/{name}") as answer:
+            body = await answer.read()
+        assert inspect_file(info, BytesIO(body)).file_hash == info.file_hash
+        self._nars[name] = body
+        return body
+
+    def _received(self, name: str, body: bytes) -> OpenFile:
+        assert name.startswith(f"nar/{Hash.sha256(body).nix32}.")
+        file = OpenFile.incoming(self._storage.arriving())
+        file.write(body)
+        return file
+
+    async def _put_narinfo(self, body: bytes) -> None:
+        info = NarInfo.parse(body)
+        file = self._uploaded.pop(info.url)
+
+        def inspected() -> Measured:
+            return inspect_file(info, BytesIO(file.read()), scan=True)
+
+        found = await self._thread(inspected)
+        await self.publishing.ask((file, info.url))
+        name, signed = info.url.removeprefix("nar/"), self._signed(info)
+        nar = NarRecord.from_file(info, name, file_hash=found.file_hash, file_size=found.file_size)
+        path = PathRecord(signed, name, "upload x", ours=frozenset(("floor-1",)))
+        await self.index.admit_stored(path, replace(nar, stored=True))
+        self._narinfos[f"{info.store_path.hash_part}.narinfo"] = signed.render()
+
+    async def _publish(self, files: list[tuple[OpenFile, str]]) -> list[Exception | None]:
+        return list(await self._thread(self._storage.publish_each, files))
+
+    async def write_behind(self) -> None:
+        """Write what was answered, some together."""
+        while True:
+            await asyncio.sleep(_GATHERING)
+            nars = dict(islice(self._nars.items(), _TOGETHER))
+            if nars:
+                await self._thread(self._storage.write_all, nars)
+                known = [self._known[name] for name in nars]
+                await asyncio.gather(
+                    *(self.index.publish(nar, replace(nar, stored=True)) for _, nar in known)
+                )
+                for name, (info, _) in zip(nars, known, strict=True):
+                    self._narinfos[f"{info.store_path.hash_part}.narinfo"] = info.render()
+                    del self._nars[name]
+            narinfos = dict(islice(self._narinfos.items(), _TOGETHER))
+            if narinfos:
+                await self._thread(partial(self._storage.write_all, narinfos, together=True))
+                for name in narinfos:
+                    del self._narinfos[name]
 
 
 class _Connection(asyncio.Protocol):
     def __init__(self, server: _Floor) -> None:
         self._server = server
+        self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
+        self._target = b""
+        self._body: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        self._task = asyncio.ensure_future(self._answer(data.split(b" ", 2)[1].decode()))
+        self._parser.feed_data(data)
 
-    async def _answer(self, target: str) -> None:
-        answer = await self._server.narinfo(target)
+    def on_url(self, url: bytes) -> None:
+        self._target = url
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        method = self._parser.get_method().decode()
+        body = b"".join(self._body)
+        self._body.clear()
+        name = self._target.partition(b"?")[0].decode()[1:]
+        self._task = asyncio.ensure_future(self._answer(method, name, body))
+
+    async def _answer(self, method: str, name: str, body: bytes) -> None:
+        status, answer = await self._server.answer(method, name, body)
+        head = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (status, len(answer))
         if self._transport:
-            self._transport.write(answer)
+            self._transport.write(head + (b"" if method == "HEAD" else answer))

@@ -8,16 +8,17 @@ from pathlib import Path
 
 from narseal.custody import tokens
 from tests.bench.copying import EXPRESSION, PATHS
-from tests.bench.servers import median, nginx
+from tests.bench.floor import FLOOR, floor
+from tests.bench.servers import nginx
+from tests.bench.sides import Sides
 from tests.bench.table import Row
-from tests.tools.narseal import narseal_process
+from tests.tools.narseal import UPSTREAM, narseal_process
 from tests.tools.nix import Nix, nix
 
 
 def measure() -> list[Row]:
     """Seconds for the whole closure, by a client that knows nothing of what is there."""
-    ours: list[float] = []
-    theirs: list[float] = []
+    sides = Sides()
     with nix() as builder, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -32,15 +33,22 @@ def measure() -> list[Row]:
             builder.config["netrc-file"] = builder.path("netrc")
             upload = {"enabled": True, "tokens_file": str(home / "tokens")}
             with narseal_process(home, upload=upload) as proxy:
-                ours.append(_copy(builder, proxy.url, path))
+                _take(sides, "narseal", builder, proxy.url, path, proxy.workers()[0])
+            with floor("", folder, UPSTREAM.public) as (url, pid, _):
+                _take(sides, FLOOR, builder, url, path, pid)
             cache = folder / f"nginx{round_}"
             cache.mkdir()
             body = f"root {cache}; dav_methods PUT; create_full_put_path on;"
             with nginx(f"{body} client_max_body_size 1g;", {0, 1}) as url:
-                theirs.append(_copy(builder, url, path))
-    mine, other = median(ours), median(theirs)
-    what = f"`nix copy --to` of {PATHS} paths, all checked, against nginx's dav (time)"
-    return [Row(what, f"{mine:.2f} s", f"{other:.2f} s", mine / other, "≤ 2")]
+                _take(sides, "nginx's dav", builder, url, path)
+    label = f"`nix copy --to` of {PATHS} paths, all checked"
+    return sides.rows(label, "upload", {"nginx's dav": "≤ 3", FLOOR: ""}, "{:.2f} s", " (time)")
+
+
+def _take(
+    sides: Sides, side: str, builder: Nix, url: str, path: str, pid: int | None = None
+) -> None:
+    sides.take(side, "upload", lambda: _copy(builder, url, path), pid, PATHS)
 
 
 def _copy(builder: Nix, url: str, path: str) -> float:
