@@ -49,7 +49,6 @@ else:
 MIB = 1 << 20
 GROWTH = 128 * MIB
 STALL = 0.5  # seconds of the loop's CPU time; what these tests are about took 16 and more
-SHORT = 0.06
 ZEROS = bytes(MIB)
 ITEM = entry("my-app-1", b"app", compression="zstd").signed(UPSTREAM)
 LISTING = f"{'1' * 32}.ls"
@@ -575,18 +574,21 @@ async def test_bomb(name: str, world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "most"),
     [
-        "a_log_in_chunks_of_one_byte",
-        "an_uploaded_log_in_chunks_of_one_byte",
-        "large_heads_of_many_connections",
+        ("a_log_in_chunks_of_one_byte", 0.06),
+        ("an_uploaded_log_in_chunks_of_one_byte", 0.06),
+        ("large_heads_of_many_connections", 0.08),
+        ("bodies_that_arrive_in_the_same_instant", 0.1),
     ],
 )
-async def test_the_loop_is_kept_for_less_than_a_tenth_of_a_second(name: str, world: World) -> None:
-    """It was 0.12 to 0.15 s. A prober that is held up itself sees more of the loop's time: so, in one try of some."""
+async def test_the_loop_is_kept_for_less_than_a_tenth_of_a_second(
+    name: str, most: float, world: World
+) -> None:
+    """It was 0.12 to 0.22 s. A prober that is held up itself sees more of the loop's time: so, in one try of some."""
     [pid] = world.process.workers()
     stalls: list[float] = []
-    while not stalls or min(stalls) > SHORT:
+    while not stalls or min(stalls) > most:
         assert len(stalls) < 10, stalls
         with watching(pid, world.process.url) as seen:
             with suppress(OSError):
@@ -598,7 +600,8 @@ async def test_the_loop_is_kept_for_less_than_a_tenth_of_a_second(name: str, wor
 
 
 async def test_memory_that_was_freed_goes_back(world: World) -> None:
-    """Four bundles of 7 MiB, one after another, had left up to 150 MiB with the C library."""
+    """Four bundles of 7 MiB had left up to 150 MiB with the C library."""
+    assert (await world.get(f"{ITEM.hash}.narinfo"))[0] == 200  # everything is imported
     [pid] = world.process.workers()
     base = resident(pid)
     await BOMBS["uploaded_attestations_of_one_large_text"](world)

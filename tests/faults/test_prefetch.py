@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from narseal.pipeline.paths import prefetch as prefetch_room
 from tests.faults.test_isolation import neighbour
@@ -73,6 +75,28 @@ async def test_what_a_path_refers_to_is_there_when_it_is_asked_for(
         assert metric("narseal_prefetch_used_total", kind="narinfo") == used + len(items) - 1
     assert {upstream.asked[f"{item.hash}.narinfo"] for item in items} == {1}
     assert not any(name.startswith("nar/") for name in upstream.asked)
+
+
+async def test_many_references_are_brought_by_few_tasks(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """A task for each of a thousand had kept the loop from everybody else."""
+    goes_on = asyncio.Event()
+    top, *rest = closure(200, 2)
+    upstream.add(top, *rest)
+
+    async def held(_: web.Request) -> web.StreamResponse:
+        await goes_on.wait()
+        return web.Response(status=404)
+
+    for item in rest:
+        upstream.fault(f"{item.hash}.narinfo", held)
+    async with narseal(tmp_path, {"url": upstream.url}) as client:
+        await client.narinfo(top.hash)
+        names = [task.get_name() for task in asyncio.all_tasks()]
+        assert names.count("narinfos in advance") == 32
+        goes_on.set()
+        await client.until(lambda: all(upstream.asked[f"{i.hash}.narinfo"] for i in rest))
 
 
 async def test_who_looks_first_and_asks_then_has_the_rest_brought(

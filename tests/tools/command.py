@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from tests.tools.waiting import PATIENCE
@@ -23,12 +24,21 @@ def narseal_command(
         )
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=cwd, env=env
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=cwd,
+            env=env,
         ) as process:
             assert process.stdout is not None
+            late = threading.Timer(PATIENCE, process.kill)
+            late.start()
             output = process.stdout.readline()  # nothing, or that it serves
             if output:
                 process.terminate()
             output += process.stdout.read()
+            late.cancel()
         errors.seek(0)
         return subprocess.CompletedProcess(command, process.returncode, output, errors.read())

@@ -166,6 +166,25 @@ def test_public_instance_out_of_reach_is_exit_code_3(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("size", [10, 200_000])
+def test_fields_beside_a_payload_are_held_to_the_specification(size: int) -> None:
+    """However large it is: a large one is not looked at twice."""
+    items = [entry("p", contents=b"x" * size)]
+    text = statement.render(map(attested, items)) + b" " * size
+    made = json.loads(KeySigner(KEY, None, timeout=1).sign_statement(text))
+    assert Bundle.parse(json.dumps(made).encode()).signed
+    envelope = made["dsseEnvelope"]
+    for tree in (
+        made | {"more": 1},
+        made | {"dsseEnvelope": envelope | {"more": 1}},
+        made | {"dsseEnvelope": envelope | {"payload": envelope["payload"] + "="}},
+        made | {"dsseEnvelope": envelope | {"payload": [envelope["payload"]]}},
+        made | {"verificationMaterial": made["verificationMaterial"] | {"more": 1}},
+    ):
+        with pytest.raises(MalformedAttestation):
+            Bundle.parse(json.dumps(tree).encode())
+
+
 def attested(item: Entry, name: str = "x.nar") -> AttestedPath:
     return AttestedPath(item.info, name, Hash("sha256", hashlib.sha256(item.file).digest()))
 

@@ -441,9 +441,12 @@ def test_two_references_of_one_hash_part_are_refused() -> None:
     [
         (b"[" + b"[]," * 500_000 + b"1]", "over 400000 values"),
         (b"[" * 40_000 + b"]" * 40_000, "nests deeper than 100"),
-        (b"[" * 2_000 + b"]" * 2_000, "is not JSON"),
-        (b'["' + b"x" * (5 << 20) + b'",' + b"1," * 40_000 + b"1]", "more than 4 MiB"),
-        (b"[" + b"1" * (5 << 20) + b"," + b"1," * 40_000 + b"1]", "more than 4 MiB"),
+        (b"[" * 100_000 + b"]" * 100_000, "nests deeper than 100"),
+        (b"[" * 2_000 + b"]" * 2_000, "nests deeper than 100"),
+        (b'{"a":' * 101 + b"1" + b"}" * 101, "nests deeper than 100"),
+        (b'["]]]]]]]]",' + b"[" * 100 + b"]" * 101, "nests deeper than 100"),
+        (b'["' + b"x" * (5 << 20) + b'",' + b"1," * 40_000 + b"1]", "over 4 MiB"),
+        (b"[" + b"1" * (5 << 20) + b"," + b"1," * 40_000 + b"1]", "over 4 MiB"),
         (b"[" + b"1," * 40_000 + b"]", "is not JSON"),
         (b"[" + b"1," * 40_000 + b"1]x", "is not JSON"),
         (b"[" + b"1," * 40_000 + b"1", "is not JSON"),
@@ -462,6 +465,7 @@ def test_json_that_is_not_taken(data: bytes, sentence: str) -> None:
         {"few": "x" * (10 << 20)},
         {"many": [{"n": str(n)} for n in range(100_000)]},
         {"commas": ",[{" * 100_000, "rest": [1.5, None, True]},
+        {"deep": json.loads("[" * 99 + "]" * 99), "wide": [[]] * 200, "texts": "[{" * 9_000},
         {"texts": ["x" * (2 << 20)] * 3, "many": [1] * 50_000},
     ],
 )

@@ -239,10 +239,16 @@ def _field(tree: dict[str, Any], name: str, kind: type[Any]) -> Any:
 
 
 def _bytes(tree: dict[str, Any], name: str) -> bytes:
+    text = _field(tree, name, str)
     try:
-        return base64.b64decode(_field(tree, name, str), validate=True)
+        data = base64.b64decode(text, validate=True)
     except ValueError as error:  # characters beyond ASCII are no binascii.Error
         raise MalformedAttestation(f"the bundle's {name} is not base64") from error
+    if (
+        len(text) != (len(data) + 2) // 3 * 4
+    ):  # padding where none belongs, which Python passes over
+        raise MalformedAttestation(f"the bundle's {name} is not base64: its padding is too long")
+    return data
 
 
 def _base64(data: bytes) -> str:

@@ -31,18 +31,36 @@ def load_json(data: bytes, *, what: str) -> Any:
     It is held to RFC 8259, and a name stands once in an object: which of two counts, readers differ.
     """
     try:
-        if len(data) > _FEW and _values(data) > _FEW:
+        containers = data.count(b"[") + data.count(b"{")
+        # each value is the first, or behind a comma or an opening bracket
+        if 1 + containers + data.count(b",") > _FEW:
             check_shape(io.BytesIO(data), what=what, depth=MAX_DEPTH, values=MAX_VALUES)
-        return _DECODER.decode(data.decode())
-    except (ValueError, RecursionError) as error:
+            return _DECODER.decode(data.decode())
+        tree = _DECODER.decode(data.decode())
+        if containers > MAX_DEPTH:
+            _check_depth(tree, what)
+        return tree
+    except RecursionError as error:
+        raise Malformed(f"{what} nests deeper than {MAX_DEPTH}") from error
+    except ValueError as error:
         if isinstance(error, Malformed):
             raise
         raise Malformed(f"{what} is not JSON: {error}") from error
 
 
-def _values(data: bytes) -> int:
-    """At most so many values are in a text: each is the first, or behind one of these."""
-    return 1 + len(data) - len(data.translate(None, b",[{"))
+def _check_depth(tree: Any, what: str) -> None:
+    """Malformed if it nests too deep: what is done with it may be recursive."""
+    level = [tree]
+    for _ in range(MAX_DEPTH):
+        level = [
+            value
+            for container in level
+            for value in (container.values() if isinstance(container, dict) else container)
+            if isinstance(value, dict | list)
+        ]
+        if not level:
+            return
+    raise Malformed(f"{what} nests deeper than {MAX_DEPTH}")
 
 
 def check_shape(file: BinaryIO, *, what: str, depth: int, values: int) -> dict[str, object]:
@@ -89,7 +107,7 @@ def _events(file: BinaryIO, what: str) -> Iterator[tuple[str, Any]]:
             parser.send(block[at : at + _PORTION])
             silent = 0 if events else silent + _PORTION
             if silent > _MAX_TOKEN:
-                raise Malformed(f"{what} has a text of more than {_MAX_TOKEN >> 20} MiB")
+                raise Malformed(f"{what} has a text, number or gap of over {_MAX_TOKEN >> 20} MiB")
             yield from events
             events.clear()
     parser.close()  # it says whether that was all

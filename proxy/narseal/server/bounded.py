@@ -81,9 +81,10 @@ class BoundedProtocol(RequestHandler):
         #: The last request's body, and how much of it is to come, if it says so.
         self._body: StreamReader | None = None
         self._body_left = 0
-        #: Whether a handler reads it, and in small pieces. Until then what came of it is held as it is.
+        #: Whether a handler reads it, and in small pieces.
         self._wanted = False
         self._is_small = False
+        #: What came and is not looked at yet: of a body that nobody wants yet, or of what waits for its turn.
         self._held = b""
         #: It was answered without, so that what comes of it is dropped.
         self._drops = False

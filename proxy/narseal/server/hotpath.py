@@ -2,8 +2,8 @@
 
 It recognises the request in the raw bytes: `GET <target> HTTP/1.1` and a block of harmless
 headers, nothing before, nothing behind. What such a request, or a HEAD, asks for and is not in memory, `misses`
-finds. Anything else goes to aiohttp, within the bounds of `bounded`. It also keeps the deadline for a
-request's head, and the bounds on connections, for all of them.
+finds. Anything else goes to aiohttp, within the bounds of `bounded`. What is not in memory waits for its turn
+(`request_queue`). It also keeps the deadline for a request's head, and the bounds on connections, for all of them.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ class HotProtocol(BoundedProtocol):
     __slots__ = (
         "_address",
         "_behind",
+        "_came",
         "_eligible",
         "_miss",
         "_partial",
@@ -163,6 +164,8 @@ class HotProtocol(BoundedProtocol):
         self._partial = False
         self._eligible = False
         self._turned_away = False
+        #: When what waits for its turn came (perf_counter); 0: nothing does.
+        self._came = 0.0
         #: What finds the answer to a request that was not in memory, and what came behind that.
         self._miss: asyncio.Task[None] | None = None
         self._behind = bytearray()
@@ -229,9 +232,12 @@ class HotProtocol(BoundedProtocol):
                 target = data[begin:stop]
         if data and not (self.is_body() or server.queue.may_begin(self)):
             self._eligible = False
+            self._came = self._came or start
             self.hold(data)
             server.queue.add(self._address, self)
-        elif server.misses and (miss := server.misses.of(target, start, only_looks=looks)):
+            return
+        start, self._came = self._came or start, 0.0
+        if target and server.misses and (miss := server.misses.of(target, start, only_looks=looks)):
             self.waits_since = _NEVER
             self._eligible = False
             self._miss = self._loop.create_task(self._answer(server.misses, miss, data))

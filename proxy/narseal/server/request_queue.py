@@ -8,9 +8,12 @@ others wait as they came. What is answered from memory does not wait.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 
 from narseal.server.bounded import BoundedProtocol
+
+_log = logging.getLogger(__name__)
 
 #: Requests, or pieces of heads, that a turn of the loop begins.
 _TOGETHER = 32
@@ -43,14 +46,20 @@ class RequestQueue:
         self._waiting.setdefault(address, deque()).append(connection)
 
     def _turn(self) -> None:
-        """Let some of those that wait go on."""
-        self._is_used = False
+        """Let some of those that wait go on. One that fails ends, as it would if the loop had read it."""
+        self._is_used = bool(self._waiting)
+        if self._is_used:
+            self._loop.call_soon(self._turn)
         self._left = _TOGETHER
         while self._waiting and self._left:
             address = next(iter(self._waiting))
             connections = self._waiting.pop(address)
-            self._next = connections.popleft()
+            self._next = connection = connections.popleft()
             if connections:  # behind the other addresses
                 self._waiting[address] = connections
-            self._next.go_on()
+            try:
+                connection.go_on()
+            except Exception:
+                _log.exception("what came on a connection could not be read")
+                connection.force_close()
         self._next = None

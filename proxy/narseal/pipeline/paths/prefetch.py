@@ -23,6 +23,7 @@ from narseal.pipeline.services import Services
 from narseal.runtime.slots import apart, asker
 from narseal.storage import NarRecord
 from narseal.telemetry import metrics
+from narseal.telemetry.logs import request_id
 
 _log = logging.getLogger(__name__)
 
@@ -176,6 +177,7 @@ class References:
 
     async def _bring_some(self) -> None:
         asker.set(_IN_ADVANCE)
+        request_id.set(None)  # it goes on for others than the one for whom it was begun
         try:
             while self._waiting and not self.is_off:
                 hash_part = next(iter(self._waiting))
