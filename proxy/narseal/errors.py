@@ -51,6 +51,15 @@ class ConfigError(NarsealError):
     reason = "config"
 
 
+def cannot_make(file: object, error: OSError) -> ConfigError:
+    """Why a file cannot be made or written, for the operator: mostly its folder is not there."""
+    if isinstance(error, FileNotFoundError):
+        return ConfigError(
+            f"{file}: there is no folder {str(file).rpartition('/')[0]}; make it first"
+        )
+    return ConfigError(f"{file}: cannot be written: {error.strerror}")
+
+
 class NoIndex(NarsealError):
     """A command is about what is in the index, and there is none."""
 

@@ -337,6 +337,11 @@ def test_a_backup_of_the_index_keeps_its_folder(tmp_path: Path) -> None:
         fill(proxy)
         copy = tmp_path / "copy"
         assert narseal_command("index", "backup", str(copy), "--config", config).returncode == 0
+        again = narseal_command("index", "backup", str(copy), "--config", config)
+        assert again.returncode == 2 and "name another file" in again.stderr
+        nowhere = str(tmp_path / "gone/copy")
+        lost = narseal_command("index", "backup", nowhere, "--config", config)
+        assert lost.returncode == 2 and f"no folder {tmp_path}/gone; make it" in lost.stderr
     delete_all(tmp_path / "index.sqlite")
     copy.rename(tmp_path / "index.sqlite")
     assert narseal_command("index", "check", "--config", config).stdout == "good\n"

@@ -197,3 +197,42 @@ async def test_a_name_that_no_key_here_has_is_not_revoked(
     for name in ("operator-l", "upstream-1", "operator-1"):  # again: they are known now
         done = narseal_command("revoke", name, *words)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    sentence = f"there is no folder {gone}; make it first"
+    refused(sentence, "key", "generate", "cache-1", "-o", gone / "key")
+    refused(sentence, "token", "add", "ci", "--allow", "*", "--tokens-file", gone / "tokens")
+    file = configuration(tmp_path)
+    refused("is there already, and stays: name another", "key", "generate", "cache-1", "-o", file)
+
+
+def test_check_config_warns_of_what_is_hardly_meant(tmp_path: Path) -> None:
+    upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
+    cosign = {"mode": "keyless", "identity_token_env": "NO_SUCH_TOKEN"}
+    file = configuration(tmp_path, upload=upload, cosign=cosign, policy_default="deny")
+    done = narseal_command("check-config", "--config", file)
+    assert done.returncode == 0, done.stderr
+    assert f"narseal token add NAME --allow '*' --tokens-file {tmp_path}/tokens" in done.stdout
+    assert "cosign.identity_token_env: NO_SUCH_TOKEN is not set here" in done.stdout
+    assert "nothing is served" in done.stdout
+    tokens.add(tmp_path / "tokens", "ci", allow=("*",), expires=None)
+    policy = [{"match": "*", "action": "allow"}]
+    file = configuration(tmp_path, upload=upload, policy=policy, policy_default="deny")
+    assert "warning" not in narseal_command("check-config", "--config", file).stdout
+
+
+def test_a_variable_that_is_no_json_says_what_it_may_be(tmp_path: Path) -> None:
+    words = ("check-config", "--config", configuration(tmp_path))
+    sentence = """NARSEAL_UPSTREAM: not JSON. A list or section of the environment is, as"""
+    refused(sentence, *words, NARSEAL_UPSTREAM="https://cache.nixos.org")
+
+
+def test_an_address_where_nobody_listens_is_named(tmp_path: Path) -> None:
+    done = narseal_command("status", "--from", "http://127.0.0.1:9")
+    assert done.returncode == 3
+    assert (
+        done.stderr
+        == "narseal: http://127.0.0.1:9/status: nobody answers there: Connection refused\n"
+    )

@@ -35,6 +35,8 @@ def check_config(config_file: Path) -> None:
         click.echo(f"  trusts       {upstream.url} by {names}")
     if (config.upload.oidc or config.upload.tokens_file) and not config.upload.enabled:
         click.echo("  uploads      off: upload.enabled is not true")
+    for warning in found.warnings:
+        click.echo(f"  warning      {warning}")
     for number, rule in enumerate(config.policy):
         asked = rule.require or rule.action
         click.echo(f"  policy[{number}]    {', '.join(rule.match)}: {asked}")

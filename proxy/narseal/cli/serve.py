@@ -41,11 +41,17 @@ def _run(config: Config, file: Path) -> int:
     keys = " ".join(map(str, supervisor.public_keys))
     url = url_of(supervisor.sockets[0][0], tls=config.tls is not None)
 
+    where = (
+        url
+        if url.startswith("http")
+        else "https://… of the web server before it (examples/nginx.conf)"
+    )
+
     def banner() -> None:
         click.echo(
             f"narseal {__version__} serves {url}\n\n"
             "  For nix.conf:\n"
-            f"    substituters = {url}\n"
+            f"    substituters = {where}\n"
             f"    trusted-public-keys = {keys}\n"
         )
 

@@ -25,12 +25,13 @@ def signer(config_file: Path, check: bool) -> None:
     from narseal.cli.load import read
     from narseal.config.signer import SignerConfig
     from narseal.signer.rules import SigningRules
-    from narseal.signer.server import run
+    from narseal.signer.server import allowed, run
     from narseal.telemetry.logs import configure
 
     config = SignerConfig.parse(read(config_file), source=str(config_file))
     configure("info")
     if check:
+        allowed(config)
         rules = SigningRules(config)
         for key in rules.public_keys():
             click.echo(f"{key['type']:<8} {key['name']}")

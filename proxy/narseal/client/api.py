@@ -40,12 +40,27 @@ def _ask(method: str, address: str, **options: Any) -> requests.Response:
     try:
         answer = requests.request(method, address, timeout=_TIMEOUT, **options)
     except (requests.RequestException, ValueError) as error:
-        raise UpstreamTrouble(f"{address}: {error}") from error
+        raise UpstreamTrouble(f"{address}: {_reason(error)}") from error
     sentence = " ".join(answer.text[:500].split())
     if answer.status_code == requests.codes.not_found:
         raise NotFound(f"{address}: 404: {sentence}")
+    if answer.status_code == requests.codes.method_not_allowed:
+        raise BadUpload(
+            f"{address}: 405: that narseal takes no attestations; its operator says in a [[policy]] that"
+            " asks for some, or in [[attestations.accept]], who may leave them"
+        )
     if 400 <= answer.status_code < 500:
         raise BadUpload(f"{address}: {answer.status_code}: {sentence}")
     if not answer.ok:
         raise UpstreamTrouble(f"{address}: {answer.status_code}: {sentence}")
     return answer
+
+
+def _reason(error: BaseException) -> str:
+    """Why there was no answer: requests says it in a sentence of several libraries."""
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError) and cause.strerror:
+            return f"nobody answers there: {cause.strerror}"
+        cause = cause.__cause__ or cause.__context__
+    return str(error)

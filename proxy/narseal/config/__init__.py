@@ -395,4 +395,8 @@ class Config(BaseSettings):
         except ValidationError as error:
             raise ConfigError("\n".join(sentences(error, text, source, variables))) from error
         except (ValueError, TypeError) as error:  # pydantic-settings: JSON in the environment
-            raise ConfigError(f"environment: {error}") from error
+            names = [name for setting, name in variables.items() if f'"{setting}"' in str(error)]
+            raise ConfigError(
+                f"{' '.join(names) or error}: not JSON. A list or section of the environment is, as"
+                """ NARSEAL_UPSTREAM='[{"url": "https://…"}]'; one setting is NARSEAL_SECTION__KEY"""
+            ) from error

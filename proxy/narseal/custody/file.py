@@ -10,7 +10,7 @@ from nacl._sodium import ffi, lib
 
 from narseal.custody.memory import Locked, decode_base64, read_into
 from narseal.custody.requests import Request
-from narseal.errors import ConfigError, MalformedKey
+from narseal.errors import ConfigError, MalformedKey, cannot_make
 from narseal.nix.keys import PublicKey, Signature, check_key_name
 from narseal.runtime.threads import by_size
 
@@ -129,8 +129,10 @@ def write_private(path: Path, text: str) -> None:
     """Create a file of mode 0600 with the text, durably; ConfigError if it exists."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError as error:
+        raise ConfigError(f"{path} is there already, and stays: name another file") from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be made: {error.strerror}") from error
+        raise cannot_make(path, error) from error
     with open(descriptor, "w", encoding="ascii") as file:
         file.write(text)
         file.flush()

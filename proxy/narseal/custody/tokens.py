@@ -17,7 +17,7 @@ from pathlib import Path
 from nacl.exceptions import InvalidkeyError
 from nacl.pwhash import argon2id
 
-from narseal.errors import ConfigError, TokensUnusable
+from narseal.errors import ConfigError, TokensUnusable, cannot_make
 from narseal.nix.name_globs import matches
 
 _TOKEN = re.compile(r"narseal_([0-9a-f]{12})_([A-Za-z0-9_-]{43})", re.ASCII)
@@ -148,7 +148,7 @@ def _changing(file: Path) -> Iterator[list[Token]]:
                 os.fsync(opened.fileno())
             part.replace(file)
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be written: {error.strerror}") from error
+        raise cannot_make(file, error) from error
 
 
 def _mark(file: Path) -> tuple[int, ...] | None:

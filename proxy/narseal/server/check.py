@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class Checked:
 
     keys: list[PublicKey]
     cosigning: SigstoreSetup
+    #: Sentences on what is allowed, and hardly meant.
+    warnings: list[str]
 
 
 def check(config: Config) -> Checked:
@@ -42,7 +45,23 @@ def check(config: Config) -> Checked:
         tokens.listed(Path(expand(config.upload.tokens_file)))
     for key in keys:
         key.custodian.close()  # what is forked from here has no use for it
-    return Checked([key.public for key in keys], SigstoreSetup(config.cosign))
+    return Checked(
+        [key.public for key in keys], SigstoreSetup(config.cosign), list(_warnings(config))
+    )
+
+
+def _warnings(config: Config) -> Iterator[str]:
+    file = config.upload.tokens_file
+    if file and not Path(expand(file)).exists():
+        yield (
+            f"upload.tokens_file {file} is not there, so nobody has a token:"
+            f" `narseal token add NAME --allow '*' --tokens-file {file}` makes it"
+        )
+    variable = config.cosign.identity_token_env
+    if config.cosign.mode == "keyless" and variable and variable not in os.environ:
+        yield f"cosign.identity_token_env: {variable} is not set here; narseal needs it where it serves"
+    if config.policy_default == "deny" and not any(rule.action != "deny" for rule in config.policy):
+        yield 'policy_default = "deny", and no [[policy]] lets anything through: nothing is served'
 
 
 def check_change(old: Config, new: Config) -> None:

@@ -237,7 +237,7 @@ def run(config: SignerConfig) -> None:
     rules = SigningRules(config)
     if not locked:
         _log.info("the process is not locked in memory (LimitMEMLOCK); its keys' own pages are")
-    users = [_uid(name) for name in config.allow_users] or [os.geteuid()]
+    users = allowed(config)
     [sock], *_ = listen(config.listen, 1)
     uvloop.run(_serve(rules, config, sock, users))
 
@@ -258,6 +258,11 @@ async def _serve(
             os.unlink(config.listen.removeprefix("unix:"))
 
 
+def allowed(config: SignerConfig) -> list[int]:
+    """The user ids for whom it signs; ConfigError if there is no such user."""
+    return [_uid(name) for name in config.allow_users] or [os.geteuid()]
+
+
 def _threads() -> int:
     """Verifying takes two thirds of a signature's time, without the interpreter's lock.
 
@@ -270,4 +275,6 @@ def _uid(name: str) -> int:
     try:
         return int(name) if name.isascii() and name.isdigit() else pwd.getpwnam(name).pw_uid
     except KeyError as error:
-        raise ConfigError(f"allow_users: there is no user {name}") from error
+        raise ConfigError(
+            f"allow_users: there is no user {name}; name the one that narseal runs as"
+        ) from error

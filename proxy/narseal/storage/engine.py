@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from narseal.errors import ConfigError, NarsealError, NoIndex, Unavailable
+from narseal.errors import ConfigError, NarsealError, NoIndex, Unavailable, cannot_make
 from narseal.runtime.batching import Batcher
 from narseal.storage.prepared import Prepared, driver_of
 from narseal.storage.presence import Presence, index_file
@@ -134,7 +134,9 @@ def backup(url: str, target: Path) -> None:
     try:
         with closing(sqlite3.connect(index_file(url))) as source:
             if target.exists():
-                raise ConfigError(f"{target} is there already")
+                raise ConfigError(f"{target} is there already, and stays: name another file")
+            if not target.parent.is_dir():
+                raise cannot_make(target, FileNotFoundError())
             with closing(sqlite3.connect(target)) as copy:
                 source.backup(copy)
     except (OSError, sqlite3.Error) as error:
