@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,9 @@ class Signer:
 
 
 @contextmanager
-def signer(*, checkpoint: str = "1h", **more: Any) -> Iterator[Signer]:
+def signer(
+    *, checkpoint: str = "1h", keys_beside: Sequence[dict[str, Any]] = (), **more: Any
+) -> Iterator[Signer]:
     """A signer with the operator's key and a cosign key, which trusts the upstream's key.
 
     It answers this process's user.
@@ -97,7 +99,7 @@ def signer(*, checkpoint: str = "1h", **more: Any) -> Iterator[Signer]:
         "listen": f"unix:{found.socket}",
         "allow_users": [str(os.geteuid())],
         "trusted_keys": [str(UPSTREAM.public)],
-        "key": [{"url": f"file:{folder}/operator.secret"}],
+        "key": [{"url": f"file:{folder}/operator.secret"}, *keys_beside],
         "cosign_key": [{"url": f"file:{folder}/cosign.key", "name": "release"}],
         "audit": {"log": str(found.log), "key": f"file:{folder}/audit.secret",
                   "checkpoint": checkpoint},

@@ -26,7 +26,7 @@ import pytest
 from narseal.cosign import statement
 from narseal.cosign.bundle import Envelope, SignedBy, render
 from narseal.cosign.statement import PAYLOAD_TYPE, AttestedPath
-from narseal.custody import wire
+from narseal.custody import wire, write_private
 from narseal.custody.agent import AgentCosignKey, AgentKey
 from narseal.custody.file import FileKey
 from narseal.custody.requests import PathRequest
@@ -35,6 +35,7 @@ from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from narseal.nix.keys import Signature
 from narseal.signer import audit
+from tests.faults.test_uploads import Uploader, add
 from tests.tools.asking import must_come
 from tests.tools.cache import Entry, addressed, entry, key, store_path
 from tests.tools.command import narseal_command
@@ -44,7 +45,7 @@ from tests.tools.narseal import OPERATOR, UPSTREAM, narseal, narseal_process
 from tests.tools.nix import nix
 from tests.tools.signer import AUDIT, USER, Signer, as_user, signer
 from tests.tools.upstream import FakeCache
-from tests.tools.waiting import PATIENCE, until
+from tests.tools.waiting import PATIENCE, eventually, until
 
 pytestmark = pytest.mark.real
 
@@ -490,6 +491,36 @@ async def test_the_log_goes_on_after_kill_9(upstream: FakeCache) -> None:
         assert report.problems == ()
         subjects = {json.loads(line).get("subject") for line in running_lines(found)}
         assert len(subjects - {None}) == 1000  # each that was signed is written down
+
+
+async def test_what_was_uploaded_is_signed_by_a_later_key(tmp_path: Path) -> None:
+    """It has no URL of an upstream's; a signer refused each of them when the key was changed."""
+    later = key("operator-2")
+    file = tmp_path / "later.secret"
+    write_private(file, later.render())
+    if os.geteuid() == 0:
+        os.chown(file, USER.pw_uid, USER.pw_gid)
+    home = tmp_path / "narseal"
+    token = add(tmp_path)
+    upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
+    item = entry("mine-1", b"uploaded", compression="zstd")
+    with signer(
+        content=["mine-*"], storage=f"file://{home}/storage",
+        keys_beside=[{"url": f"file:{file}"}],
+    ) as found:  # fmt: skip
+        names = (OPERATOR.public.name, later.public.name)
+        urls = [{"url": f"{found.url}?key={name}"} for name in names]
+        async with narseal(home, signing={"key": urls[:1]}, upload=upload) as client:
+            assert (await Uploader(client, token).path(item))[0] == 201
+        async with narseal(home, signing={"key": urls}) as client:
+
+            async def signed() -> bool:
+                info = await client.narinfo(item.hash)
+                return {s.key_name for s in info.signatures} == set(names)
+
+            await eventually(signed)
+            info = await client.narinfo(item.hash)
+            assert any(later.public.verifies(info.fingerprint(), s) for s in info.signatures)
 
 
 async def test_agent_signs_as_the_file_does(running: Signer) -> None:

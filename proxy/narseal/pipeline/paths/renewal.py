@@ -244,10 +244,15 @@ class Renewal:
 
 
 def path_request(path: PathRecord, nar: NarRecord) -> PathRequest:
-    """What a signer is asked: the narinfo with its evidence, in the compression that is stored."""
-    if not nar.stored:
-        return PathRequest(path.info, None)
-    return PathRequest(replace(path.info, compression=nar.compression), nar.file)
+    """What a signer is asked: the narinfo with its evidence, in the compression that is stored.
+
+    An uploaded path has no URL of an upstream's, and a signer reads whole narinfos: so it is ours.
+    """
+    info = path.info
+    if nar.stored:
+        info = replace(info, url=f"nar/{nar.file}", compression=nar.compression)
+        return PathRequest(info, nar.file)
+    return PathRequest(info if info.url else replace(info, url=f"nar/{nar.file}"), None)
 
 
 def request_key(request: Request) -> str:
