@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import sqlite3
 import subprocess
@@ -13,10 +14,13 @@ from typing import Any
 
 import pytest
 
+from narseal.cosign.bundle import Bundle
+from narseal.cosign.keys import CosignKey
 from narseal.custody import write_private
 from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.keys import SecretKey
 from narseal.nix.narinfo import NarInfo
+from tests.faults.test_policy import attested, by_ci, digest_of, guarded
 from tests.faults.test_process import fetch
 from tests.faults.test_schedules import revoke
 from tests.tools.cache import Entry, addressed, entry, key
@@ -279,6 +283,33 @@ async def test_what_policy_keeps_back_is_not_shown(tmp_path: Path, upstream: Fak
     async with narseal(tmp_path) as client:  # without the rule it is shown
         assert (await client.narinfo(ONE.hash)).nar_hash == ONE.info.nar_hash
         await client.until(lambda: names(ONE, TWO) <= client.published())
+
+
+async def test_what_others_attested_is_taken_again(tmp_path: Path) -> None:
+    """It was forgotten, and with it what policy lets through by it."""
+    item, denied = entry("my-app-1", compression="zstd"), entry("my-app-2", compression="zstd")
+    rules: dict[str, Any] = {"policy": [by_ci() | {"match": "*-app-*"}]}
+    async with guarded(tmp_path, policy=rules["policy"]) as pipeline:
+        assert (await pipeline.path(item))[0] == (await pipeline.path(denied))[0] == 201
+        assert (await pipeline.attest(digest_of(item), attested(item)))[0] == 201
+        await pipeline.client.narinfo(item.hash)
+        await pipeline.client.until(lambda: names(item) <= pipeline.client.published())
+    for file in tmp_path.glob("index.*"):
+        file.unlink()
+    strange = tmp_path / "storage/attestations" / f"{'0' * 64}.sigstore.json"
+    strange.write_bytes(attested(denied))  # not its name
+    stranger = CosignKey.generate()
+    by_none = Bundle.parse(attested(denied, by=stranger)).render()
+    (strange.parent / f"{hashlib.sha256(by_none).hexdigest()}.sigstore.json").write_bytes(by_none)
+    done = await rebuild(tmp_path, **rules)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "put back 1 paths, 0 could not be\ntook 1 attestations again that others had left\n"
+    )
+    assert f"1 NAR files have no narinfo, {denied.info.url} for one" in done.stderr
+    async with narseal(tmp_path, **rules) as client:
+        await client.narinfo(item.hash)
+        await client.refusal(f"{denied.hash}.narinfo")
 
 
 @pytest.mark.parametrize("error", ["EIO", "EMFILE", "EACCES"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,10 +50,11 @@ def rebuild(config_file: Path) -> None:
     narseal must not run. Each file is hashed; a path is
     taken on the word of keys of yours that are not revoked. The narinfos of what is refused are moved
     to .narseal/refused in the folder, and looked at again the next time; what cannot be read now stays
-    where it is. Exit code 1 if anything was not put back.
+    where it is. Attestations that others left are verified and taken again. Exit code 1 if anything was not put back.
     """
     config = load(config_file)
-    done, failed, there = asyncio.run(_rebuild(config))
+    made = asyncio.run(_rebuild(config))
+    done, failed = made.done, made.failed
     for name, why in failed:
         click.echo(f"not put back: {name}: {why}", err=True)
     folder = config.storage.url.removeprefix("file://")
@@ -75,10 +77,18 @@ def rebuild(config_file: Path) -> None:
             )
     elif done:
         click.echo(f"put back {done} paths, 0 could not be")
-    elif there:
-        click.echo(f"nothing to put back: the index has all {there} paths of {folder}")
+    elif made.there:
+        click.echo(f"nothing to put back: the index has all {made.there} paths of {folder}")
     else:
         click.echo(f"nothing to put back: {folder} has no narinfos. Is that the right folder?")
+    if made.attested:
+        click.echo(f"took {made.attested} attestations again that others had left")
+    if made.orphans:
+        click.echo(
+            f"{len(made.orphans)} NAR files have no narinfo, {made.orphans[0]} for one: uploads that"
+            " policy kept back; bring them again",
+            err=True,
+        )
     sys.exit(1 if failed else 0)
 
 
@@ -120,23 +130,40 @@ def _check(config: Config, *, content: bool) -> list[str]:
     return list(problems(Subject(url, config.store_dir, storage, keys, content)))
 
 
-async def _rebuild(config: Config) -> tuple[int, list[tuple[str, NarsealError]], int]:
-    """How many paths were put back, which were not, and how many narinfos there are."""
+@dataclass
+class _Rebuilt:
+    """What became of an index that was rebuilt."""
+
+    #: Paths that were put back, and narinfos that were not, with why.
+    done: int = 0
+    failed: list[tuple[str, NarsealError]] = field(default_factory=list)
+    #: Narinfos of the folder afterwards.
+    there: int = 0
+    #: Attestations that were taken again.
+    attested: int = 0
+    #: NAR files that nothing names.
+    orphans: list[str] = field(default_factory=list)
+
+
+async def _rebuild(config: Config) -> _Rebuilt:
     from narseal.pipeline.substituter import Substituter
     from narseal.storage import Epoch, LocalStorage, join_for_rebuild
 
     _public_keys(config)  # before anything is written, see that they can be used
     locked = LocalStorage(config.storage.url)  # for as long as it lives
     join_for_rebuild(config.storage.index, locked, _cache_info(config))
-    done, failed = 0, []
+    made = _Rebuilt()
     epoch = Epoch.of(config.storage.index)
     async with Substituter.opened(config, epoch=epoch, serving=False) as substituter:
+        made.attested = await substituter.provenance.put_back()  # before policy asks for them
         async for name, error in substituter.rebuilding.run():
             if error:
-                failed.append((name, error))
+                made.failed.append((name, error))
             else:
-                done += 1
-    return done, failed, len(locked.narinfos())
+                made.done += 1
+        made.orphans = await substituter.rebuilding.orphans()
+    made.there = len(locked.narinfos())
+    return made
 
 
 def _cache_info(config: Config) -> CacheInfo:

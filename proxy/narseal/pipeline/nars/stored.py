@@ -132,7 +132,8 @@ class StoredFiles:
     def lost(self, what: str, why: str) -> None:
         """Say that content is lost, unless somebody brings it again."""
         metrics.storage_errors.labels("lost").inc()
-        _log.error("%s is lost unless it is uploaded again: %s", what, why, extra={"object": what})
+        text = "%s is lost unless an upstream has it or it is uploaded again: %s"
+        _log.error(text, what, why, extra={"object": what})
 
 
 def _hash_piece(digest: hashlib._Hash, descriptor: int, start: int) -> int:

@@ -69,6 +69,11 @@ class Rebuilding:
             if await self._index.path(name.removesuffix(".narinfo")) is None:
                 yield name, await self._try(name, self._storage.refused_name(name))
 
+    async def orphans(self) -> list[str]:
+        """Files below nar/ that stand for nothing: nobody knows any more what they are."""
+        files = await self._threads.run(self._storage.names, "nar")
+        return [f"nar/{file}" for file in files if await self._index.nar(file) is None]
+
     async def _try(
         self, name: str, lies: str, present: Admitted | None = None
     ) -> NarsealError | None:

@@ -34,6 +34,7 @@ from narseal.storage.attestations import Signed
 
 _log = logging.getLogger(__name__)
 _TRIES = 4
+_FOLDER = "attestations"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,28 @@ class Provenance:
             self._epoch.arrive()
             self._tasks.start(self._renew(brought.subjects), f"attested {content.name}")
         return new
+
+    async def put_back(self) -> int:
+        """Take what lies in the folder and the index lacks, as if it were left anew; how many.
+
+        What nobody signed who may attest now, ours included, stays where it is.
+        """
+        known = {bundle_name(digest) for digest in await self._attestations.digests()}
+        count = 0
+        for file in await self._threads.run(self._folder.local.names, _FOLDER):
+            name = f"{_FOLDER}/{file}"
+            data = None if name in known else await self._folder.read(name)
+            if data is None:
+                continue
+            try:
+                brought = await self._threads.run(_parse, data)
+                if bundle_name(hashlib.sha256(brought.bundle).digest()) != name:
+                    continue
+                await self._verify(brought, min(brought.subjects))
+                count += await self.put(Content.of(min(brought.subjects)), data)
+            except (Malformed, BadUpload) as error:
+                _log.debug("%s is not put back: %s", name, error)
+        return count
 
     async def status(self, store_path: StorePath) -> dict[str, Any]:
         """What is known of a path, and what policy says of it; as JSON. See `Finder.preview`.
