@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from narseal.nix.narinfo import NarInfo
+from narseal.server import request_queue
 from tests.faults.test_uploads import add
 from tests.tools.cache import entry
 from tests.tools.narseal import UPSTREAM, Client, Process, metric, narseal, narseal_process
@@ -347,8 +348,9 @@ async def test_requests_of_one_instant_are_begun_in_turns(
 
 
 async def test_what_waits_for_its_turn_is_answered_though_the_server_stops(
-    tmp_path: Path, upstream: FakeCache
+    tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(request_queue, "_TOGETHER", 1)  # they wait for long
     async with AsyncExitStack() as stack:
         async with narseal(tmp_path, {"url": upstream.url}) as client:
             wires = [await stack.enter_async_context(Wire(client)) for _ in range(200)]
@@ -360,6 +362,38 @@ async def test_what_waits_for_its_turn_is_answered_though_the_server_stops(
             assert (await wires[0].answer())[0] == 404
         for wire in wires[1:]:
             assert (await wire.answer())[0] == 404
+
+
+async def test_an_upload_that_is_on_its_way_is_taken_though_the_server_stops(
+    tmp_path: Path,
+) -> None:
+    """What came of its body behind the signal was passed over."""
+    token = add(tmp_path)
+    upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
+    limits = {"shutdown_timeout": f"{PATIENCE:.0f}s"}
+    head = (
+        f"PUT /{ITEM.info.url} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+        f"Content-Length: {len(ITEM.file)}\r\nExpect: 100-continue\r\n\r\n"
+    )
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(narseal(tmp_path, upload=upload, limits=limits))
+        wire = await Wire(client).__aenter__()
+        await wire.send(head.encode())
+        assert b" 100 " in await wire.reader.readuntil(b"\r\n\r\n")
+        await wire.send(ITEM.file[:10])
+        stopping = asyncio.create_task(stack.aclose())
+
+        async def stops() -> bool:
+            try:
+                await Wire(client).__aenter__()
+            except OSError:
+                return True
+            return False
+
+        await eventually(stops)
+        await wire.send(ITEM.file[10:])
+        assert (await wire.answer())[0] == 201
+        await stopping
 
 
 async def test_a_client_that_reads_nothing_takes_no_memory(

@@ -56,7 +56,7 @@ class Nix:
         clean = ["env", *pairs] if here else ["/usr/bin/env", "-i", *pairs]
         return subprocess.run(
             debian.command([*clean, *argv], self._root),
-            capture_output=True, text=True, timeout=PATIENCE,
+            capture_output=True, text=True, timeout=3 * PATIENCE,  # each derivation waits for the disk
         )  # fmt: skip
 
     def script(self, text: str) -> str:

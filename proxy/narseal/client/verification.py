@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import netrc
+import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
 
 from narseal.config import UpstreamConfig
 from narseal.cosign import bundle as bundles
@@ -17,6 +22,7 @@ from narseal.cosign.bundle import Bundle
 from narseal.cosign.statement import PREDICATE_TYPE, Statement, contradictions
 from narseal.cosign.verify import Verifier
 from narseal.errors import (
+    ConfigError,
     ContentMismatch,
     NarsealError,
     NotFound,
@@ -47,6 +53,23 @@ class Outcome:
     error: NarsealError | None
     seconds: float
     bytes: int = 0
+
+
+def _source(url: str) -> UpstreamConfig:
+    """A substituter with what the user's netrc says of it, as curl and Nix have it."""
+    file = os.environ.get("NETRC") or str(Path.home() / ".netrc")
+    host = urlsplit(url).hostname
+    try:
+        with_netrc = host is not None and netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        with_netrc = False
+    try:
+        return UpstreamConfig(url=url, verify="content", netrc_file=file if with_netrc else None)
+    except ValidationError as error:
+        reasons = "; ".join(
+            item["msg"].removeprefix("Value error, ") for item in error.errors(include_input=False)
+        )
+        raise ConfigError(f"--from: {reasons.replace('netrc_file', 'your netrc')}") from None
 
 
 class Verification:
@@ -81,8 +104,8 @@ class Verification:
         parallel: int,
         store_dir: str = "/nix/store",
     ) -> AsyncIterator[Verification]:
-        """Against the substituter at `url` (`http(s)://` or `file://`)."""
-        upstream = connect(UpstreamConfig(url=url, verify="content"))
+        """Against the substituter at `url` (`http(s)://` or `file://`); ConfigError if it is none of these."""
+        upstream = connect(_source(url))
         threads = ThreadPools(transfers=parallel)
         try:
             yield cls(

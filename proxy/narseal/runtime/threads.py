@@ -11,14 +11,21 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from functools import partial
+from functools import cache, partial
 from typing import TypeVar
 
 T = TypeVar("T")
 
 #: Bytes of text that are parsed, verified or signed in well under 10 ms.
 _SMALL = 64 << 10
-_computing = ThreadPoolExecutor(1, thread_name_prefix="computing")
+
+
+@cache
+def _computing() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="computing")
+
+
+os.register_at_fork(after_in_child=_computing.cache_clear)  # threads stay with the parent
 
 
 async def by_size(size: int, work: Callable[..., T], *args: object) -> T:
@@ -26,7 +33,7 @@ async def by_size(size: int, work: Callable[..., T], *args: object) -> T:
     if size <= _SMALL:
         return work(*args)
     return await asyncio.get_running_loop().run_in_executor(
-        _computing, partial(copy_context().run, work, *args)
+        _computing(), partial(copy_context().run, work, *args)
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import EMPTY_PAYLOAD, StreamReader, web
@@ -264,10 +265,12 @@ class BoundedProtocol(RequestHandler):
 
 def _widen(sock: socket.socket) -> None:
     """Let the kernel find again how much it takes for a socket, or take as much as may be said."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)
-    except OSError:  # before Linux 5.15
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WIDE)
+    with suppress(ValueError):  # its client is gone, and uvloop has no descriptor for it
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)
+        except OSError:  # before Linux 5.15
+            with suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WIDE)
 
 
 def connection_of(request: web.Request) -> BoundedProtocol:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections import Counter
+from contextlib import suppress
 from email.utils import formatdate
 from http import HTTPStatus
 from time import perf_counter, time
@@ -63,6 +64,7 @@ _NO_ROOM = (
     f"Server: narseal\r\n\r\n{_NO_ROOM_TEXT}"
 ).encode()
 _SWEEP = 1.0
+_LOOK = 0.01  # seconds between two looks at whether what came was begun
 
 
 class HotServer(web.Server):
@@ -296,9 +298,13 @@ class HotProtocol(BoundedProtocol):
         super()._process_keepalive()
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's
-        """Let a running answer end, for a bounded time."""
-        if self._miss:
-            await asyncio.wait([self._miss], timeout=timeout)
+        """Let what came be answered, for a bounded time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self._is_under_way() or self._messages:  # noqa: ASYNC110 - aiohttp has no event for it
+                    await asyncio.sleep(_LOOK)
+                if self._miss:
+                    await asyncio.wait([self._miss])
         await super().shutdown(timeout)
 
     def _turn_away(self) -> None:
@@ -313,12 +319,19 @@ class HotProtocol(BoundedProtocol):
         super().pause_writing()
 
     def close(self) -> None:
-        """See RequestHandler.close."""
+        """See RequestHandler.close, after which nothing is read: what came, and a body on its way, has its answer first.
+
+        While the server stops, that is its connection's last.
+        """
         self._eligible = False
-        if self._miss:
+        if self._miss or self._is_under_way():
             self._to_close = True
         else:
             super().close()
+
+    def _is_under_way(self) -> bool:
+        """A request waits for its turn, or its body is not all there."""
+        return self.holds or (self.is_body() and not self._drops and self.transport is not None)
 
     def force_close(self) -> None:
         """See RequestHandler.force_close."""

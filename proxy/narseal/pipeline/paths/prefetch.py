@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -54,6 +54,7 @@ class _Question:
 
     left: int
     seen: set[str] = field(default_factory=set)
+    waiting: deque[str] = field(default_factory=deque)
 
 
 _question: ContextVar[_Question | None] = ContextVar("question", default=None)
@@ -129,8 +130,9 @@ class References:
         self._tasks = services.tasks
         self._bring = bring
         self._is_asked = is_asked
-        #: What is to be brought, on behalf of which question; and how many tasks do that.
-        self._waiting: dict[str, _Question] = {}
+        #: What is to be brought; the questions on whose behalf, which have turns; and how many tasks do that.
+        self._waiting: set[str] = set()
+        self._questions: deque[_Question] = deque()
         self._bringing = 0
         self._brought = _Brought("narinfo", _UNUSED)
         #: What was admitted for who only looked: Nix begins so with a path that it wants.
@@ -169,7 +171,10 @@ class References:
                 break
             asks.left -= 1
             asks.seen.add(hash_part)
-            self._waiting[hash_part] = asks
+            self._waiting.add(hash_part)
+            if not asks.waiting:
+                self._questions.append(asks)
+            asks.waiting.append(hash_part)
         with apart():
             for _ in range(min(_AT_A_TIME - self._bringing, len(self._waiting))):
                 self._bringing += 1
@@ -179,9 +184,13 @@ class References:
         asker.set(_IN_ADVANCE)
         request_id.set(None)  # it goes on for others than the one for whom it was begun
         try:
-            while self._waiting and not self.is_off:
-                hash_part = next(iter(self._waiting))
-                _question.set(self._waiting.pop(hash_part))
+            while self._questions and not self.is_off:
+                asks = self._questions.popleft()
+                hash_part = asks.waiting.popleft()
+                if asks.waiting:
+                    self._questions.append(asks)
+                self._waiting.remove(hash_part)
+                _question.set(asks)
                 await self._take(hash_part)
         finally:
             self._bringing -= 1
@@ -194,6 +203,8 @@ class References:
                 await self._bring(hash_part)
             except NarsealError as error:
                 _log.debug("%s is not brought in advance: %s", hash_part, error)
+            except Exception:  # the others are brought whatever became of this one
+                _log.exception("%s is not brought in advance", hash_part)
             else:
                 came()
 
