@@ -347,8 +347,9 @@ async def test_requests_of_one_instant_are_begun_in_turns(
     assert came.index("127.0.0.3") < 150
 
 
+@pytest.mark.parametrize("how", ["now", "in_time"])
 async def test_what_waits_for_its_turn_is_answered_though_the_server_stops(
-    tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
+    how: str, tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_queue, "_TOGETHER", 1)  # they wait for long
     async with AsyncExitStack() as stack:
@@ -360,8 +361,9 @@ async def test_what_waits_for_its_turn_is_answered_though_the_server_stops(
             for wire in wires:
                 wire.writer.write(get("/y") + get("/z"))
             assert (await wires[0].answer())[0] == 404
-        for wire in wires[1:]:
-            assert (await wire.answer())[0] == 404
+            getattr(client.stop, how)()
+            for wire in wires[1:]:
+                assert (await wire.answer())[0] == 404
 
 
 async def test_an_upload_that_is_on_its_way_is_taken_though_the_server_stops(

@@ -404,6 +404,20 @@ async def test_uploads_that_nobody_claims_are_bounded(tmp_path: Path) -> None:
         assert (await uploader.put(names[3], junk[3]))[0] == 201
 
 
+async def test_small_uploads_that_nobody_claims_are_bounded(tmp_path: Path) -> None:
+    """Each of them is written in one go."""
+    async with uploading(tmp_path, quarantine_size="256K") as uploader:
+        taken = 0
+        while taken < 66:
+            data = os.urandom(4000)
+            status, _ = await uploader.put(f"nar/{Hash.sha256(data).nix32}.nar", data)
+            if status == 507:
+                break
+            assert status == 201
+            taken += 1
+        assert 32 <= taken <= 65
+
+
 @pytest.mark.parametrize(
     "path",
     ["nar/../../etc/x.nar", "nar/%2e%2e/x.nar", "nar/x.nar", "../x.narinfo", "x.narinfo",

@@ -55,10 +55,14 @@ def settings(folder: Path, *upstreams: dict[str, Any], **more: Any) -> dict[str,
 class Client:
     """Asks a narseal over a real socket."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, storage: Path) -> None:
+    def __init__(
+        self, url: str, session: aiohttp.ClientSession, storage: Path, stop: Stop | None = None
+    ) -> None:
         self.url = url
         self.session = session
         self.storage = storage
+        #: How its worker is told to end, if it is one of this process; it is at the end in any case.
+        self.stop = stop or Stop()
 
     async def get(self, name: str, **options: Any) -> tuple[int, bytes, CIMultiDictProxy[str]]:
         """Status, body and headers; a broken body raises aiohttp.ClientPayloadError."""
@@ -144,7 +148,7 @@ async def narseal(folder: Path, *upstreams: dict[str, Any], **more: Any) -> Asyn
             connector=connector, auto_decompress=False, timeout=timeout
         ) as session:
             url = "http://{}:{}".format(*sock.getsockname())
-            yield Client(url, session, folder / "storage")
+            yield Client(url, session, folder / "storage", stop)
     finally:
         stop.now()
         await task

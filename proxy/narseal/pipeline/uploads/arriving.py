@@ -124,7 +124,6 @@ def keep_whole(
 ) -> None:
     """The same, in one go, of a NAR file that is in memory, of which `size` bytes were announced. Blocks."""
     check_size(size, upload)
-    _check_length(len(body), size)
     _check_name(file, hashlib.sha256(body).digest())
     incoming = storage.arriving()
     try:
