@@ -51,7 +51,6 @@ def measure() -> list[Row]:
                     take("nginx proxy_pass", kind, relay)
             with floor(upstream, folder, HOST_KEY.public) as (url, pid, _):
                 take(FLOOR, "narinfo", url, pid)
-                take(FLOOR, "NAR", url, pid)
             with ncps(folder / f"ncps{round_}", items[0].hash) as peer:
                 if peer:  # its NARs are not cold then: it brings them behind its narinfos
                     take("ncps", "narinfo", peer.url, peer.pid)
