@@ -55,8 +55,8 @@ def _check_depth(tree: Any, what: str) -> None:
         level = [
             value
             for container in level
-            for value in (container.values() if isinstance(container, dict) else container)
-            if isinstance(value, dict | list)
+            for value in (container.values() if type(container) is dict else container)
+            if type(value) is dict or type(value) is list
         ]
         if not level:
             return
