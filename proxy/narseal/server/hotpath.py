@@ -299,13 +299,14 @@ class HotProtocol(BoundedProtocol):
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's
         """Let what came be answered, for a bounded time."""
+        end = self._loop.time() + (15.0 if timeout is None else timeout)
         with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                while self._is_under_way() or self._messages:  # noqa: ASYNC110 - aiohttp has no event for it
+            async with asyncio.timeout_at(end):
+                while self.transport and (self._is_under_way() or self._messages):  # noqa: ASYNC110 - aiohttp has no event
                     await asyncio.sleep(_LOOK)
                 if self._miss:
                     await asyncio.wait([self._miss])
-        await super().shutdown(timeout)
+        await super().shutdown(max(_LOOK, end - self._loop.time()))  # 0 would be for ever
 
     def _turn_away(self) -> None:
         """Say that there is no room now; a connection that is just closed looks like a fault."""
