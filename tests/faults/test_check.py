@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from narseal.cosign.keys import CosignKey
 from narseal.errors import Unavailable
 from narseal.pipeline.upkeep.check import Subject, problems
 from narseal.storage import Epoch, LocalStorage
 from tests.faults.test_folder_gone import DAMAGE, change, rows
-from tests.faults.test_process import cache_of
+from tests.faults.test_process import cache_of, fetch
 from tests.faults.test_storage_faults import ITEMS, fill
+from tests.faults.test_uploads import add
+from tests.tools.cache import entry
 from tests.tools.command import narseal_command
 from tests.tools.narseal import narseal_process
 
@@ -83,6 +87,28 @@ def test_a_row_that_cannot_be_read_is_one_of_the_problems(damage: str, tmp_path:
     assert (checked.returncode, checked.stdout) == (1, "2 problems\n"), checked.stderr
     assert f"{one}.narinfo: its row in the index cannot be read" in checked.stderr
     assert f"{two}.narinfo is not in storage" in checked.stderr
+
+
+def test_what_policy_keeps_back_is_no_problem(tmp_path: Path) -> None:
+    rule = {
+        "match": "*",
+        "require": "attestation",
+        "cosign_key": CosignKey.generate().public.render(),
+    }
+    token = add(tmp_path)
+    upload = {"enabled": True, "tokens_file": str(tmp_path / "tokens")}
+    item = entry("app", compression="zstd")
+    with narseal_process(tmp_path, upload=upload, policy=[rule]) as proxy:
+        for name, data in (
+            (item.info.url, item.file),
+            (f"{item.hash}.narinfo", item.info.render()),
+        ):
+            request = urllib.request.Request(f"{proxy.url}/{name}", data=data, method="PUT")
+            request.add_header("Authorization", f"Bearer {token}")
+            assert urllib.request.urlopen(request).status == 201
+        assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 403
+    checked = narseal_command("index", "check", "--config", str(tmp_path / "narseal.toml"))
+    assert (checked.returncode, checked.stdout) == (0, "good\n"), checked.stderr
 
 
 def test_a_rebuild_counts_anew(tmp_path: Path) -> None:

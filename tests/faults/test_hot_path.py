@@ -352,8 +352,9 @@ async def test_what_waits_for_its_turn_is_answered_though_the_server_stops(
     how: str, tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_queue, "_TOGETHER", 1)  # they wait for long
+    limits = {"shutdown_timeout": f"{PATIENCE:.0f}s"}
     async with AsyncExitStack() as stack:
-        async with narseal(tmp_path, {"url": upstream.url}) as client:
+        async with narseal(tmp_path, {"url": upstream.url}, limits=limits) as client:
             wires = [await stack.enter_async_context(Wire(client)) for _ in range(200)]
             for wire in wires:
                 await wire.send(get("/x"))

@@ -484,7 +484,7 @@ def test_key_files_that_others_can_read_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "k").stat().st_mode & 0o777 == 0o600
     assert narseal_command("key", "public", str(tmp_path / "k")).stdout == made.stdout
     again = narseal_command("key", "generate", "cache.example.org-1", "-o", str(tmp_path / "k"))
-    assert again.returncode == 2 and "File exists" in again.stderr
+    assert again.returncode == 2 and "name another file" in again.stderr
     (tmp_path / "k").chmod(0o644)
     refused = narseal_command("key", "public", str(tmp_path / "k"))
     assert refused.returncode == 2

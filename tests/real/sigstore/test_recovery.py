@@ -185,8 +185,8 @@ async def test_stolen_cosign_key(machine: Machine, upstream: FakeCache) -> None:
     keys = machine.folder / "keys"
     write_private(keys / "cosign.key", old.render(b"secret"))
     (keys / "cosign.pub").write_text(old.public.render())
-    write_private(keys / "password", "secret")
-    cosign = {"mode": "key", "key": f"file:{keys}/cosign.key", "password_file": f"{keys}/password",
+    write_private(keys / "cosign-password", "secret")
+    cosign = {"mode": "key", "key": f"file:{keys}/cosign.key", "password_file": f"{keys}/cosign-password",
               "batch_max_age": "200ms"}  # fmt: skip
     await begin(machine, upstream, cosign=cosign)
 

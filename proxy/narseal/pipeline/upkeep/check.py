@@ -162,7 +162,9 @@ class _Look:
         path, nar = admitted
         data = self._subject.storage.read(name)
         if data is None:
-            return [f"{name} is not in storage, though its NAR is"] if nar.stored else []
+            if not nar.stored or not path.ours:  # what was never signed, policy keeps back
+                return []
+            return [f"{name} is not in storage, though its NAR is, unless policy keeps it back"]
         try:
             kept = NarInfo.parse(data, store_dir=path.info.store_dir)
         except Malformed as error:
