@@ -44,7 +44,7 @@ def _ask(method: str, address: str, **options: Any) -> requests.Response:
     sentence = " ".join(answer.text[:500].split())
     if answer.status_code == requests.codes.not_found:
         raise NotFound(f"{address}: 404: {sentence}")
-    if answer.status_code == requests.codes.method_not_allowed:
+    if method == "PUT" and answer.status_code == requests.codes.method_not_allowed:
         raise BadUpload(
             f"{address}: 405: that narseal takes no attestations; its operator says in a [[policy]] that"
             " asks for some, or in [[attestations.accept]], who may leave them"

@@ -244,9 +244,8 @@ def _bytes(tree: dict[str, Any], name: str) -> bytes:
         data = base64.b64decode(text, validate=True)
     except ValueError as error:  # characters beyond ASCII are no binascii.Error
         raise MalformedAttestation(f"the bundle's {name} is not base64") from error
-    if (
-        len(text) != (len(data) + 2) // 3 * 4
-    ):  # padding where none belongs, which Python passes over
+    # Python passes over padding where none belongs
+    if len(text) != (len(data) + 2) // 3 * 4:
         raise MalformedAttestation(f"the bundle's {name} is not base64: its padding is too long")
     return data
 
