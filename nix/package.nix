@@ -28,6 +28,7 @@ python3Packages.buildPythonApplication {
     jinja2
     prometheus-client
     pydantic
+    pydantic-core
     pydantic-settings
     pyjwt
     pynacl

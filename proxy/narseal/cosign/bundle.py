@@ -8,8 +8,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from binascii import a2b_base64
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sigstore_models.bundle.v1 import Bundle as Model
 
@@ -26,16 +27,14 @@ _SMALL = 64 << 10  # bytes of all but the payload
 _MAX_TIMESTAMPS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class MessageSignature:
+class MessageSignature(NamedTuple):
     """A signature over a file's SHA-256 digest."""
 
     digest: bytes
     signature: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """A DSSE envelope with one signature."""
 
     payload_type: str
@@ -43,9 +42,8 @@ class Envelope:
     signature: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Bundle:
-    """A parsed bundle; `text` is all of it, for those who look further."""
+class Bundle(NamedTuple):
+    """A parsed bundle; `model` is all of it, for those who look further."""
 
     content: MessageSignature | Envelope
     #: The certificate (DER) of a keyless signature; None with a key.
@@ -54,13 +52,13 @@ class Bundle:
     log_entries: tuple[dict[str, Any], ...]
     #: RFC 3161 responses, DER.
     timestamps: tuple[bytes, ...]
-    text: bytes
+    model: Model
     #: How it names the key, which nothing vouches for; "" with a certificate.
     hint: str = ""
 
     def render(self) -> bytes:
         """Its one form: JSON on one line, fields in order, nothing that the specification lacks."""
-        tree = json.loads(Model.from_json(self.text).to_json())
+        tree = json.loads(self.model.to_json())
         return json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()
 
     @property
@@ -86,7 +84,7 @@ class Bundle:
             raise MalformedAttestation("a bundle of version 0.1 has an inclusionPromise")
         if _fill(material):
             data = json.dumps(tree).encode()
-        _check_fields(data, tree)
+        model = _model(data, tree)
         certificate = _certificate(material)
         if certificate is None and not isinstance(material.get("publicKey"), dict):
             raise MalformedAttestation("the bundle has neither a certificate nor a publicKey")
@@ -97,7 +95,11 @@ class Bundle:
             raise MalformedAttestation("the bundle has more than one log entry")
         named = material.get("publicKey")
         hint = str(named.get("hint", "")) if isinstance(named, dict) else ""
-        return cls(_content(tree), certificate, tuple(entries), _timestamps(material), data, hint)
+        content = _content(tree)
+        if isinstance(content, Envelope):
+            assert model.dsse_envelope is not None  # it is of this tree
+            model.dsse_envelope.payload = content.payload
+        return cls(content, certificate, tuple(entries), _timestamps(material), model, hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +171,10 @@ def _fill(material: dict[str, Any]) -> bool:
     return filled
 
 
-def _check_fields(data: bytes, tree: dict[str, Any]) -> None:
-    """No field that the specification does not have, nor one of another form.
+def _model(data: bytes, tree: dict[str, Any]) -> Model:
+    """Its fields, of which each is one of the specification and of its form.
 
-    A large payload is left out, which is looked at elsewhere, and need not be decoded twice.
+    A large payload is left out, which `_content` reads, and need not be decoded twice.
     """
     envelope = tree.get("dsseEnvelope")
     payload = envelope.get("payload") if isinstance(envelope, dict) else None
@@ -180,7 +182,7 @@ def _check_fields(data: bytes, tree: dict[str, Any]) -> None:
         assert isinstance(envelope, dict)
         data = json.dumps(tree | {"dsseEnvelope": envelope | {"payload": ""}}).encode()
     try:
-        Model.from_json(data)
+        return Model.from_json(data)
     except ValueError as error:
         raise MalformedAttestation(
             f"the bundle's fields are not those of the specification: {str(error)[:500]}"
@@ -222,7 +224,9 @@ def _content(tree: dict[str, Any]) -> MessageSignature | Envelope:
 
 
 def _timestamps(material: dict[str, Any]) -> tuple[bytes, ...]:
-    data = material.get("timestampVerificationData") or {}
+    data = material.get("timestampVerificationData")
+    if not data:
+        return ()
     stamps = data.get("rfc3161Timestamps") or [] if isinstance(data, dict) else None
     if not isinstance(stamps, list) or len(stamps) > _MAX_TIMESTAMPS:
         raise MalformedAttestation("the bundle's timestamps are no list, or too many")
@@ -241,7 +245,7 @@ def _field(tree: dict[str, Any], name: str, kind: type[Any]) -> Any:
 def _bytes(tree: dict[str, Any], name: str) -> bytes:
     text = _field(tree, name, str)
     try:
-        data = base64.b64decode(text, validate=True)
+        data = a2b_base64(text, strict_mode=True)
     except ValueError as error:  # characters beyond ASCII are no binascii.Error
         raise MalformedAttestation(f"the bundle's {name} is not base64") from error
     # Python passes over padding where none belongs

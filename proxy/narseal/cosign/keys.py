@@ -65,7 +65,7 @@ class CosignPublicKey:
         """PEM, as in cosign.pub."""
         return _pem("PUBLIC KEY", self.der)
 
-    @property
+    @cached_property
     def hint(self) -> str:
         """How a bundle names the key: base64 of the SHA-256 of its DER."""
         return base64.b64encode(hashlib.sha256(self.der).digest()).decode()

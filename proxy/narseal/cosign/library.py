@@ -9,7 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cached_property
+from typing import TypeVar, cast
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -17,11 +20,20 @@ from cryptography.x509 import load_pem_x509_certificate
 from rfc3161_client import TimeStampResponse
 from sigstore import dsse
 from sigstore._internal.timestamp import TimestampSource, TimestampVerificationResult
-from sigstore._internal.trust import CertificateAuthority
+from sigstore._internal.trust import (
+    CertificateAuthority,
+    CTKeyring,
+    KeyringPurpose,
+    RekorKeyring,
+)
 from sigstore.errors import VerificationError
 from sigstore.models import Bundle, TrustedRoot
 from sigstore.verify import Verifier
 from sigstore.verify.policy import VerificationPolicy
+from sigstore_models.trustroot.v1 import TransparencyLogInstance
+from sigstore_models.trustroot.v1 import TrustedRoot as Model
+
+K = TypeVar("K", RekorKeyring, CTKeyring)
 
 _INTOTO = ("intoto", "0.0.2")
 
@@ -29,8 +41,8 @@ _INTOTO = ("intoto", "0.0.2")
 class LibraryVerifier(Verifier):
     """As the original, and these; errors are sigstore-python's."""
 
-    def __init__(self, trusted_root: TrustedRoot) -> None:
-        super().__init__(trusted_root=_Root(trusted_root._inner))  # noqa: SLF001
+    def __init__(self, trusted_root: Root) -> None:
+        super().__init__(trusted_root=trusted_root)
 
     def verify_timestamp(
         self, response: TimeStampResponse, signature: bytes
@@ -72,10 +84,40 @@ class _Authority(CertificateAuthority):
         return None if end is None else end + datetime.resolution
 
 
-class _Root(TrustedRoot):
+class Root(TrustedRoot):
+    """A trusted root whose certificates and keys are read once, and not for each bundle."""
+
+    def __init__(self, inner: Model) -> None:
+        super().__init__(inner)
+        self._keyrings: dict[tuple[int, ...], RekorKeyring | CTKeyring] = {}
+
+    @cached_property
+    def _authorities(self) -> list[CertificateAuthority]:
+        return [_Authority(ca._inner) for ca in super().get_timestamp_authorities()]  # noqa: SLF001
+
     def get_timestamp_authorities(self) -> list[CertificateAuthority]:
         """See the original."""
-        return [_Authority(ca._inner) for ca in super().get_timestamp_authorities()]  # noqa: SLF001
+        return self._authorities
+
+    def rekor_keyring(self, purpose: KeyringPurpose) -> RekorKeyring:
+        """See the original."""
+        return self._keyring(self._inner.tlogs, purpose, super().rekor_keyring)
+
+    def ct_keyring(self, purpose: KeyringPurpose) -> CTKeyring:
+        """See the original."""
+        return self._keyring(self._inner.ctlogs, purpose, super().ct_keyring)
+
+    def _keyring(
+        self,
+        logs: list[TransparencyLogInstance],
+        purpose: KeyringPurpose,
+        read: Callable[[KeyringPurpose], K],
+    ) -> K:
+        """Of the keys that are valid by now: which they are changes with the time."""
+        valid = tuple(map(id, self._get_tlog_keys(logs, purpose)))
+        if valid not in self._keyrings:
+            self._keyrings[valid] = read(purpose)
+        return cast("K", self._keyrings[valid])
 
 
 def _kind(bundle: Bundle) -> tuple[str, str]:

@@ -21,15 +21,13 @@ from narseal.errors import MalformedAttestation, Refused
 _V2 = ("hashedrekord", "0.0.2")
 
 
-def verify(entry: dict[str, Any], root: TrustedRoot) -> int:
+def verify(inner: Model, root: TrustedRoot) -> int:
     """The index of an entry that a trusted log has, by its proof and the log's checkpoint.
 
     Whatever else the entry says of its place, its log and its time is held to that too. Refused
     or an error of sigstore-python if it does not verify.
     """
-    found = TransparencyLogEntry(Model.from_dict(entry))
-    found._verify(root.rekor_keyring(KeyringPurpose.VERIFY))  # noqa: SLF001
-    inner = found._inner  # noqa: SLF001
+    TransparencyLogEntry(inner)._verify(root.rekor_keyring(KeyringPurpose.VERIFY))  # noqa: SLF001
     if inner.log_id.key_id not in {log.log_id.key_id for log in root._inner.tlogs}:  # noqa: SLF001
         raise refused("its logId is of no log of the trusted root")
     checkpoint = inner.inclusion_proof.checkpoint

@@ -73,13 +73,14 @@ class Statement:
         return any(subject.digest == digest for subject in self.subjects)
 
 
-def _subject(item: object) -> Subject | None:
-    if not isinstance(item, dict) or not isinstance(item.get("digest"), dict):
+def _subject(item: Any) -> Subject | None:
+    digest = item.get("digest") if type(item) is dict else None
+    if type(digest) is not dict:
         raise MalformedAttestation("a subject has no digest")
-    text, name = item["digest"].get("sha256"), item.get("name", "")
-    if text is None:
+    if (text := digest.get("sha256")) is None:
         return None
-    if not isinstance(text, str) or not _HEX.fullmatch(text) or not isinstance(name, str):
+    name = item.get("name", "")
+    if type(text) is not str or not _HEX.fullmatch(text) or type(name) is not str:
         raise MalformedAttestation("a subject's sha256 is not 64 hex digits, or its name no text")
     return Subject(name, bytes.fromhex(text))
 

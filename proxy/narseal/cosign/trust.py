@@ -9,7 +9,7 @@ from pathlib import Path
 from sigstore._internal.trust import KeyringPurpose
 from sigstore.models import ClientTrustConfig, SigningConfig, TrustedRoot
 
-from narseal.cosign.library import LibraryVerifier
+from narseal.cosign.library import LibraryVerifier, Root
 from narseal.errors import ConfigError, UpstreamTrouble
 
 _MAX_BYTES = 4 << 20
@@ -19,7 +19,7 @@ _MAX_BYTES = 4 << 20
 class Trust:
     """A Sigstore instance, as its clients know it."""
 
-    root: TrustedRoot
+    root: Root
     #: None where only a trusted root is known: enough to verify, not to sign with a log.
     services: SigningConfig | None
     #: The trusted root as clients of cosign take it.
@@ -52,8 +52,9 @@ def load(file: Path) -> Trust:
         ) from error
 
 
-def _whole(root: TrustedRoot) -> TrustedRoot:
+def _whole(original: TrustedRoot) -> Root:
     """The root, after each certificate and key was read, which sigstore-python else does in use."""
+    root = Root(original._inner)  # noqa: SLF001
     LibraryVerifier(root)
     root.get_timestamp_authorities()
     root.rekor_keyring(KeyringPurpose.VERIFY)
@@ -67,7 +68,7 @@ def public_instance(*, offline: bool = False) -> Trust:
     try:
         config = ClientTrustConfig.production(offline=offline)
         root = config._inner.trusted_root.to_json().encode()  # noqa: SLF001
-        return Trust(config.trusted_root, config.signing_config, root)
+        return Trust(_whole(config.trusted_root), config.signing_config, root)
     except Exception as error:  # tuf, requests and the file system each have their own
         raise UpstreamTrouble(
             "the public Sigstore instance's trusted root cannot be had by TUF; with no network,"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -53,8 +54,7 @@ class ByIdentity:
     is_regex: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
+class Verified(NamedTuple):
     """What a good bundle says."""
 
     #: None if the signature is over the file itself.
@@ -145,11 +145,9 @@ class Verifier:
         index, seconds = self._check_log(bundle)
         policy = _Policy(expected)
         with _translated():
-            whole = SigstoreBundle.from_json(bundle.text)
+            whole = SigstoreBundle(bundle.model)
             if isinstance(bundle.content, Envelope):
-                kind, payload = self._sigstore.verify_dsse(whole, policy)
-                if (kind, payload) != (bundle.content.payload_type, bundle.content.payload):
-                    raise refused("its payload reads in two ways")
+                self._sigstore.verify_dsse(whole, policy)
             else:
                 hashed = Hashed(algorithm=HashAlgorithm.SHA2_256, digest=signed)
                 self._sigstore.verify_artifact(hashed, whole, policy)
@@ -161,9 +159,10 @@ class Verifier:
         assert self._trust is not None
         start = perf_counter()
         with _translated():
-            if not bundle.log_entries:
+            entries = bundle.model.verification_material.tlog_entries
+            if not entries:
                 raise refused("it has no log entry")
-            index = log_entry.verify(bundle.log_entries[0], self._trust.root)
+            index = log_entry.verify(entries[0], self._trust.root)
         return index, perf_counter() - start
 
     def _signing_key(self, bundle: Bundle, signed: bytes, expected: ByKey) -> CosignPublicKey:

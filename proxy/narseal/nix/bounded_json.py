@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import ijson
+from pydantic_core import from_json, to_json
 
 from narseal.errors import Malformed
 
-#: An object or array within another, and so on.
-MAX_DEPTH = 100
+#: An object or array within another, and so on: as deep as pydantic-core's parser goes.
+MAX_DEPTH = 201
 #: Scalars, objects and arrays; a tree of so many takes some 40 MiB and 80 ms.
 MAX_VALUES = 400_000
 _FEW = 32_000  # values whose tree can do no harm, whatever it is
@@ -31,13 +32,14 @@ def load_json(data: bytes, *, what: str) -> Any:
     It is held to RFC 8259, and a name stands once in an object: which of two counts, readers differ.
     """
     try:
-        containers = data.count(b"[") + data.count(b"{")
         # each value is the first, or behind a comma or an opening bracket
-        if 1 + containers + data.count(b",") > _FEW:
+        many = len(data) > 2 * MAX_VALUES and sum(map(data.count, (b"[", b"{", b","))) >= _FEW
+        if many:
             check_shape(io.BytesIO(data), what=what, depth=MAX_DEPTH, values=MAX_VALUES)
-            return _DECODER.decode(data.decode())
+        if (found := _compact(data)) is not None:
+            return found[0]
         tree = _DECODER.decode(data.decode())
-        if containers > MAX_DEPTH:
+        if not many and data.count(b"[") + data.count(b"{") > MAX_DEPTH:
             _check_depth(tree, what)
         return tree
     except RecursionError as error:
@@ -46,6 +48,19 @@ def load_json(data: bytes, *, what: str) -> Any:
         if isinstance(error, Malformed):
             raise
         raise Malformed(f"{what} is not JSON: {error}") from error
+
+
+def _compact(data: bytes) -> tuple[Any] | None:
+    """A value that a program wrote, without blanks and without needless escapes; None of any other text.
+
+    The parser is three times as fast as Python's and passes over names that stand twice: none does
+    where the tree, written again, is the same text.
+    """
+    try:
+        tree = from_json(data, allow_inf_nan=False, cache_strings="keys")
+    except ValueError:  # the other parser says it better
+        return None
+    return (tree,) if to_json(tree) == data else None
 
 
 def _check_depth(tree: Any, what: str) -> None:
