@@ -6,8 +6,15 @@ import os
 from collections.abc import AsyncIterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.tools.upstream import FakeCache, fake_cache
+
+# how fast an example is made and tried says how busy the machine is
+settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("busy machine")
 
 #: Markers of tests that need something which no registry has: the variable that names its folder.
 _OPTIONAL = {

@@ -212,9 +212,7 @@ async def opened(file: Path) -> AsyncIterator[Index]:
 @example([("upload", 0, 0), ("lose", 0, 0), ("upload", 0, 1)])
 @example([("upload", 0, 0), ("attest", 0, 0), ("sign", 0, 1), ("withdraw", 0, 0)])
 @given(STEPS)
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_counted_is_what_the_rows_come_to(empty: Path, steps: list[Step]) -> None:
     async def go(file: Path) -> None:
         left = iter(steps)

@@ -422,7 +422,6 @@ def test_unsorted_names_and_padding_are_refused() -> None:
             reader.finish()
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(sorted(COMPRESS)), st.binary(max_size=2000), st.lists(st.integers(0, 50)),
 )  # fmt: skip

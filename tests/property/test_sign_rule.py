@@ -259,7 +259,7 @@ def _not_vacuous() -> Iterator[None]:
         assert SEEN[what] > 1, SEEN  # what is drawn is chance: once there were five of the rarest
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(worlds)
 def test_each_signed_answer_has_its_evidence(world: World) -> None:
     async def run() -> None:

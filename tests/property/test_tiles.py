@@ -82,7 +82,7 @@ class TiledLog:
         return f"tile/{kind}/{text}" + (f".p/{width}" if width < 256 else "")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 700), st.data())
 def test_proof_from_tiles_is_that_of_the_rfc(size: int, data: st.DataObject) -> None:
     leaves = [b"entry %d" % n for n in range(size)]

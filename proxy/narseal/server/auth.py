@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 _KEPT_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
+_JUST_NOW = 0.01  # seconds since a look, for which there is no other
 _ADDRESSES = 10_000
 _MAX_DELAY = 5.0
 _MAX_TOKEN = 3500  # a head line has 4,096 bytes
@@ -50,8 +51,11 @@ class Gate:
         be read. Each failure makes the next answer to the same address slower.
         """
         text = _token(request.headers.get("Authorization", ""))
-        await self._look(anew=anew)
         now = time.monotonic()
+        if anew or now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            await self._threads.run(self.look)
+        self._notice()
         key = hashlib.blake2b(text.encode(), key=self._salt).digest()
         known = self._good.get(key)
         if known and now < known[1] and (known[0].expires or time.time() + 1) > time.time():
@@ -72,20 +76,23 @@ class Gate:
             self._good.popitem(last=False)
         return token
 
-    async def _look(self, *, anew: bool) -> None:
-        now = time.monotonic()
-        if self._tokens is None or not (anew or now - self._looked > _LOOK_SECONDS):
+    def look(self) -> None:
+        """Read the file of tokens, if it is another than before. Blocks, in any thread."""
+        if self._tokens is None:
             return
-        self._looked = now
-        await self._threads.run(self._tokens.refresh)
-        fault = self._tokens.fault
-        if fault:
+        self._tokens.refresh()
+        if self._tokens.fault:
             metrics.tokens_file_errors.inc()
-        if self._version != self._tokens.version:  # whoever looked: he may not be back yet
-            self._version = self._tokens.version
-            self._good.clear()
-            if fault:
-                _log.error("no token of the file is good: %s", fault)
+
+    def _notice(self) -> None:
+        """Forget who was good, if the file was read anew, whoever looked."""
+        tokens = self._tokens
+        if tokens is None or self._version == tokens.version:
+            return
+        self._version = tokens.version
+        self._good.clear()
+        if tokens.fault:
+            _log.error("no token of the file is good: %s", tokens.fault)
 
     async def _check(self, text: str) -> Token | None:
         if self._oidc and text.count(".") == 2:
@@ -106,6 +113,25 @@ class Gate:
             self._failures.popitem(last=False)
         if count > 3:
             await asyncio.sleep(min(_MAX_DELAY, 0.1 * 2 ** min(count - 3, 10)))
+
+
+class Bearer:
+    """Who brings something. To be asked anew before it is signed: a token may be revoked meanwhile."""
+
+    def __init__(self, gate: Gate, request: web.Request) -> None:
+        self._gate = gate
+        self._request = request
+        self._looked = -_JUST_NOW
+
+    def look(self) -> None:
+        """Look at the file of tokens. Blocks: for whoever is in a thread already."""
+        self._looked = time.monotonic()
+        self._gate.look()
+
+    async def token(self) -> Token:
+        """Whose token it is, after a look that has just begun; errors as of `Gate.identify`."""
+        is_fresh = time.monotonic() - self._looked < _JUST_NOW
+        return await self._gate.identify(self._request, anew=not is_fresh)
 
 
 def _token(header: str) -> str:

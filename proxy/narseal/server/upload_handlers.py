@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import partial
 
 from aiohttp import web
 
@@ -13,7 +12,7 @@ from narseal.nix.hashes import Hash
 from narseal.nix.store_path import StorePath
 from narseal.pipeline.substituter import Substituter
 from narseal.pipeline.uploads.attestations import Content
-from narseal.server.auth import Gate
+from narseal.server.auth import Bearer, Gate
 from narseal.server.bodies import Bodies
 from narseal.server.failure import failure
 
@@ -78,9 +77,9 @@ class UploadHandlers:
         """A narinfo, which makes its NAR visible."""
         token = await self._gate.identify(request)
         uploads = self._substituter.uploads
-        identify = partial(self._gate.identify, request, anew=True)
+        bearer = Bearer(self._gate, request)
         async with self._bodies.small(request, narinfo.MAX_BYTES) as data:
-            new = await uploads.put_narinfo(request.match_info["hash"], data, token, identify)
+            new = await uploads.put_narinfo(request.match_info["hash"], data, token, bearer)
         return web.Response(status=201 if new else 200)
 
     async def realisation(self, request: web.Request) -> web.Response:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from narseal.errors import Unavailable
 from narseal.runtime.batching import Batcher
 from narseal.runtime.files import OpenFile
 from narseal.runtime.threads import ThreadPools
@@ -20,6 +21,12 @@ _GROUP = 64
 _LARGE = 1 << 20
 
 
+class _Complete(NamedTuple):
+    file: OpenFile
+    name: str
+    then: Callable[[], None] | None
+
+
 class Folder:
     """See LocalStorage for what each method does, and raises."""
 
@@ -27,7 +34,7 @@ class Folder:
         #: For work that is in a thread already.
         self.local = local
         self._threads = threads
-        self._complete: Batcher[tuple[OpenFile, str], None] = Batcher(self._publish, most=_GROUP)
+        self._complete: Batcher[_Complete, None] = Batcher(self._publish, most=_GROUP)
 
     async def run(self) -> None:
         """Publish in groups until closed."""
@@ -102,20 +109,29 @@ class Folder:
         """Give a complete file its name, durably."""
         await self._threads.run(self.local.publish, *incoming, name)
 
-    async def publish_in_group(self, file: OpenFile, name: str) -> None:
+    async def publish_in_group(
+        self, file: OpenFile, name: str, *, then: Callable[[], None] | None = None
+    ) -> None:
         """The same, together with what else is complete by then, unless it is large.
 
-        The file may be let go of at any time.
+        The file may be let go of at any time. What is to be done `then` is done in the same thread.
         """
+        complete = _Complete(file, name, then)
         if file.size <= _LARGE:
-            await self._complete.ask((file, name))
+            await self._complete.ask(complete)
             return
-        [failure] = await self._publish([(file, name)])
+        [failure] = await self._publish([complete])
         if failure:
             raise failure
 
-    async def _publish(self, files: list[tuple[OpenFile, str]]) -> list[Any]:
-        return await self._threads.run(self.local.publish_each, files)
+    async def _publish(self, group: list[_Complete]) -> list[Any]:
+        return await self._threads.run(self._publish_each, group)
+
+    def _publish_each(self, group: list[_Complete]) -> list[Unavailable | None]:
+        outcomes = self.local.publish_each([(each.file, each.name) for each in group])
+        for then in {each.then for each in group if each.then}:
+            then()
+        return outcomes
 
     async def link(self, name: str, other: str) -> None:
         """Give a published file another name, too."""

@@ -7,9 +7,10 @@ it lies there, published, countersigned and pinned, in that order.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 from narseal.custody.tokens import Token
 from narseal.errors import (
@@ -52,8 +53,16 @@ from narseal.storage import (
 )
 from narseal.storage.claims import verified_by
 
-#: The token of who uploads, checked as of now; Unauthorised if it is none any more.
-Identify = Callable[[], Awaitable[Token]]
+
+class Bearer(Protocol):
+    """Who uploads."""
+
+    def look(self) -> None:
+        """Look at the tokens there are, in a thread."""
+
+    async def token(self) -> Token:
+        """The token, as of a look that has just begun; Unauthorised if it is none any more."""
+
 
 _log = logging.getLogger(__name__)
 _TRIES = 4
@@ -127,12 +136,10 @@ class Uploads:
         finally:
             await run(arriving.discard)
 
-    async def put_narinfo(
-        self, hash_part: str, data: bytes, token: Token, identify: Identify
-    ) -> bool:
+    async def put_narinfo(self, hash_part: str, data: bytes, token: Token, bearer: Bearer) -> bool:
         """Admit a store path whose NAR was uploaded, or add signatures to one that is there.
 
-        `token` is who began to bring it. `identify` says who brings it when the NAR was hashed: the token may have
+        `token` is who began to bring it. `bearer` says who brings it when the NAR was hashed: the token may have
         been revoked since.
         Returns whether it is new. BadUpload, UploadConflict or Forbidden if not; a NAR that is not
         what the narinfo says is BadUpload too, and goes on waiting for one that agrees with it.
@@ -142,7 +149,7 @@ class Uploads:
             trusted = await self._authorise(info, token)
             found = await self._index.path(hash_part)
             if found and not found[0].withdrawn:
-                token = await self._merge(found[0], info, identify)
+                token = await self._merge(found[0], info, bearer)
                 # whoever brought it first may not have come so far
                 await self._settle(info, found, token)
                 return False
@@ -150,8 +157,8 @@ class Uploads:
             if not trusted:
                 await self._check_hash_part(info, token)
             await self._check_references(info)
-            arrived = await self._arrived(info)
-            await self._admit(info, arrived, identify)
+            arrived = await self._arrived(info, bearer)
+            await self._admit(info, arrived, bearer)
             return True
         except Refused as error:
             kind = UploadConflict if error.reason == "conflict" else BadUpload
@@ -187,9 +194,9 @@ class Uploads:
             )
         return None
 
-    async def _merge(self, path: PathRecord, info: NarInfo, identify: Identify) -> Token:
+    async def _merge(self, path: PathRecord, info: NarInfo, bearer: Bearer) -> Token:
         """Add good signatures; whatever else the narinfo says stays as it was. By whose token it was."""
-        token = await identify()
+        token = await bearer.token()
         await self._authorise(info, token)
         message = info.fingerprint()
         if path.info.fingerprint() != message:
@@ -258,7 +265,7 @@ class Uploads:
             if found[0].info.store_path != reference:
                 raise missing
 
-    async def _arrived(self, info: NarInfo) -> _Arrived:
+    async def _arrived(self, info: NarInfo, bearer: Bearer) -> _Arrived:
         """The NAR that a narinfo claims, uploaded or in storage already, held to the narinfo."""
         file = info.url.removeprefix("nar/")
         if record := await self._stored(file, info):
@@ -267,10 +274,10 @@ class Uploads:
             self._check(info, measured)
             return _Arrived(record, None)
         # a narinfo that disagrees proves nothing against the file, which another may claim
-        found = await self._threads.run_transfer(self._inspected, info, file)
+        found = await self._threads.run_transfer(self._inspected, info, file, bearer)
         if found is None:
             if await self._stored(file, info):  # another client was faster
-                return await self._arrived(info)
+                return await self._arrived(info, bearer)
             raise BadUpload(f"nar/{file} is not here: upload it before its narinfo")
         incoming, measured = found
         record = NarRecord.from_file(
@@ -278,7 +285,9 @@ class Uploads:
         )
         return _Arrived(record, incoming)
 
-    def _inspected(self, info: NarInfo, file: str) -> tuple[OpenFile, Measured] | None:
+    def _inspected(
+        self, info: NarInfo, file: str, bearer: Bearer
+    ) -> tuple[OpenFile, Measured] | None:
         """In a thread: a waiting file that is what the narinfo says; None if none waits."""
         incoming = self._folder.local.open_upload(file)
         if incoming is None:
@@ -287,6 +296,7 @@ class Uploads:
             with open(incoming.descriptor, "rb", buffering=0, closefd=False) as opened:
                 measured = inspect_file(info, opened, scan=True)
             self._check(info, measured)
+            bearer.look()
         except BaseException:
             incoming.drop()
             raise
@@ -319,18 +329,18 @@ class Uploads:
             raise BadUpload(f"{sentence}, to which the narinfo refers")
         _log.warning("%s", sentence)
 
-    async def _admit(self, info: NarInfo, arrived: _Arrived, identify: Identify) -> None:
+    async def _admit(self, info: NarInfo, arrived: _Arrived, bearer: Bearer) -> None:
         record = replace(arrived.record, stored=True)
         try:
-            token = await identify()
+            token = await bearer.token()
             await self._authorise(info, token)
             if arrived.incoming:  # its name is its own hash: what is there under it is the same
-                await self._publish(arrived.incoming, info, record)
+                await self._publish(arrived.incoming, info, record, bearer)
         except NarsealError:
             if arrived.incoming:
                 await self._threads.run(arrived.incoming.drop)
             raise
-        admitted, token = await self._signed_and_pinned(info, record, token, identify)
+        admitted, token = await self._signed_and_pinned(info, record, token, bearer)
         await self._settle(info, admitted, token)
         path = admitted[0]
         _log.info(
@@ -339,20 +349,22 @@ class Uploads:
             extra={"token": token.name, "evidence": path.evidence, "kept_back": not path.ours},
         )
 
-    async def _publish(self, file: OpenFile, info: NarInfo, record: NarRecord) -> None:
+    async def _publish(
+        self, file: OpenFile, info: NarInfo, record: NarRecord, bearer: Bearer
+    ) -> None:
         """Give its bytes their name. What the disk did not take is brought anew.
 
         Once it said so, they may be in memory alone, and the next time it says that all is well.
         """
         try:
-            await self._folder.publish_in_group(file, f"nar/{record.file}")
+            await self._folder.publish_in_group(file, f"nar/{record.file}", then=bearer.look)
         except StorageBroken:
             waiting = info.url.removeprefix("nar/")
             await self._threads.run(self._folder.local.discard_upload, waiting)
             raise
 
     async def _signed_and_pinned(
-        self, info: NarInfo, nar: NarRecord, token: Token, identify: Identify
+        self, info: NarInfo, nar: NarRecord, token: Token, bearer: Bearer
     ) -> tuple[Admitted, Token]:
         """Sign what policy lets through, and pin; by whose token.
 
@@ -367,7 +379,7 @@ class Uploads:
             path = PathRecord(info.with_signatures(kept), nar.file, evidence)
             if await self._policy.passes(path.info, content_digests(path.info, nar)):
                 path = await self._renewal.sign(path, path_request(path, nar))
-            now = await identify()
+            now = await bearer.token()
             if now != token:
                 token = now
                 continue
