@@ -152,7 +152,9 @@ def render(
             "payloadType": content.payload_type,
             "signatures": [{"sig": _base64(content.signature)}],
         }
-    return json.dumps(tree, separators=(",", ":")).encode()
+    # half a surrogate pair in what a log wrote is no UTF-8: it is refused when the bundle is read
+    text = json.dumps(tree, ensure_ascii=False, separators=(",", ":"))
+    return text.encode(errors="surrogatepass")
 
 
 def _fill(material: dict[str, Any]) -> bool:
