@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.tools.upstream import FakeCache, fake_cache
 
-# how fast an example is made and tried says how busy the machine is
+# how fast an example is made and tried says how busy the machine is, and nothing of the code
 settings.register_profile(
     "busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

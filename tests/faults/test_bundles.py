@@ -113,6 +113,10 @@ RUBBISH: dict[str, bytes] = {
     "surrogate as hint": json.dumps(
         _with("verificationMaterial", "publicKey", {"hint": "\ud800"}) | {"messageSignature": {}}
     ).encode(),
+    "entries of version 0.1 that are no list": json.dumps(
+        _with("verificationMaterial", "tlogEntries", True)
+        | {"mediaType": "application/vnd.dev.sigstore.bundle+json;version=0.1"}
+    ).encode(),
     "not UTF-8": b'{"mediaType": "\xff"}',
     "deep": b"[" * 100_000,
     "huge number": b'{"mediaType": ' + b"9" * 5000 + b"}",

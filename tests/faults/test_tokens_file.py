@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ async def test_a_mode_that_is_put_right_is_noticed(tmp_path: Path) -> None:
         ("expires", True),
         ("expires", "never"),
         ("expires", float("nan")),
+        ("expires", 10**400),
         ("hash", "plain"),
         ("alow", ["*"]),
     ],
@@ -106,3 +108,9 @@ def test_an_id_twice_is_an_error(tmp_path: Path) -> None:
     tokens.add(file, "first", allow=("*",), expires=None)
     _rewritten(file, file.read_text() * 2)
     assert narseal_command("token", "list", "--tokens-file", file).returncode == 2
+
+
+def test_a_pipe_in_its_place_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokens", 0o600)
+    found = narseal_command("token", "list", "--tokens-file", tmp_path / "tokens")
+    assert (found.returncode, "no regular file" in found.stderr) == (2, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import http.client
 import itertools
@@ -14,12 +15,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from aiohttp import ClientSession
 
 from narseal.custody import tokens
+from narseal.custody.file import FileKey
+from narseal.custody.requests import Request
+from narseal.nix.keys import Signature
 from tests.faults.test_process import fetch, strace
-from tests.faults.test_upload_storm import check, uploading
+from tests.faults.test_upload_storm import check, upload, uploading
 from tests.tools.cache import Entry, entry
-from tests.tools.narseal import Process, narseal_process
+from tests.tools.narseal import Process, narseal, narseal_process
 from tests.tools.tracing import Calls
 from tests.tools.waiting import PATIENCE, until
 
@@ -169,6 +174,31 @@ def test_a_token_that_is_revoked_while_its_group_is_published_signs_nothing(
             tokens.revoke(tmp_path / "tokens", "ci")
             assert status.result() == 401
         assert fetch(f"{proxy.url}/{item.hash}.narinfo")[0] == 404
+        _, metrics = fetch(f"{proxy.url}/metrics")
+        signed = re.findall(r'narseal_sign_seconds_count{.*kind="nix".*} (.*)', metrics.decode())
+        assert not sum(map(float, signed)), "signed, though nothing shows it"
+
+
+async def test_a_token_that_is_revoked_while_it_is_signed_for_pins_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent may take long."""
+    token, more = uploading(tmp_path)
+    sign = FileKey.sign
+
+    async def slowly(key: FileKey, request: Request) -> Signature:
+        signature = await sign(key, request)
+        tokens.revoke(tmp_path / "tokens", "ci")
+        await asyncio.sleep(0.05)
+        return signature
+
+    monkeypatch.setattr(FileKey, "sign", slowly)
+    async with (
+        narseal(tmp_path, upload=more) as client,
+        ClientSession(headers={"Authorization": f"Bearer {token}"}) as session,
+    ):
+        assert await upload(session, client.url, ITEMS[0]) == 401
+        assert (await client.get(f"{ITEMS[0].hash}.narinfo"))[0] == 404
 
 
 def test_two_paths_of_one_nar_leave_nothing_over(tmp_path: Path) -> None:

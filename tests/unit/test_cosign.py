@@ -172,8 +172,10 @@ def test_fields_beside_a_payload_are_held_to_the_specification(size: int) -> Non
     items = [entry("p", contents=b"x" * size)]
     text = statement.render(map(attested, items)) + b" " * size
     made = json.loads(KeySigner(KEY, None, timeout=1).sign_statement(text))
-    assert Bundle.parse(json.dumps(made).encode()).signed
+    parsed = Bundle.parse(json.dumps(made).encode())
+    assert parsed.signed
     envelope = made["dsseEnvelope"]
+    assert json.loads(parsed.render())["dsseEnvelope"]["payload"] == envelope["payload"]
     for tree in (
         made | {"more": 1},
         made | {"dsseEnvelope": envelope | {"more": 1}},
@@ -520,3 +522,17 @@ def _zeros(size: int) -> bytes:
     for _ in range(size // len(block)):
         hasher.update(block)
     return hasher.digest()
+
+
+def test_timestamps_under_the_name_of_the_protobuf_field_are_not_passed_over() -> None:
+    """Readers of protobuf's JSON take either name."""
+    made = json.loads(KeySigner(KEY, None, timeout=1).sign_digest(bytes(32)))
+    stamps = {"rfc3161Timestamps": [{"signedTimestamp": "AAAA"}]}
+
+    def bundle(name: str) -> bytes:
+        material = made["verificationMaterial"] | {name: stamps}
+        return json.dumps(made | {"verificationMaterial": material}).encode()
+
+    assert Bundle.parse(bundle("timestampVerificationData")).timestamps
+    with pytest.raises(MalformedAttestation, match="another name"):
+        Bundle.parse(bundle("timestamp_verification_data"))

@@ -77,10 +77,10 @@ class Bundle(NamedTuple):
         if kind not in _MEDIA_TYPES:
             raise MalformedAttestation("not a Sigstore bundle: its mediaType is missing or another")
         material = _field(tree, "verificationMaterial", dict)
-        if kind == _MEDIA_TYPES[1] and not all(
-            isinstance(entry, dict) and entry.get("inclusionPromise")
-            for entry in material.get("tlogEntries") or ()
-        ):
+        entries = material.get("tlogEntries") or []
+        if not isinstance(entries, list) or not all(isinstance(item, dict) for item in entries):
+            raise MalformedAttestation("the bundle's tlogEntries are no list of entries")
+        if kind == _MEDIA_TYPES[1] and not all(item.get("inclusionPromise") for item in entries):
             raise MalformedAttestation("a bundle of version 0.1 has an inclusionPromise")
         if _fill(material):
             data = json.dumps(tree).encode()
@@ -88,18 +88,19 @@ class Bundle(NamedTuple):
         certificate = _certificate(material)
         if certificate is None and not isinstance(material.get("publicKey"), dict):
             raise MalformedAttestation("the bundle has neither a certificate nor a publicKey")
-        entries = material.get("tlogEntries") or []
-        if not isinstance(entries, list) or not all(isinstance(item, dict) for item in entries):
-            raise MalformedAttestation("the bundle's tlogEntries are no list of entries")
         if len(entries) > 1:
             raise MalformedAttestation("the bundle has more than one log entry")
         named = material.get("publicKey")
         hint = str(named.get("hint", "")) if isinstance(named, dict) else ""
         content = _content(tree)
         if isinstance(content, Envelope):
-            assert model.dsse_envelope is not None  # it is of this tree
+            assert model.dsse_envelope is not None  # _content found one
             model.dsse_envelope.payload = content.payload
-        return cls(content, certificate, tuple(entries), _timestamps(material), model, hint)
+        timestamps = _timestamps(material)
+        stamped = model.verification_material.timestamp_verification_data
+        if len((stamped and stamped.rfc3161_timestamps) or ()) != len(timestamps):
+            raise MalformedAttestation("the bundle's timestamps stand under another name")
+        return cls(content, certificate, tuple(entries), timestamps, model, hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +175,9 @@ def _fill(material: dict[str, Any]) -> bool:
 
 
 def _model(data: bytes, tree: dict[str, Any]) -> Model:
-    """Its fields, of which each is one of the specification and of its form.
+    """The bundle as sigstore-python has it; MalformedAttestation if a field is not the specification's.
 
-    A large payload is left out, which `_content` reads, and need not be decoded twice.
+    A large payload is left empty, to be put in by whoever decoded it.
     """
     envelope = tree.get("dsseEnvelope")
     payload = envelope.get("payload") if isinstance(envelope, dict) else None
@@ -250,7 +251,7 @@ def _bytes(tree: dict[str, Any], name: str) -> bytes:
         data = a2b_base64(text, strict_mode=True)
     except ValueError as error:  # characters beyond ASCII are no binascii.Error
         raise MalformedAttestation(f"the bundle's {name} is not base64") from error
-    # Python passes over padding where none belongs
+    # strict as it is, Python passes over padding behind whole groups
     if len(text) != (len(data) + 2) // 3 * 4:
         raise MalformedAttestation(f"the bundle's {name} is not base64: its padding is too long")
     return data

@@ -21,33 +21,33 @@ from narseal.errors import MalformedAttestation, Refused
 _V2 = ("hashedrekord", "0.0.2")
 
 
-def verify(inner: Model, root: TrustedRoot) -> int:
+def verify(entry: Model, root: TrustedRoot) -> int:
     """The index of an entry that a trusted log has, by its proof and the log's checkpoint.
 
     Whatever else the entry says of its place, its log and its time is held to that too. Refused
     or an error of sigstore-python if it does not verify.
     """
-    TransparencyLogEntry(inner)._verify(root.rekor_keyring(KeyringPurpose.VERIFY))  # noqa: SLF001
-    if inner.log_id.key_id not in {log.log_id.key_id for log in root._inner.tlogs}:  # noqa: SLF001
+    TransparencyLogEntry(entry)._verify(root.rekor_keyring(KeyringPurpose.VERIFY))  # noqa: SLF001
+    if entry.log_id.key_id not in {log.log_id.key_id for log in root._inner.tlogs}:  # noqa: SLF001
         raise refused("its logId is of no log of the trusted root")
-    checkpoint = inner.inclusion_proof.checkpoint
+    checkpoint = entry.inclusion_proof.checkpoint
     assert checkpoint is not None  # it was verified
-    _check_origin(checkpoint.envelope, inner.log_id.key_id)
-    body = json.loads(inner.canonicalized_body)
-    kind = (inner.kind_version.kind, inner.kind_version.version)
+    _check_origin(checkpoint.envelope, entry.log_id.key_id)
+    body = json.loads(entry.canonicalized_body)
+    kind = (entry.kind_version.kind, entry.kind_version.version)
     if kind != (body["kind"], body["apiVersion"]):
         raise refused("its kindVersion is not that of the log's entry")
-    promise = inner.inclusion_promise
+    promise = entry.inclusion_promise
     promised = bool(promise and promise.signed_entry_timestamp)
-    if promised and not inner.integrated_time:
+    if promised and not entry.integrated_time:
         raise refused("its inclusionPromise has no integratedTime, which it would be over")
     if kind == _V2:
-        if inner.integrated_time or promised:
+        if entry.integrated_time or promised:
             raise refused("its log gives no integratedTime and no inclusionPromise")
-        if inner.log_index != inner.inclusion_proof.log_index:
+        if entry.log_index != entry.inclusion_proof.log_index:
             raise refused("its logIndex is not that of its inclusionProof")
     # Rekor v1 counts over all its trees; the promise, which was verified, is over that number
-    return int(inner.log_index if promised else inner.inclusion_proof.log_index)
+    return int(entry.log_index if promised else entry.inclusion_proof.log_index)
 
 
 def _check_origin(envelope: str, log_id: bytes) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import re
 import secrets
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +24,7 @@ _TOKEN = re.compile(r"narseal_([0-9a-f]{12})_([A-Za-z0-9_-]{43})", re.ASCII)
 _ID = re.compile(r"[0-9a-f]{12}", re.ASCII)
 _HASH = "$argon2id$"
 _MAX_BYTES = 4 << 20
+_MOST_SECONDS = 1 << 40  # some 35,000 years; what is less is finite, and a float
 # a token has 256 random bits: the hash is there for those who read the file, not against guessing
 _OPS, _MEMORY = argon2id.OPSLIMIT_MIN, argon2id.MEMLIMIT_MIN
 
@@ -164,8 +165,12 @@ def _mark(file: Path) -> tuple[int, ...] | None:
 
 def _read(file: Path) -> list[Token]:
     try:
-        with file.open(encoding="utf-8") as opened:
-            mode = os.fstat(opened.fileno()).st_mode
+        # a pipe would be waited for
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, encoding="utf-8") as opened:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                raise ValueError("it is no regular file")
             text = opened.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         return []
@@ -207,7 +212,7 @@ def _parse(line: str) -> Token:
         "name is not a text": not isinstance(name, str),
         'allow is not a list of globs, as ["app-*"]': not is_list,
         "expires is neither null nor a Unix time": expires is not None
-        and not (is_time and math.isfinite(expires)),
+        and not (is_time and abs(expires) < _MOST_SECONDS),
         "hash is no argon2id hash": not (isinstance(hashed, str) and hashed.startswith(_HASH)),
     }
     if found := [sentence for sentence, is_wrong in wrong.items() if is_wrong]:

@@ -1,7 +1,8 @@
-"""JSON from outside: its nesting and the number of its values are bounded before a tree is made.
+"""JSON from outside: its nesting and the number of its values are bounded.
 
 `json.loads` needs 20 to 30 bytes of memory for each byte of `[[],[],…`, and lets nobody else run
-until it is done. So what may have many values is first read as a stream of events, which takes no memory.
+until it is done. So a large text that may have many values is first read as a stream of events, which
+takes no memory; a small one cannot have too many.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from narseal.errors import Malformed
 MAX_DEPTH = 201
 #: Scalars, objects and arrays; a tree of so many takes some 40 MiB and 80 ms.
 MAX_VALUES = 400_000
-_FEW = 32_000  # values whose tree can do no harm, whatever it is
+_FEW = 32_000  # values of a large text whose tree can do no harm, whatever it is
 _BLOCK = 1 << 20  # bytes that are read at a time
 _PORTION = 64 << 10  # bytes that are parsed at a time, the interpreter's lock being held
 _MAX_TOKEN = 4 << 20  # bytes of one text or number: it is copied with each portion
@@ -32,12 +33,13 @@ def load_json(data: bytes, *, what: str) -> Any:
     It is held to RFC 8259, and a name stands once in an object: which of two counts, readers differ.
     """
     try:
+        is_large = len(data) > 2 * MAX_VALUES  # else it cannot have more
+        if not is_large and (found := _compact(data)) is not None:
+            return found[0]
         # each value is the first, or behind a comma or an opening bracket
-        many = len(data) > 2 * MAX_VALUES and sum(map(data.count, (b"[", b"{", b","))) >= _FEW
+        many = is_large and sum(map(data.count, (b"[", b"{", b","))) >= _FEW
         if many:
             check_shape(io.BytesIO(data), what=what, depth=MAX_DEPTH, values=MAX_VALUES)
-        if (found := _compact(data)) is not None:
-            return found[0]
         tree = _DECODER.decode(data.decode())
         if not many and data.count(b"[") + data.count(b"{") > MAX_DEPTH:
             _check_depth(tree, what)

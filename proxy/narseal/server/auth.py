@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 _KEPT_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
-_JUST_NOW = 0.01  # seconds since a look, for which there is no other
+_JUST_NOW = 0.01  # seconds for which a bearer's own look counts as one that has just begun
 _ADDRESSES = 10_000
 _MAX_DELAY = 5.0
 _MAX_TOKEN = 3500  # a head line has 4,096 bytes
@@ -52,7 +52,7 @@ class Gate:
         """
         text = _token(request.headers.get("Authorization", ""))
         now = time.monotonic()
-        if anew or now - self._looked > _LOOK_SECONDS:
+        if self._tokens and (anew or now - self._looked > _LOOK_SECONDS):
             self._looked = now
             await self._threads.run(self.look)
         self._notice()
@@ -129,7 +129,7 @@ class Bearer:
         self._gate.look()
 
     async def token(self) -> Token:
-        """Whose token it is, after a look that has just begun; errors as of `Gate.identify`."""
+        """Whose token it is, by a look that began just now, or begins; errors as of `Gate.identify`."""
         is_fresh = time.monotonic() - self._looked < _JUST_NOW
         return await self._gate.identify(self._request, anew=not is_fresh)
 

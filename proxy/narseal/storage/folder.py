@@ -114,7 +114,8 @@ class Folder:
     ) -> None:
         """The same, together with what else is complete by then, unless it is large.
 
-        The file may be let go of at any time. What is to be done `then` is done in the same thread.
+        The file may be let go of at any time. What is to be done `then`, whatever became of it, is done in the same
+        thread; it raises nothing.
         """
         complete = _Complete(file, name, then)
         if file.size <= _LARGE:
@@ -129,8 +130,9 @@ class Folder:
 
     def _publish_each(self, group: list[_Complete]) -> list[Unavailable | None]:
         outcomes = self.local.publish_each([(each.file, each.name) for each in group])
-        for then in {each.then for each in group if each.then}:
-            then()
+        for each in group:
+            if each.then:
+                each.then()
         return outcomes
 
     async def link(self, name: str, other: str) -> None:

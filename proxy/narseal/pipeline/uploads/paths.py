@@ -58,7 +58,7 @@ class Bearer(Protocol):
     """Who uploads."""
 
     def look(self) -> None:
-        """Look at the tokens there are, in a thread."""
+        """Look at the tokens there are, so that a `token()` right behind it need not. Blocks."""
 
     async def token(self) -> Token:
         """The token, as of a look that has just begun; Unauthorised if it is none any more."""
@@ -288,7 +288,7 @@ class Uploads:
     def _inspected(
         self, info: NarInfo, file: str, bearer: Bearer
     ) -> tuple[OpenFile, Measured] | None:
-        """In a thread: a waiting file that is what the narinfo says; None if none waits."""
+        """In a thread: a waiting file that is what the narinfo says, and a look at the tokens; None if none waits."""
         incoming = self._folder.local.open_upload(file)
         if incoming is None:
             return None
@@ -340,7 +340,7 @@ class Uploads:
             if arrived.incoming:
                 await self._threads.run(arrived.incoming.drop)
             raise
-        admitted, token = await self._signed_and_pinned(info, record, token, bearer)
+        admitted, token = await self._signed_and_pinned(info, record, bearer)
         await self._settle(info, admitted, token)
         path = admitted[0]
         _log.info(
@@ -364,14 +364,15 @@ class Uploads:
             raise
 
     async def _signed_and_pinned(
-        self, info: NarInfo, nar: NarRecord, token: Token, bearer: Bearer
+        self, info: NarInfo, nar: NarRecord, bearer: Bearer
     ) -> tuple[Admitted, Token]:
         """Sign what policy lets through, and pin; by whose token.
 
-        The token and its keys are looked at again when all that takes its time is done; if they changed, it is decided
-        anew.
+        The token is looked at before anything is signed, and with its keys again when all that takes its time is
+        done; if they changed, it is decided anew.
         """
         for _ in range(_TRIES):
+            token = await bearer.token()
             trusted = await self._authorise(info, token)
             evidence = f"upload {token.id}" + (f" signature {trusted}" if trusted else "")
             revoked = (await self._index.revocations.now()).keys
@@ -379,9 +380,7 @@ class Uploads:
             path = PathRecord(info.with_signatures(kept), nar.file, evidence)
             if await self._policy.passes(path.info, content_digests(path.info, nar)):
                 path = await self._renewal.sign(path, path_request(path, nar))
-            now = await bearer.token()
-            if now != token:
-                token = now
+            if await bearer.token() != token:
                 continue
             try:
                 return await self._pin(path, nar), token
