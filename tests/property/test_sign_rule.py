@@ -256,10 +256,10 @@ def _shares_a_file(world: World, offer: Offer) -> bool:
 def _not_vacuous() -> Iterator[None]:
     yield
     for what in ("signed", "by signature", "by bytes", "addressed", "owed"):
-        assert SEEN[what] > 1, SEEN  # what is drawn is chance: once there were five of the rarest
+        assert SEEN[what] > 5, SEEN
 
 
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(worlds)
 def test_each_signed_answer_has_its_evidence(world: World) -> None:
     async def run() -> None:

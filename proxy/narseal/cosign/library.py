@@ -41,9 +41,6 @@ _INTOTO = ("intoto", "0.0.2")
 class LibraryVerifier(Verifier):
     """As the original, and these; errors are sigstore-python's."""
 
-    def __init__(self, trusted_root: Root) -> None:
-        super().__init__(trusted_root=trusted_root)
-
     def verify_timestamp(
         self, response: TimeStampResponse, signature: bytes
     ) -> TimestampVerificationResult | None:

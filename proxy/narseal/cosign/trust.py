@@ -55,7 +55,7 @@ def load(file: Path) -> Trust:
 def _whole(original: TrustedRoot) -> Root:
     """The root, after each certificate and key was read, which sigstore-python else does in use."""
     root = Root(original._inner)  # noqa: SLF001
-    LibraryVerifier(root)
+    LibraryVerifier(trusted_root=root)
     root.get_timestamp_authorities()
     root.rekor_keyring(KeyringPurpose.VERIFY)
     if root._inner.ctlogs:  # noqa: SLF001

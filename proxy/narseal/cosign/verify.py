@@ -80,7 +80,7 @@ class Verifier:
             raise ConfigError("a keyless signature is verified against a trusted root; give one")
         self._expected = expected
         self._trust = trust
-        self._sigstore = LibraryVerifier(trust.root) if trust else None
+        self._sigstore = LibraryVerifier(trusted_root=trust.root) if trust else None
 
     def verify(self, bundle: Bundle, digest: bytes) -> Verified:
         """The bundle is a good signature over, or a statement of, the file with this SHA-256.

@@ -17,11 +17,12 @@ from pydantic_core import from_json, to_json
 
 from narseal.errors import Malformed
 
-#: An object or array within another, and so on: as deep as pydantic-core's parser goes.
-MAX_DEPTH = 201
+#: An object or array within another, and so on.
+MAX_DEPTH = 100
 #: Scalars, objects and arrays; a tree of so many takes some 40 MiB and 80 ms.
 MAX_VALUES = 400_000
 _FEW = 32_000  # values of a large text whose tree can do no harm, whatever it is
+_BRIEF = 4 << 10  # bytes of a text in which brackets are counted
 _BLOCK = 1 << 20  # bytes that are read at a time
 _PORTION = 64 << 10  # bytes that are parsed at a time, the interpreter's lock being held
 _MAX_TOKEN = 4 << 20  # bytes of one text or number: it is copied with each portion
@@ -34,14 +35,14 @@ def load_json(data: bytes, *, what: str) -> Any:
     """
     try:
         is_large = len(data) > 2 * MAX_VALUES  # else it cannot have more
-        if not is_large and (found := _compact(data)) is not None:
-            return found[0]
         # each value is the first, or behind a comma or an opening bracket
-        many = is_large and sum(map(data.count, (b"[", b"{", b","))) >= _FEW
-        if many:
+        if is_large and sum(map(data.count, (b"[", b"{", b","))) >= _FEW:
             check_shape(io.BytesIO(data), what=what, depth=MAX_DEPTH, values=MAX_VALUES)
-        tree = _DECODER.decode(data.decode())
-        if not many and data.count(b"[") + data.count(b"{") > MAX_DEPTH:
+            return _DECODER.decode(data.decode())
+        found = None if is_large else _compact(data)
+        tree = found[0] if found else _DECODER.decode(data.decode())
+        # of much text, counting takes longer than looking
+        if len(data) > _BRIEF or data.count(b"[") + data.count(b"{") > MAX_DEPTH:
             _check_depth(tree, what)
         return tree
     except RecursionError as error:

@@ -53,6 +53,13 @@ from narseal.storage import (
 )
 from narseal.storage.claims import verified_by
 
+_log = logging.getLogger(__name__)
+_TRIES = 4
+#: Bytes of a NAR file that is written when all of it is there, and what part it is of all uploads at most: of a
+#: larger one it is said at once that there is no room.
+_AT_ONCE = 256 << 10
+_PARTS = 64
+
 
 class Bearer(Protocol):
     """Who uploads."""
@@ -62,14 +69,6 @@ class Bearer(Protocol):
 
     async def token(self) -> Token:
         """The token, as of a look that has just begun; Unauthorised if it is none any more."""
-
-
-_log = logging.getLogger(__name__)
-_TRIES = 4
-#: Bytes of a NAR file that is written when all of it is there, and what part it is of all uploads at most: of a
-#: larger one it is said at once that there is no room.
-_AT_ONCE = 256 << 10
-_PARTS = 64
 
 
 @dataclass(frozen=True, slots=True)
