@@ -165,6 +165,21 @@ class SoftHsm:
             f"&pin-source=file:{self.pin_file}"
         )
 
+    def hide_keys(self) -> dict[Path, bytes]:
+        """Take the keys' files away, but not the token; `show_keys` brings them back."""
+        kept = {
+            path: path.read_bytes()
+            for path in self.folder.glob("tokens/*/*.object")
+            if path.name != "token.object"
+        }
+        for path in kept:
+            path.unlink()
+        return kept
+
+    def show_keys(self, kept: dict[Path, bytes]) -> None:
+        for path, data in kept.items():
+            path.write_bytes(data)
+
     def _run(self, *argv: str) -> None:
         done = subprocess.run(
             argv,

@@ -97,26 +97,32 @@ class Token:
     def _work(self, kind: ObjectClass, work: Callable[[Any], bytes]) -> bytes:
         try:
             return self._module.work(self._url, {"object_class": kind, **self._which}, work)
+        except ConfigError as error:  # its PIN file
+            raise Unavailable(f"{self._url}: {error}") from error
         except (pkcs11.PKCS11Error, RuntimeError) as error:
             what = type(error).__name__ + (f" {error}" if str(error) else "")
             raise Unavailable(f"{self._url}: the token cannot be used: {what}") from error
 
 
 class _Module:
-    """A PKCS#11 module of this process: one login for each token, made anew when it was away."""
+    """A PKCS#11 module of this process: one login for each token, made anew when it was away.
+
+    A PIN that the token refused is not presented again: a few refusals lock a token for good.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
         self._sessions: dict[str, Any] = {}
         self._keys: dict[tuple[object, ...], Any] = {}
+        self._refused: dict[str, str] = {}
 
     def work(self, url: TokenUrl, which: dict[str, Any], work: Callable[[Any], bytes]) -> bytes:
         """Do something with a key; once more from the beginning if that fails."""
         with self._lock:
             try:
                 return work(self._key(url, which))
-            except (pkcs11.NoSuchKey, pkcs11.PinIncorrect):
+            except pkcs11.PinIncorrect:
                 raise
             except pkcs11.PKCS11Error:
                 self._begin_anew()
@@ -131,9 +137,19 @@ class _Module:
     def _session(self, url: TokenUrl) -> Any:
         if url.token not in self._sessions:
             pin = read_private(Path(expand(url.pin_file))).strip() if url.pin_file else None
-            token = pkcs11.lib(self._path).get_token(token_label=url.token)
-            self._sessions[url.token] = token.open(user_pin=pin) if pin else token.open()
+            self._sessions[url.token] = self._log_in(url, pin)
         return self._sessions[url.token]
+
+    def _log_in(self, url: TokenUrl, pin: str | None) -> Any:
+        if not pin:
+            return pkcs11.lib(self._path).get_token(token_label=url.token).open()
+        if self._refused.get(url.token) == pin:
+            raise pkcs11.PinIncorrect(f"the PIN in {url.pin_file} was refused; correct it")
+        try:
+            return pkcs11.lib(self._path).get_token(token_label=url.token).open(user_pin=pin)
+        except pkcs11.PinIncorrect:
+            self._refused[url.token] = pin
+            raise
 
     def _begin_anew(self) -> None:
         """Whoever has a key of this module finds it again."""
