@@ -25,6 +25,7 @@ _MEDIA_TYPES = (MEDIA_TYPE, *(f"{_OLDER}.{minor}" for minor in (1, 2, 3)))
 MAX_BYTES = 24 << 20
 _SMALL = 64 << 10  # bytes of all but the payload
 _MAX_TIMESTAMPS = 8
+_DIGEST = 32  # bytes of a SHA-256
 
 
 class MessageSignature(NamedTuple):
@@ -78,20 +79,18 @@ class Bundle(NamedTuple):
             raise MalformedAttestation("not a Sigstore bundle: its mediaType is missing or another")
         material = _field(tree, "verificationMaterial", dict)
         entries = material.get("tlogEntries") or []
-        if not isinstance(entries, list) or not all(isinstance(item, dict) for item in entries):
-            raise MalformedAttestation("the bundle's tlogEntries are no list of entries")
-        if kind == _MEDIA_TYPES[1] and not all(item.get("inclusionPromise") for item in entries):
-            raise MalformedAttestation("a bundle of version 0.1 has an inclusionPromise")
+        if entries:
+            _check_entries(kind, entries)
         if _fill(material):
             data = json.dumps(tree).encode()
         model = _model(data, tree)
         certificate = _certificate(material)
-        if certificate is None and not isinstance(material.get("publicKey"), dict):
-            raise MalformedAttestation("the bundle has neither a certificate nor a publicKey")
-        if len(entries) > 1:
-            raise MalformedAttestation("the bundle has more than one log entry")
         named = material.get("publicKey")
-        hint = str(named.get("hint", "")) if isinstance(named, dict) else ""
+        if not isinstance(named, dict):
+            if certificate is None:
+                raise MalformedAttestation("the bundle has neither a certificate nor a publicKey")
+            named = {}
+        hint = str(named.get("hint", ""))
         content = _content(tree)
         if isinstance(content, Envelope):
             assert model.dsse_envelope is not None  # _content found one
@@ -158,6 +157,15 @@ def render(
     return text.encode(errors="surrogatepass")
 
 
+def _check_entries(kind: str, entries: Any) -> None:
+    if not isinstance(entries, list) or not all(isinstance(item, dict) for item in entries):
+        raise MalformedAttestation("the bundle's tlogEntries are no list of entries")
+    if kind == _MEDIA_TYPES[1] and not all(item.get("inclusionPromise") for item in entries):
+        raise MalformedAttestation("a bundle of version 0.1 has an inclusionPromise")
+    if len(entries) > 1:
+        raise MalformedAttestation("the bundle has more than one log entry")
+
+
 def _fill(material: dict[str, Any]) -> bool:
     """Put zeroes and empty lists, which protobuf may leave out; whether any were missing."""
     filled = "tlogEntries" not in material
@@ -185,7 +193,7 @@ def _model(data: bytes, tree: dict[str, Any]) -> Model:
         assert isinstance(envelope, dict)
         data = json.dumps(tree | {"dsseEnvelope": envelope | {"payload": ""}}).encode()
     try:
-        return Model.from_json(data)
+        return Model.model_validate_json(data)
     except ValueError as error:
         raise MalformedAttestation(
             f"the bundle's fields are not those of the specification: {str(error)[:500]}"
@@ -212,7 +220,7 @@ def _content(tree: dict[str, Any]) -> MessageSignature | Envelope:
         if digest.get("algorithm") != "SHA2_256":
             raise MalformedAttestation("the bundle's digest is not SHA2_256")
         value = _bytes(digest, "digest")
-        if len(value) != hashlib.sha256().digest_size:
+        if len(value) != _DIGEST:
             raise MalformedAttestation("the bundle's digest is no SHA-256")
         return MessageSignature(value, _bytes(message, "signature"))
     envelope = _field(tree, "dsseEnvelope", dict)

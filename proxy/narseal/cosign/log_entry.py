@@ -5,11 +5,11 @@ Format: `sigstore_rekor.proto` of sigstore/protobuf-specs; checkpoints are C2SP 
 
 from __future__ import annotations
 
-import base64
 import json
+import re
+from base64 import b64decode
 from typing import Any
 
-from sigstore._internal.rekor.checkpoint import SignedCheckpoint
 from sigstore._internal.trust import KeyringPurpose
 from sigstore.models import TransparencyLogEntry, TrustedRoot
 from sigstore_models.rekor.v1 import TransparencyLogEntry as Model
@@ -19,6 +19,7 @@ from narseal.errors import MalformedAttestation, Refused
 
 #: Entries of Rekor v2, which promises nothing and tells no time: its checkpoint says it all.
 _V2 = ("hashedrekord", "0.0.2")
+_SIGNATURE = re.compile(r"\u2014 (\S+) (\S+)\n")  # of a checkpoint, as sigstore-python reads it
 
 
 def verify(entry: Model, root: TrustedRoot) -> int:
@@ -52,9 +53,11 @@ def verify(entry: Model, root: TrustedRoot) -> int:
 
 def _check_origin(envelope: str, log_id: bytes) -> None:
     """The signature that was verified, the first of the log's, is under the log's own name."""
-    signed = SignedCheckpoint.from_text(envelope)
-    name = next(s.name for s in signed.signed_note.signatures if s.sig_hash == log_id[:4])
-    if name != signed.checkpoint.origin.partition(" ")[0]:
+    note, _, signatures = envelope.partition("\n\n")
+    name = next(
+        name for name, data in _SIGNATURE.findall(signatures) if b64decode(data)[:4] == log_id[:4]
+    )
+    if name != note.strip().partition("\n")[0].partition(" ")[0]:
         raise refused("its checkpoint is signed under another name than its origin")
 
 
@@ -63,21 +66,21 @@ def check_body(
 ) -> None:
     """The log entry is of this digest, signature and key, and of nothing else."""
     try:
-        body = json.loads(base64.b64decode(entry["canonicalizedBody"], validate=True))
+        body = json.loads(b64decode(entry["canonicalizedBody"], validate=True))
         version = (body["kind"], body["apiVersion"])
         if version == _V2:
             spec = body["spec"]["hashedRekordV002"]
             found = (
-                base64.b64decode(spec["data"]["digest"]),
-                base64.b64decode(spec["signature"]["content"]),
-                base64.b64decode(spec["signature"]["verifier"]["publicKey"]["rawBytes"]),
+                b64decode(spec["data"]["digest"]),
+                b64decode(spec["signature"]["content"]),
+                b64decode(spec["signature"]["verifier"]["publicKey"]["rawBytes"]),
             )
         elif version == ("hashedrekord", "0.0.1"):
             spec = body["spec"]
-            pem = base64.b64decode(spec["signature"]["publicKey"]["content"]).decode()
+            pem = b64decode(spec["signature"]["publicKey"]["content"]).decode()
             found = (
                 bytes.fromhex(spec["data"]["hash"]["value"]),
-                base64.b64decode(spec["signature"]["content"]),
+                b64decode(spec["signature"]["content"]),
                 CosignPublicKey.parse(pem).der,
             )
         else:

@@ -27,6 +27,8 @@ _BLOCK = 1 << 20  # bytes that are read at a time
 _PORTION = 64 << 10  # bytes that are parsed at a time, the interpreter's lock being held
 _MAX_TOKEN = 4 << 20  # bytes of one text or number: it is copied with each portion
 
+_OTHER = object()  # no tree: one may be None
+
 
 def load_json(data: bytes, *, what: str) -> Any:
     """Any JSON value of at most MAX_DEPTH and MAX_VALUES; Malformed names `what` if it is none.
@@ -39,8 +41,9 @@ def load_json(data: bytes, *, what: str) -> Any:
         if is_large and sum(map(data.count, (b"[", b"{", b","))) >= _FEW:
             check_shape(io.BytesIO(data), what=what, depth=MAX_DEPTH, values=MAX_VALUES)
             return _DECODER.decode(data.decode())
-        found = None if is_large else _compact(data)
-        tree = found[0] if found else _DECODER.decode(data.decode())
+        tree = _OTHER if is_large else _compact(data)
+        if tree is _OTHER:
+            tree = _DECODER.decode(data.decode())
         # of much text, counting takes longer than looking
         if len(data) > _BRIEF or data.count(b"[") + data.count(b"{") > MAX_DEPTH:
             _check_depth(tree, what)
@@ -53,8 +56,8 @@ def load_json(data: bytes, *, what: str) -> Any:
         raise Malformed(f"{what} is not JSON: {error}") from error
 
 
-def _compact(data: bytes) -> tuple[Any] | None:
-    """A value that a program wrote, without blanks and without needless escapes; None of any other text.
+def _compact(data: bytes) -> Any:
+    """A value that a program wrote, without blanks and needless escapes; _OTHER of any other text.
 
     The parser is three times as fast as Python's and passes over names that stand twice: none does
     where the tree, written again, is the same text.
@@ -62,8 +65,8 @@ def _compact(data: bytes) -> tuple[Any] | None:
     try:
         tree = from_json(data, allow_inf_nan=False, cache_strings="keys")
     except ValueError:  # the other parser says it better
-        return None
-    return (tree,) if to_json(tree) == data else None
+        return _OTHER
+    return tree if to_json(tree) == data else _OTHER
 
 
 def _check_depth(tree: Any, what: str) -> None:
