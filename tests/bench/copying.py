@@ -47,6 +47,7 @@ def measure() -> list[Row]:
                 take("nginx proxy_pass", "cold", relay, key)
                 with floor(static, builder.folder, HOST_KEY.public) as (url, pid, floors_key):
                     take(FLOOR, "cold", url, floors_key, pid)
+                    take(FLOOR, "warm", url, floors_key, pid)
                 take("nginx static", "warm", static, key)
                 with ncps(builder.folder / f"ncps{round_}", hash_part(path)) as peer:
                     if peer:
@@ -55,7 +56,7 @@ def measure() -> list[Row]:
                 if local:
                     take("harmonia", "warm", local.url, local.public_key, local.pid)
     label, form = f"`nix copy` of {PATHS} paths", "{:.2f} s"
-    warm = {"nginx static": "≤ 0.8", "ncps": "< 1", "harmonia": "< 1"}
+    warm = {"nginx static": "≤ 0.8", FLOOR: "", "ncps": "< 1", "harmonia": "< 1"}
     cold = {"nginx proxy_pass": "≤ 1.5", FLOOR: "", "ncps": "≤ 0.5"}
     return [
         *sides.rows(f"{label}, warm", "warm", warm, form, " (time)"),

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
+from yarl import URL
+
+from narseal.nix.narinfo import NarInfo
+from narseal.upstream.plain import Client, Place
 from tests.bench.closures import built, copy, hash_part, seconds, store
 from tests.bench.peers import ncps
 from tests.bench.servers import ALL_CORES, HOST, HOST_KEY, NCPS, nginx
@@ -23,6 +30,7 @@ _RETURN = 0.05  # seconds there and back
 _JOBS = 16
 _STRAIGHT = "the same straight from it"
 _AGAIN = "the same again, all of it there: what is left is Nix's own"
+_WALK = "its narinfos alone, each asked for as soon as another names it, by a client that does nothing else"
 #: The address and port of the line, the same for all sides.
 _AT = (HOST, "80") if NCPS else ("127.0.0.1", "0")
 _EXPRESSION = f"""
@@ -55,6 +63,7 @@ def measure() -> list[Row]:
                     take("narseal", proxy.url, proxy.public_key, proxy.workers()[0])
                     take(_AGAIN, proxy.url, proxy.public_key)
                 take(_STRAIGHT, far, key)
+                sides.take(_WALK, way, lambda: asyncio.run(_walk(far, hash_part(path))))
                 with ncps(folder / "ncps", hash_part(path)) as peer:
                     if peer:
                         take("ncps", peer.url, peer.public_key, peer.pid)
@@ -63,7 +72,7 @@ def measure() -> list[Row]:
         for way, (_, aim) in ways.items()
         for row in sides.rows(
             f"{way} of {_PATHS} paths, {_LEVELS} levels, cold, upstream {_RETURN * 1000:.0f} ms away",
-            way, {_STRAIGHT: aim, _AGAIN: "", "ncps": aim}, "{:.2f} s", " (time)",
+            way, {_STRAIGHT: aim, _AGAIN: "", _WALK: "", "ncps": aim}, "{:.2f} s", " (time)",
         )
     ]  # fmt: skip
 
@@ -84,6 +93,25 @@ def _far(url: str) -> Iterator[str]:
     finally:
         line.terminate()
         line.communicate()
+
+
+async def _walk(url: str, root: str) -> float:
+    """Seconds until the whole closure is known: there is no quicker way than level by level."""
+    client, place = Client(ssl.create_default_context(), connect_timeout=60), Place(URL(url), {})
+    seen: set[str] = set()
+    start = time.monotonic()
+
+    async def look(hash_part: str) -> None:
+        seen.add(hash_part)
+        with await client.ask(place, f"/{hash_part}.narinfo") as answer:
+            info = NarInfo.parse(await answer.read())
+        more = {reference.hash_part for reference in info.references} - seen
+        seen.update(more)
+        await asyncio.gather(*map(look, more))
+
+    await look(root)
+    assert len(seen) == _PATHS
+    return time.monotonic() - start
 
 
 def _realise(client: Nix, url: str, path: str) -> None:

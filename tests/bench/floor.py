@@ -3,25 +3,28 @@
 A narinfo: it asks its upstream, parses, verifies one signature, signs, commits the pin and answers. A NAR:
 it fetches it, holds it to its narinfo, answers, and writes and records it behind that, in groups. An upload:
 it writes and hashes the NAR, holds it to its narinfo, synchronises it, signs, commits, and writes the narinfo
-behind the answer. All with narseal's own parts, one after another: no policy, tokens, revocations, flights,
+behind the answer. What was answered once is answered from memory. All with narseal's own parts, one after another: no policy, tokens, revocations, flights,
 fair turns, second upstream, memory of answers, bounds, metrics or errors.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import multiprocessing
+import socket
 import ssl
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import httptools
 import uvloop
@@ -42,6 +45,8 @@ from narseal.upstream.plain import Client, Place
 #: What its rows are called.
 FLOOR = "what cannot be left out (tests/bench/floor.py)"
 _TOGETHER = 64
+_BLOCK = 256 << 10  # bytes that a relay takes at a time
+_RELAYED = 8  # blocks that wait to be hashed
 _GATHERING = 0.05  # seconds, of what is written behind the answer
 T = TypeVar("T")
 
@@ -59,6 +64,78 @@ def floor(upstream: str, folder: Path, trusted: PublicKey) -> Iterator[tuple[str
     finally:
         process.terminate()
         process.join()
+
+
+@contextmanager
+def keeping_relay(upstream: str, folder: Path) -> Iterator[str]:
+    """Its URL; a relay of one large file after another, which hashes and keeps what it sends.
+
+    One thread takes and sends, another hashes and writes; the last block is sent when the hash is known.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_relay, args=(URL(upstream), folder, theirs))
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{ours.recv()}"
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _relay(upstream: URL, folder: Path, pipe: object) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        pipe.send(listening.getsockname()[1])  # type: ignore[attr-defined]
+        while True:
+            client, _ = listening.accept()
+            with (
+                client,
+                socket.create_connection((str(upstream.host), upstream.port)) as source,
+                tempfile.TemporaryFile(dir=folder, buffering=0) as kept,
+                ThreadPoolExecutor(1) as behind,
+            ):
+                request, _ = _head(client)
+                source.sendall(request)
+                head, begin = _head(source)
+                client.sendall(head)
+                length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+                _pass_on(source, client, length, memoryview(begin), kept, behind)
+
+
+def _pass_on(
+    source: socket.socket,
+    client: socket.socket,
+    length: int,
+    block: memoryview,
+    kept: IO[bytes],
+    behind: ThreadPoolExecutor,
+) -> None:
+    digest = hashlib.sha256()
+
+    def hash_and_keep(block: memoryview) -> None:
+        digest.update(block)
+        kept.write(block)
+
+    under_way: deque[Future[None]] = deque()
+    while True:
+        length -= len(block)
+        under_way.append(behind.submit(hash_and_keep, block))
+        while len(under_way) > (_RELAYED if length else 0):
+            under_way.popleft().result()
+        client.sendall(block)
+        if not length:
+            return
+        buffer = memoryview(bytearray(min(_BLOCK, length)))
+        block = buffer[: source.recv_into(buffer)]
+
+
+def _head(sock: socket.socket) -> tuple[bytes, bytes]:
+    """A request's or an answer's head, and what came behind it."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += sock.recv(1 << 16)
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return head + end, rest
 
 
 def _serve(upstream: str, folder: Path, trusted: str, pipe: object) -> None:
@@ -97,6 +174,7 @@ class _Floor:
         self._place = Place(URL(upstream), {})
         self._known: dict[str, tuple[NarInfo, NarRecord]] = {}
         self._uploaded: dict[str, OpenFile] = {}
+        self._answered: dict[str, bytes] = {}
         #: What is written behind the answer: NARs, which their narinfos follow.
         self._nars: dict[str, bytes] = {}
         self._narinfos: dict[str, bytes] = {}
@@ -117,7 +195,10 @@ class _Floor:
             return 200, CacheInfo("/nix/store").render().encode()
         if not self._upstream:
             return 404, b""
-        return 200, await (self._nar(name) if name.startswith("nar/") else self._narinfo(name))
+        if name not in self._answered:
+            find = self._nar if name.startswith("nar/") else self._narinfo
+            self._answered[name] = await find(name)
+        return 200, self._answered[name]
 
     async def _narinfo(self, name: str) -> bytes:
         with await self._client.ask(self._place, f"/{name}") as answer:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.faults.test_uploads import uploading
 from tests.tools.cache import entry, pointer, with_debug_info
+from tests.tools.narseal import unclaimed
 
 MINE, FOREIGN, LINK = "a" * 40, "b" * 40, "0" * 40
 ITEM = entry("my-app-debug", node=with_debug_info(MINE), compression="zstd")
@@ -36,7 +37,7 @@ async def test_a_build_id_must_be_in_the_nar(first: str, suffix: str, tmp_path: 
         assert (await client.get(f"debuginfo/{MINE}{suffix}"))[1] == pointer(ITEM, MINE)
         for build_id in (FOREIGN, LINK):
             assert (await client.get(f"debuginfo/{build_id}{suffix}"))[0] == 404
-        assert not list((client.storage / ".narseal/uploads").iterdir())
+        assert not unclaimed(client.storage)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from tests.faults.test_schedules import revoke
 from tests.faults.test_uploads import ITEM, OTHER, Uploader, add, uploading
 from tests.tools.cache import Entry, entry, key, pointer, store_path, with_debug_info
-from tests.tools.narseal import OPERATOR, UPSTREAM, narseal
+from tests.tools.narseal import OPERATOR, UPSTREAM, narseal, unclaimed
 from tests.tools.upstream import FakeCache
 from tests.tools.waiting import PATIENCE, eventually
 
@@ -86,11 +86,11 @@ async def test_an_uploaded_file_may_be_as_large_as_its_bound(tmp_path: Path, siz
 async def test_who_announces_more_than_there_is_room_for_is_told_before_he_sends_it(
     tmp_path: Path,
 ) -> None:
-    async with uploading(tmp_path, quarantine_size="1K") as uploader:
+    async with uploading(tmp_path, quarantine_size="8K") as uploader:
         host, port = uploader.client.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(
-            f"PUT /{ITEM.info.url} HTTP/1.1\r\nHost: x\r\nContent-Length: 1025\r\n"
+            f"PUT /{ITEM.info.url} HTTP/1.1\r\nHost: x\r\nContent-Length: 8193\r\n"
             f"Authorization: {uploader.headers['Authorization']}\r\n\r\n".encode()
         )
         answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), PATIENCE)
@@ -210,7 +210,7 @@ async def test_what_waited_does_not_take_the_place_of_what_came_first(tmp_path: 
         assert (await second.path(other))[0] == 201
         assert (await first.path(one))[0] == 201
         assert (await first.client.get(DEBUG))[1] == pointer(other, BUILD_ID)
-        assert not list((first.client.storage / ".narseal/uploads").iterdir())
+        assert not unclaimed(first.client.storage)
 
 
 async def test_debug_info_leads_to_the_name_that_its_nar_got(
@@ -232,18 +232,18 @@ async def test_debug_info_leads_to_the_name_that_its_nar_got(
 
 
 async def test_side_files_that_wait_are_bounded(tmp_path: Path) -> None:
-    async with uploading(tmp_path, quarantine_size="1K") as uploader:
-        large = LISTING + b" " * (1025 - len(LISTING))
+    async with uploading(tmp_path, quarantine_size="8K") as uploader:
+        large = LISTING + b" " * (8193 - len(LISTING))
         assert (await uploader.put(f"{ITEM.hash}.ls", large))[0] == 507
-        assert (await uploader.put(f"{ITEM.hash}.ls", large[:1024]))[0] == 201
+        assert (await uploader.put(f"{ITEM.hash}.ls", large[:8192]))[0] == 201
         assert (await uploader.put(f"{OTHER.hash}.ls", LISTING))[0] == 507
 
 
 async def test_so_many_side_files_of_one_token_wait_and_no_more(tmp_path: Path) -> None:
     token = add(tmp_path, "*")
     async with uploading(tmp_path) as first:
-        waiting = first.client.storage / ".narseal/uploads"
         assert (await first.put(f"{ITEM.hash}.ls", LISTING))[0] == 201
+        (waiting,) = (first.client.storage / ".narseal/waiting").iterdir()
         (one,) = waiting.iterdir()
         for number in range(2047):
             (waiting / one.name.replace(ITEM.hash, f"{number:032}")).touch()

@@ -104,6 +104,12 @@ class Client:
         }
 
 
+def unclaimed(storage: Path) -> list[Path]:
+    """Uploads that wait in a storage folder for their narinfos."""
+    nars, others = storage / ".narseal/uploads", storage / ".narseal/waiting"
+    return [*nars.iterdir(), *others.glob("*/*")]
+
+
 def is_countersigned(info: NarInfo) -> bool:
     """Whether the operator's key signed just this narinfo."""
     message = info.fingerprint()

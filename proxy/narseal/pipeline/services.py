@@ -22,6 +22,7 @@ from narseal.runtime.slots import FairSlots
 from narseal.runtime.tasks import BackgroundTasks
 from narseal.runtime.threads import ThreadPools
 from narseal.storage import Epoch, Folder, Index, LocalStorage, index_file
+from narseal.storage.upload_room import UploadRoom
 from narseal.telemetry import metrics
 from narseal.upstream import Upstream, connect
 
@@ -49,6 +50,8 @@ class Services:
     #: For small files while they come and are looked at: of upstreams, and of who uploads.
     memory_of_upstreams: Budget
     memory_of_uploads: Budget
+    #: On disk, for uploads that arrive or wait.
+    upload_room: UploadRoom
 
     def leadership(self, of: str) -> Leadership:
         """The lock of what only one worker does."""
@@ -114,6 +117,12 @@ async def opened(
         turns=FairSlots(_TURNS, levelled=True),
         memory_of_upstreams=Budget(_MEMORY, each=_MEMORY_OF_EACH),
         memory_of_uploads=Budget(_MEMORY, each=_MEMORY_OF_EACH),
+        upload_room=UploadRoom(
+            folder.local,
+            most=config.upload.quarantine_size,
+            max_age=config.upload.quarantine_age,
+            workers=config.workers,
+        ),
     )
     async with asyncio.TaskGroup() as group:
         # without the index nothing can be served: if this ends, the worker ends

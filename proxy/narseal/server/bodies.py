@@ -39,6 +39,7 @@ class Bodies:
         self._folder = services.folder
         self._threads = services.threads
         self._upload = services.config.upload
+        self._room = services.upload_room
         self._stall_timeout = self._upload.stall_timeout
         self._least_rate = services.config.limits.least_rate
         self._memory = services.memory_of_uploads
@@ -108,7 +109,8 @@ class Bodies:
     async def file(self, request: web.Request, limit: int) -> OpenFile:
         """A body in a file on its way in, decoded; StorageFull if all uploads are too large."""
         with self.under_way(request):
-            arriving = await self._threads.run(ArrivingFile, self._folder.local, self._upload)
+            local, room = self._folder.local, self._room
+            arriving = await self._threads.run(ArrivingFile, local, room, self._upload)
             try:
                 await self._take(request, limit, arriving.write)
                 return await self._threads.run(arriving.whole)

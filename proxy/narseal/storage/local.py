@@ -16,7 +16,6 @@ import os
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,8 +48,9 @@ class LocalStorage:
         self._expected = mark
         self._incoming = self.root / ".narseal" / "incoming"
         self._quarantine = self.root / ".narseal" / "quarantine"
-        #: What waits for a narinfo.
+        #: NARs that wait for a narinfo, and side files that do, a folder for each uploader.
         self.uploads = self.path(_UPLOADS)
+        self.waiting = self.root / ".narseal" / "waiting"
         self._arriving = self.root / ".narseal" / "arriving"
         #: Narinfos that were set aside.
         self.refused = self.path(_REFUSED)
@@ -72,7 +72,8 @@ class LocalStorage:
             for folder in (self._incoming, self._arriving):
                 shutil.rmtree(folder, ignore_errors=True)
             nars = self.root / "nar"
-            for folder in (self._incoming, self._arriving, self._quarantine, self.uploads, nars):
+            made = (self._incoming, self._arriving, self._quarantine, self.uploads, self.waiting)
+            for folder in (*made, nars):
                 folder.mkdir(parents=True, exist_ok=True)
             self.write("nix-cache-info", info.render().encode())
         except (OSError, Unavailable) as error:
@@ -187,7 +188,7 @@ class LocalStorage:
                 return False
 
     def arriving(self) -> tuple[int, Path]:
-        """A new file for an uploaded NAR; what it is given by `reserve` counts as waiting."""
+        """A new file for an upload; what it is given by `UploadRoom.reserve` counts as waiting."""
         return self._create(self._arriving)
 
     def publish(self, descriptor: int, incoming: Path, name: str) -> None:
@@ -370,34 +371,11 @@ class LocalStorage:
         with storage_errors():
             (self.uploads / file).unlink(missing_ok=True)
 
-    def reserve(self, descriptor: int, size: int, *, max_age: float, max_bytes: int) -> None:
-        """Let an arriving upload count as `size` bytes, before they are written.
-
-        Uploads that wait for longer than `max_age` seconds are dropped. StorageFull if all of
-        them, those of other processes that arrive at the same time included, are more than
-        `max_bytes` then.
-        """
-        with storage_errors():
-            os.ftruncate(descriptor, size)
-            self._check_room(max_age=max_age, max_bytes=max_bytes)
-
-    def _check_room(self, *, max_age: float, max_bytes: int) -> None:
-        old = time.time() - max_age
-        total = 0
-        # in this order: one that is renamed meanwhile is counted twice rather than not at all
-        for folder in (self._arriving, self.uploads):
-            for entry in os.scandir(folder):
-                with suppress(FileNotFoundError):
-                    status = entry.stat()
-                    if folder == self.uploads and status.st_mtime < old:
-                        os.unlink(entry.path)
-                    else:
-                        total += status.st_size
-        if total > max_bytes:
-            raise StorageFull(
-                "too many uploads arrive or wait for their narinfos; upload.quarantine_size"
-                " bounds them"
-            )
+    def upload_folders(self) -> list[Path]:
+        """Where uploads arrive, then where they wait: NARs, and each uploader's side files."""
+        with storage_errors(), suppress(FileNotFoundError):
+            return [self._arriving, self.uploads, *self.waiting.iterdir()]
+        return [self._arriving, self.uploads]
 
     def open(self, name: str) -> int | None:
         """A published file, open for reading; None if there is none.
@@ -474,14 +452,14 @@ def _sync_each(descriptors: Collection[int]) -> None:
 
 
 def _rename(file: Path, name: Path) -> None:
-    _into_folder(os.rename, file, name)
+    into_folder(os.rename, file, name)
 
 
 def _link(file: Path, name: Path) -> None:
-    _into_folder(os.link, file, name)
+    into_folder(os.link, file, name)
 
 
-def _into_folder(act: Callable[[Path, Path], None], file: Path, name: Path) -> None:
+def into_folder(act: Callable[[Path, Path], None], file: Path, name: Path) -> None:
     """Give a file a name, in a folder that is made if it is not there."""
     try:
         act(file, name)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from narseal.errors import StorageFull
 from narseal.runtime.files import OpenFile
-from narseal.storage.local import LocalStorage, storage_errors
+from narseal.storage.local import LocalStorage, into_folder, storage_errors
 
 _MOST = 2048
 
 
 class WaitingFiles:
-    """They wait among the uploads, by who brought them and by what they are about. All methods block."""
+    """They wait in a folder for each who brought them, by what they are about. All methods block."""
 
     def __init__(self, local: LocalStorage) -> None:
         self._local = local
@@ -25,21 +25,21 @@ class WaitingFiles:
 
         StorageFull if too many of the same owner wait.
         """
-        if sum(f"~{owner}~" in waiting for waiting in self._names()) >= _MOST:
+        if len(self._names(owner)) >= _MOST:
             raise StorageFull("too many of your files wait for the narinfos of their paths")
         assert file.path is not None  # it is on its way in
         with storage_errors():
             os.fsync(file.descriptor)
-            os.rename(file.path, self._local.uploads / f"{about}~{owner}~{name.replace('/', '!')}")
+            place = self._local.waiting / owner / f"{about}~{name.replace('/', '!')}"
+            into_folder(os.rename, file.path, place)
 
     def take(self, owner: str, abouts: Collection[str]) -> list[tuple[str, str, Path]]:
         """What somebody brought about some things: about which, its name, and where it lies."""
         found: list[tuple[str, str, Path]] = []
-        for waiting in self._names():
-            about, _, rest = waiting.partition("~")
-            brought_by, _, name = rest.partition("~")
-            if brought_by == owner and about in abouts:
-                found.append((about, name.replace("!", "/"), self._local.uploads / waiting))
+        for waiting in self._names(owner):
+            about, _, name = waiting.partition("~")
+            if about in abouts:
+                found.append((about, name.replace("!", "/"), self._local.waiting / owner / waiting))
         return found
 
     def publish(
@@ -75,5 +75,5 @@ class WaitingFiles:
     def _if_there(self, path: Path, act: Callable[[], None]) -> None:
         self._local.if_there(act, str(path.relative_to(self._local.root)))
 
-    def _names(self) -> list[str]:
-        return self._local.names(str(self._local.uploads.relative_to(self._local.root)))
+    def _names(self, owner: str) -> list[str]:
+        return self._local.names(str((self._local.waiting / owner).relative_to(self._local.root)))

@@ -40,10 +40,16 @@ class Weighed:
     """A file that lies there."""
 
     path: str
-    #: Bytes that it takes.
-    size: int
-    #: When it was asked for, in nanoseconds.
+    #: Bytes that it has.
+    length: int
+    #: When it was asked for, and when it was written, in nanoseconds.
     used: int
+    changed: int
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return on_disk(self.length)
 
 
 def weighed(folder: Path, suffix: str = "") -> Iterator[Weighed]:
@@ -56,4 +62,5 @@ def weighed(folder: Path, suffix: str = "") -> Iterator[Weighed]:
             if entry.name.endswith(suffix):
                 with suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    yield Weighed(entry.path, on_disk(status.st_size), status.st_atime_ns)
+                    size = status.st_size
+                    yield Weighed(entry.path, size, status.st_atime_ns, status.st_mtime_ns)

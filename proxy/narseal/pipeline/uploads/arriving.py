@@ -12,6 +12,7 @@ from narseal.nix.hashes import Hash
 from narseal.runtime.files import OpenFile
 from narseal.storage import LocalStorage, storage_errors
 from narseal.storage.local import write_whole
+from narseal.storage.upload_room import UploadRoom
 
 _STEP = 16 << 20  # bytes that are reserved at a time
 _SMALL_STEP = 256 << 10  # of what is mostly small
@@ -22,9 +23,15 @@ class _Arriving:
     """A file that counts among those that wait, by what was reserved for it. Its methods block."""
 
     def __init__(
-        self, storage: LocalStorage, upload: UploadConfig, size: int | None, step: int = _STEP
+        self,
+        storage: LocalStorage,
+        room: UploadRoom,
+        upload: UploadConfig,
+        size: int | None,
+        step: int = _STEP,
     ) -> None:
         self._storage = storage
+        self._room = room
         self._upload = upload
         self._size = size
         self._step = max(1, min(step, upload.quarantine_size // _STEPS))
@@ -34,16 +41,10 @@ class _Arriving:
     def _reserve_up_to(self, size: int) -> None:
         if size > self._reserved:
             wanted = -(-size // self._step) * self._step
-            self._reserve(wanted if self._size is None else min(wanted, self._size))
+            if self._size is not None:
+                wanted = min(wanted, self._size)
+            self._room.reserve(self._incoming[0], wanted, of_it=self._reserved)
             self._reserved = wanted
-
-    def _reserve(self, size: int, *, spare: int = 0) -> None:
-        self._storage.reserve(
-            self._incoming[0],
-            size,
-            max_age=self._upload.quarantine_age,
-            max_bytes=self._upload.quarantine_size - spare,
-        )
 
 
 class ArrivingFile(_Arriving):
@@ -52,8 +53,8 @@ class ArrivingFile(_Arriving):
     StorageFull as soon as all uploads together are too large.
     """
 
-    def __init__(self, storage: LocalStorage, upload: UploadConfig) -> None:
-        super().__init__(storage, upload, None, _SMALL_STEP)
+    def __init__(self, storage: LocalStorage, room: UploadRoom, upload: UploadConfig) -> None:
+        super().__init__(storage, room, upload, None, _SMALL_STEP)
         self._file = OpenFile.incoming(self._incoming)
 
     def write(self, data: bytes) -> None:
@@ -82,13 +83,15 @@ class ArrivingNar(_Arriving):
     discarded, whatever became of it.
     """
 
-    def __init__(self, storage: LocalStorage, upload: UploadConfig, size: int | None) -> None:
+    def __init__(
+        self, storage: LocalStorage, room: UploadRoom, upload: UploadConfig, size: int | None
+    ) -> None:
         check_size(size, upload)
-        super().__init__(storage, upload, size)
+        super().__init__(storage, room, upload, size)
         self._hasher = hashlib.sha256()
         self._written = 0
         try:  # who brings too much is told at once; but what he only announces holds no room
-            self._reserve(0, spare=size or 0)
+            room.reserve(self._incoming[0], 0, spare=size or 0)
         except BaseException:
             self.discard()
             raise
@@ -120,16 +123,14 @@ class ArrivingNar(_Arriving):
 
 
 def keep_whole(
-    storage: LocalStorage, upload: UploadConfig, file: str, size: int, body: bytes
+    storage: LocalStorage, room: UploadRoom, upload: UploadConfig, file: str, size: int, body: bytes
 ) -> None:
     """The same, in one go, of a NAR file that is in memory, of which `size` bytes were announced. Blocks."""
     check_size(size, upload)
     _check_name(file, hashlib.sha256(body).digest())
     incoming = storage.arriving()
     try:
-        storage.reserve(
-            incoming[0], size, max_age=upload.quarantine_age, max_bytes=upload.quarantine_size
-        )
+        room.reserve(incoming[0], size)
         with storage_errors():
             write_whole(incoming[0], body)
         storage.keep_upload(incoming[1], file)

@@ -94,6 +94,7 @@ class Uploads:
     ) -> None:
         self._config = services.config
         self._upload = services.config.upload
+        self._room = services.upload_room
         self._policy = services.policy
         self._folder = services.folder
         self._index = services.index
@@ -126,9 +127,9 @@ class Uploads:
         local = self._folder.local
         if size is not None and size <= min(_AT_ONCE, self._upload.quarantine_size // _PARTS):
             body = b"".join([chunk async for chunk in in_turns(chunks)])
-            await run(keep_whole, local, self._upload, file, size, body)
+            await run(keep_whole, local, self._room, self._upload, file, size, body)
             return
-        arriving = await run(ArrivingNar, local, self._upload, size)
+        arriving = await run(ArrivingNar, local, self._room, self._upload, size)
         try:
             await in_portions(chunks, arriving.write, run)
             await run(arriving.keep, file)
