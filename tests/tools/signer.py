@@ -141,10 +141,28 @@ class SoftHsm:
             ("hsm-1", "EC:edwards25519", "01"),
             ("release", "EC:prime256v1", "02"),
         ):
-            self._run(
-                "pkcs11-tool", "--module", MODULE, "--token-label", "narseal", "--login", "--pin",
-                self.pin, "--keypairgen", "--key-type", kind, "--label", label, "--id", number,
-            )  # fmt: skip
+            self.make(label, kind, number)
+
+    def make(self, label: str, kind: str, number: str) -> None:
+        """A new pair of keys, with the id `number`."""
+        self.tool("--keypairgen", "--key-type", kind, "--label", label, "--id", number)
+
+    def tool(self, *argv: str) -> None:
+        """OpenSC's tool, logged in."""
+        self._run(
+            "pkcs11-tool", "--module", MODULE, "--token-label", "narseal", "--login", "--pin",
+            self.pin, *argv,
+        )  # fmt: skip
+
+    def serial(self) -> str:
+        """The token's."""
+        lines = self._run("softhsm2-util", "--show-slots").splitlines()
+        (found,) = {
+            value.strip()
+            for name, _, value in (line.partition(":") for line in lines)
+            if name.strip() == "Serial number" and value.strip()
+        }
+        return found
 
     def bring(self, label: str, seed: bytes) -> None:
         """Put a known Ed25519 key into the token, so that one can look for it elsewhere."""
@@ -180,7 +198,7 @@ class SoftHsm:
         for path, data in kept.items():
             path.write_bytes(data)
 
-    def _run(self, *argv: str) -> None:
+    def _run(self, *argv: str) -> str:
         done = subprocess.run(
             argv,
             env=os.environ | self.environment,
@@ -189,6 +207,7 @@ class SoftHsm:
             timeout=PATIENCE,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
 
 def as_user(uid: int = USER.pw_uid) -> list[str]:

@@ -7,12 +7,17 @@ the public one is read from it.
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import hashlib
 import json
+import os
+import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +37,12 @@ from narseal.errors import ConfigError, MalformedKey, Unavailable
 from narseal.nix.keys import PublicKey, Signature, check_key_name
 
 _PATH = {"token", "object", "id", "serial", "manufacturer", "model"}
+#: What a URL may say of its token beside its label, and how the library calls it.
+_OF_TOKENS = {"serial": "serial", "manufacturer": "manufacturer_id", "model": "model"}
 _QUERY = {"module-path", "pin-source", "key"}
 _PROBE = 60
+_HASH = 32  # bytes
+_TRIED = hashlib.sha256(b"narseal tries a key of a token").digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,8 @@ class TokenUrl:
     """Which key of which token, and with which module and PIN file."""
 
     token: str
+    #: What else the token must have: the library's names, and values.
+    described: tuple[tuple[str, str], ...]
     label: str | None
     id: bytes | None
     module: str
@@ -61,6 +72,11 @@ class TokenUrl:
         pin = query.get("pin-source")
         return cls(
             unquote(path["token"]),
+            tuple(
+                (attribute, unquote(path[name]))
+                for name, attribute in _OF_TOKENS.items()
+                if name in path
+            ),
             unquote(path["object"]) if "object" in path else None,
             unquote_to_bytes(path["id"]) if "id" in path else None,
             unquote(query["module-path"]),
@@ -113,43 +129,56 @@ class _Module:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[tuple[object, ...], Any] = {}
         self._keys: dict[tuple[object, ...], Any] = {}
-        self._refused: dict[str, str] = {}
 
     def work(self, url: TokenUrl, which: dict[str, Any], work: Callable[[Any], bytes]) -> bytes:
         """Do something with a key; once more from the beginning if that fails."""
         with self._lock:
             try:
                 return work(self._key(url, which))
-            except pkcs11.PinIncorrect:
+            except (pkcs11.PinIncorrect, pkcs11.PinLocked):
                 raise
             except pkcs11.PKCS11Error:
                 self._begin_anew()
                 return work(self._key(url, which))
 
     def _key(self, url: TokenUrl, which: dict[str, Any]) -> Any:
-        name = (url.token, *which.items())
+        name = (url.token, url.described, *which.items())
         if name not in self._keys:
             self._keys[name] = self._session(url).get_key(**which)
         return self._keys[name]
 
     def _session(self, url: TokenUrl) -> Any:
-        if url.token not in self._sessions:
+        name = (url.token, url.described)
+        if name not in self._sessions:
             pin = read_private(Path(expand(url.pin_file))).strip() if url.pin_file else None
-            self._sessions[url.token] = self._log_in(url, pin)
-        return self._sessions[url.token]
+            self._sessions[name] = self._log_in(url, pin)
+        return self._sessions[name]
 
     def _log_in(self, url: TokenUrl, pin: str | None) -> Any:
         if not pin:
-            return pkcs11.lib(self._path).get_token(token_label=url.token).open()
-        if self._refused.get(url.token) == pin:
-            raise pkcs11.PinIncorrect(f"the PIN in {url.pin_file} was refused; correct it")
-        try:
-            return pkcs11.lib(self._path).get_token(token_label=url.token).open(user_pin=pin)
-        except pkcs11.PinIncorrect:
-            self._refused[url.token] = pin
-            raise
+            return self._token(url).open()
+        with _REFUSED.held() as refused:
+            if refused.has(self._path, url.token, pin):
+                raise pkcs11.PinIncorrect(f"the PIN in {url.pin_file} was refused; correct it")
+            try:
+                return self._token(url).open(user_pin=pin)
+            except pkcs11.PinIncorrect:
+                refused.add(self._path, url.token, pin)
+                raise
+
+    def _token(self, url: TokenUrl) -> Any:
+        library = pkcs11.lib(self._path)
+        if not url.described:
+            return library.get_token(token_label=url.token)
+        for slot in library.get_slots(token_present=True):
+            token = slot.get_token()
+            said = [(name, _text(getattr(token, name))) for name, _ in url.described]
+            if token.label == url.token and said == list(url.described):
+                return token
+        what = ", ".join(f"{name} {value}" for name, value in url.described)
+        raise pkcs11.NoSuchToken(f"no token {url.token} has {what}")
 
     def _begin_anew(self) -> None:
         """Whoever has a key of this module finds it again."""
@@ -158,6 +187,48 @@ class _Module:
         pkcs11.lib(self._path).reinitialize()
 
 
+class _RefusedPins:
+    """PINs that a token refused, in memory that all processes share: each of them would present it once.
+
+    Made before workers are forked, as what looks at a configuration imports this; `_probe` passes it on.
+    """
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("refused PINs")
+        os.write(self.descriptor, secrets.token_bytes(_HASH))  # salt
+
+    def take(self, descriptor: int) -> None:
+        """Go on with another process's."""
+        os.close(self.descriptor)
+        self.descriptor = descriptor
+
+    @contextmanager
+    def held(self) -> Iterator[_RefusedPins]:
+        """One process at a time logs in."""
+        fcntl.lockf(self.descriptor, fcntl.LOCK_EX)
+        try:
+            yield self
+        finally:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_UN)
+
+    def has(self, *what: str) -> bool:
+        """Whether the module's token refused the PIN."""
+        known = self._known()
+        return self._named(what) in (known[n : n + _HASH] for n in range(0, len(known), _HASH))
+
+    def add(self, *what: str) -> None:
+        """It did just now."""
+        os.pwrite(self.descriptor, self._named(what), len(self._known()))
+
+    def _known(self) -> bytes:
+        return os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0)
+
+    def _named(self, what: tuple[str, ...]) -> bytes:
+        salt = os.pread(self.descriptor, _HASH, 0)
+        return hashlib.sha256(b"\0".join([salt, *(text.encode() for text in what)])).digest()
+
+
+_REFUSED = _RefusedPins()
 _MODULES: dict[str, _Module] = {}
 
 
@@ -176,6 +247,7 @@ class Pkcs11Key:
             self.public = PublicKey(check_key_name(where.name), _probe(url, "ed25519")[-32:])
         except MalformedKey as error:
             raise ConfigError(f"{url}: {error}; give the key's name as key=NAME") from error
+        self._url = where
         self._token = Token(where, KeyType.EC_EDWARDS)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pkcs11")
 
@@ -185,8 +257,17 @@ class Pkcs11Key:
         return await loop.run_in_executor(self._thread, self.sign_message, request.message)
 
     def sign_message(self, message: bytes) -> Signature:
-        """The same over a message of narseal's own making. Blocks."""
-        return Signature(self.public.name, self._token.sign(message, Mechanism.EDDSA))
+        """The same over a message of narseal's own making. Blocks.
+
+        Nothing else is given out than what `public` verifies: the token may have another key by now.
+        """
+        made = Signature(self.public.name, self._token.sign(message, Mechanism.EDDSA))
+        if not self.public.verifies(message, made):
+            raise Unavailable(
+                f"{self._url}: what the token signs, the public key {self.public} does not verify;"
+                " if it has another key now, give that one a name of its own and restart"
+            )
+        return made
 
     async def note(self, kind: str, name: str, reason: str) -> None:
         """There is no audit log: the index says what is revoked."""
@@ -202,35 +283,49 @@ class Pkcs11CosignKey:
     def __init__(self, url: str) -> None:
         """ConfigError if the token or its public key cannot be read."""
         try:
-            point = ec.EllipticCurvePublicKey.from_encoded_point(
-                ec.SECP256R1(), _probe(url, "cosign")[-65:]
-            )
+            self.public = _cosign_key(_probe(url, "cosign"))
         except ValueError as error:
             raise ConfigError(f"{url}: not an ECDSA P-256 key: {error}") from error
-        form = PublicFormat.SubjectPublicKeyInfo
-        self.public = CosignPublicKey(point.public_bytes(Encoding.DER, form))
         self._token = Token(TokenUrl.parse(url), KeyType.EC)
 
     def sign_digest(self, digest: bytes) -> bytes:
         """The DER signature over a SHA-256 digest; Unavailable if the token is away."""
-        raw = self._token.sign(digest, Mechanism.ECDSA)
-        half = len(raw) // 2
-        return encode_dss_signature(
-            int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big")
-        )
+        return _der(self._token.sign(digest, Mechanism.ECDSA))
 
     def sign_statement(self, statement: bytes) -> bytes:
         """The signature over a statement in its DSSE envelope."""
         return self.sign_digest(envelope_digest(statement))
 
 
+def _text(value: object) -> str:
+    """What a token says of itself, without the blanks that fill it."""
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return text.rstrip(" \0")
+
+
+def _cosign_key(point: bytes) -> CosignPublicKey:
+    """ValueError if it is no point of P-256."""
+    key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point[-65:])
+    form = PublicFormat.SubjectPublicKeyInfo
+    return CosignPublicKey(key.public_bytes(Encoding.DER, form))
+
+
+def _der(raw: bytes) -> bytes:
+    half = len(raw) // 2
+    return encode_dss_signature(
+        int.from_bytes(raw[:half], "big"), int.from_bytes(raw[half:], "big")
+    )
+
+
 def _probe(url: str, kind: str) -> bytes:
     """Read the public half in a process of its own: a module does not outlive a fork."""
     TokenUrl.parse(url)
-    command = [sys.executable, "-m", "narseal.custody.pkcs11", kind]
+    shared = _REFUSED.descriptor
+    command = [sys.executable, "-m", "narseal.custody.pkcs11", kind, str(shared)]
     done = subprocess.run(
-        command, input=url, capture_output=True, text=True, timeout=_PROBE, check=False
-    )
+        command, input=url, capture_output=True, text=True, timeout=_PROBE, check=False,
+        pass_fds=(shared,),
+    )  # fmt: skip
     try:
         answer = json.loads(done.stdout)
         if "point" in answer:
@@ -243,12 +338,34 @@ def _probe(url: str, kind: str) -> bytes:
 def main() -> None:
     """The process of `_probe`: the URL comes on standard input."""
     kind, url = sys.argv[1], sys.stdin.read(8192)
-    key_type = KeyType.EC_EDWARDS if kind == "ed25519" else KeyType.EC
+    _REFUSED.take(int(sys.argv[2]))
     try:
-        point = Token(TokenUrl.parse(url), key_type).public_point()
-        sys.stdout.write(json.dumps({"point": point.hex()}))
+        sys.stdout.write(json.dumps({"point": _tried(kind, TokenUrl.parse(url)).hex()}))
     except (ConfigError, Unavailable) as error:
         sys.stdout.write(json.dumps({"error": str(error)}))
+
+
+def _tried(kind: str, url: TokenUrl) -> bytes:
+    """The public half, which verifies what the token signs; ConfigError if it does not."""
+    if kind == "ed25519":
+        token = Token(url, KeyType.EC_EDWARDS)
+        point = token.public_point()
+        made = Signature("tried-1", token.sign(_TRIED, Mechanism.EDDSA))
+        is_pair = PublicKey("tried-1", point[-32:]).verifies(_TRIED, made)
+    else:
+        token = Token(url, KeyType.EC)
+        point = token.public_point()
+        made_der = _der(token.sign(_TRIED, Mechanism.ECDSA))
+        try:
+            is_pair = _cosign_key(point).verifies(_TRIED, made_der)
+        except ValueError:  # whoever asked says what it is
+            is_pair = True
+    if not is_pair:
+        raise ConfigError(
+            f"{url}: the token's private key is not that of its public key of this name or id:"
+            " remove the one that does not belong there"
+        )
+    return point
 
 
 def _attributes(url: str, text: str, separator: str, known: set[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from narseal.cosign import statement
 from narseal.custody.pkcs11 import TokenUrl
 from narseal.errors import ConfigError
 from narseal.nix.keys import PublicKey
+from narseal.nix.narinfo import NarInfo
 from tests.tools.asking import must_come
 from tests.tools.cache import Entry, entry
 from tests.tools.command import narseal_command
@@ -162,6 +163,82 @@ async def test_a_pin_that_was_refused_is_not_presented_again(
             assert (status, "was refused; correct it" in said) == (503, True)
             hsm.pin_file.write_text(hsm.pin)
             assert [(await _asked(session, process, item))[0] for item in items] == [200] * 3
+
+
+async def test_all_workers_together_present_a_wrong_pin_once(
+    hsm: SoftHsm, tmp_path: Path, upstream: FakeCache
+) -> None:
+    """Four of them locked a token that bears three refusals."""
+    items = [entry(f"w{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(60)]
+    upstream.add(*items)
+    signing = {"key": [{"url": hsm.url("hsm-1")}]}
+    with narseal_process(
+        tmp_path / "n", {"url": upstream.url}, signing=signing, workers=4
+    ) as process:
+
+        async def asked(item: Entry) -> str:
+            async with aiohttp.ClientSession() as session:  # whichever worker takes it
+                return (await _asked(session, process, item))[1]
+
+        kept = hsm.hide_keys()
+        hsm.pin_file.write_text("wrong-pin")
+        said = [await asked(item) for item in items]
+        assert sum(text.endswith("PinIncorrect\n") for text in said) == 1
+        assert sum("was refused; correct it" in text for text in said) == len(said) - 1
+        hsm.show_keys(kept)
+        hsm.pin_file.write_text(hsm.pin)
+        assert all(["Sig: hsm-1:" in await asked(item) for item in items])
+
+
+async def test_what_another_key_of_the_same_label_signs_is_not_given_out(
+    hsm: SoftHsm, tmp_path: Path, upstream: FakeCache
+) -> None:
+    """It was served, pinned and counted as ours, though no client's key verified it."""
+    items = [entry(f"s{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(3)]
+    upstream.add(*items)
+    signing = {"key": [{"url": hsm.url("hsm-1")}]}
+    with narseal_process(tmp_path / "n", {"url": upstream.url}, signing=signing) as process:
+        async with aiohttp.ClientSession() as session:
+            assert (await _asked(session, process, items[0]))[0] == 200
+            kept = hsm.hide_keys()
+            assert (await _asked(session, process, items[1]))[0] == 503
+            hsm.make("hsm-1", "EC:edwards25519", "09")
+            status, said = await _asked(session, process, items[1])
+            assert (status, "the public key hsm-1:" in said) == (503, True)
+            hsm.hide_keys()
+            hsm.show_keys(kept)
+            public = PublicKey.parse((await must_come(session, f"{process.url}/pubkey")).decode())
+            for item in items:
+                info = NarInfo.parse(await must_come(session, f"{process.url}/{item.hash}.narinfo"))
+                (ours,) = [made for made in info.signatures if made.key_name == public.name]
+                assert public.verifies(info.fingerprint(), ours)
+
+
+def test_a_private_key_whose_public_key_is_another_is_said_at_once(
+    hsm: SoftHsm, tmp_path: Path
+) -> None:
+    hsm.tool("--delete-object", "--type", "privkey", "--label", "hsm-1")
+    hsm.bring("hsm-1", hashlib.sha256(b"another key").digest())
+    hsm.tool("--delete-object", "--type", "pubkey", "--id", "0a")
+    file = tmp_path / "narseal.toml"
+    file.write_text(render_toml(settings(tmp_path, signing={"key": [{"url": hsm.url("hsm-1")}]})))
+    said = narseal_command("check-config", "--config", file).stderr
+    assert "is not that of its public key" in said
+
+
+def test_a_token_is_the_one_that_its_url_describes(hsm: SoftHsm, tmp_path: Path) -> None:
+    file = tmp_path / "narseal.toml"
+    for more, sentence in [
+        (f";serial={hsm.serial()};manufacturer=SoftHSM%20project;model=SoftHSM%20v2", ""),
+        (";serial=ffffffffffffffff", "no token narseal has serial ffffffffffffffff"),
+        (";manufacturer=Nobody", "no token narseal has manufacturer_id Nobody"),
+        (";model=None", "no token narseal has model None"),
+    ]:
+        url = hsm.url("hsm-1").replace("token=narseal", f"token=narseal{more}")
+        file.write_text(render_toml(settings(tmp_path, signing={"key": [{"url": url}]})))
+        done = narseal_command("check-config", "--config", file)
+        assert (done.returncode == 0) == (not sentence), done.stderr
+        assert sentence in done.stderr
 
 
 async def _asked(session: aiohttp.ClientSession, process: Process, item: Entry) -> tuple[int, str]:
