@@ -8,14 +8,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from binascii import a2b_base64
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sigstore_models.bundle.v1 import Bundle as Model
 
 from narseal.cosign.keys import CosignPublicKey
-from narseal.cosign.statement import PAYLOAD_TYPE, pae, read_json
+from narseal.cosign.statement import PAYLOAD_TYPE, pae, read_base64, read_json
 from narseal.errors import MalformedAttestation
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -26,6 +26,7 @@ MAX_BYTES = 24 << 20
 _SMALL = 64 << 10  # bytes of all but the payload
 _MAX_TIMESTAMPS = 8
 _DIGEST = 32  # bytes of a SHA-256
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)", re.ASCII)
 
 
 class MessageSignature(NamedTuple):
@@ -164,6 +165,32 @@ def _check_entries(kind: str, entries: Any) -> None:
         raise MalformedAttestation("a bundle of version 0.1 has an inclusionPromise")
     if len(entries) > 1:
         raise MalformedAttestation("the bundle has more than one log entry")
+    for entry in entries:
+        _check_written(entry)
+
+
+def _check_written(entry: dict[str, Any]) -> None:
+    """Numbers and bytes of a log entry are written as cosign reads them: who reads loosely reads other bytes."""
+    named = entry.get("logId"), entry.get("inclusionProof"), entry.get("inclusionPromise")
+    log, proof, promise = (place if isinstance(place, dict) else {} for place in named)
+    for name, value in (
+        ("logIndex", entry.get("logIndex")),
+        ("integratedTime", entry.get("integratedTime")),
+        ("logIndex", proof.get("logIndex")),
+        ("treeSize", proof.get("treeSize")),
+    ):
+        if isinstance(value, str) and not _NUMBER.fullmatch(value):
+            raise MalformedAttestation(f"the bundle's {name} is no number: {value[:50]!a}")
+    hashes = proof.get("hashes")
+    for value in (
+        entry.get("canonicalizedBody"),
+        log.get("keyId"),
+        promise.get("signedEntryTimestamp"),
+        proof.get("rootHash"),
+        *(hashes if isinstance(hashes, list) else ()),
+    ):
+        if isinstance(value, str):
+            read_base64(value, "log entry")
 
 
 def _fill(material: dict[str, Any]) -> bool:
@@ -254,15 +281,10 @@ def _field(tree: dict[str, Any], name: str, kind: type[Any]) -> Any:
 
 
 def _bytes(tree: dict[str, Any], name: str) -> bytes:
-    text = _field(tree, name, str)
-    try:
-        data = a2b_base64(text, strict_mode=True)
-    except ValueError as error:  # characters beyond ASCII are no binascii.Error
-        raise MalformedAttestation(f"the bundle's {name} is not base64") from error
-    # strict as it is, Python passes over padding behind whole groups
-    if len(text) != (len(data) + 2) // 3 * 4:
-        raise MalformedAttestation(f"the bundle's {name} is not base64: its padding is too long")
-    return data
+    text = tree.get(name)
+    if not isinstance(text, str):
+        raise MalformedAttestation(f"the bundle has no {name}")
+    return read_base64(text, name)
 
 
 def _base64(data: bytes) -> str:

@@ -15,15 +15,26 @@ from sigstore.models import TransparencyLogEntry, TrustedRoot
 from sigstore_models.rekor.v1 import TransparencyLogEntry as Model
 
 from narseal.cosign.keys import CosignPublicKey
+from narseal.cosign.statement import read_base64
 from narseal.errors import MalformedAttestation, Refused
 
 #: Entries of Rekor v2, which promises nothing and tells no time: its checkpoint says it all.
 _V2 = ("hashedrekord", "0.0.2")
-_SIGNATURE = re.compile(r"\u2014 (\S+) (\S+)\n")  # of a checkpoint, as sigstore-python reads it
+#: A line of a checkpoint's signatures (C2SP signed-note), and how many there may be.
+_SIGNATURE = re.compile(r"\u2014 ([^\s+]+) ([0-9A-Za-z+/]+={0,2})")
+_MOST_SIGNATURES = 100
 
 
-def verify(entry: Model, root: TrustedRoot) -> int:
-    """The index of an entry that a trusted log has, by its proof and the log's checkpoint.
+def body_of(entry: Model) -> Any:
+    """What the log has; MalformedAttestation if it is not JSON."""
+    try:
+        return json.loads(entry.canonicalized_body)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(error) from error
+
+
+def verify(entry: Model, body: Any, root: TrustedRoot) -> int:
+    """The index of an entry, with its `body`, that a trusted log has, by its proof and the log's checkpoint.
 
     Whatever else the entry says of its place, its log and its time is held to that too. Refused
     or an error of sigstore-python if it does not verify.
@@ -34,7 +45,6 @@ def verify(entry: Model, root: TrustedRoot) -> int:
     checkpoint = entry.inclusion_proof.checkpoint
     assert checkpoint is not None  # it was verified
     _check_origin(checkpoint.envelope, entry.log_id.key_id)
-    body = json.loads(entry.canonicalized_body)
     kind = (entry.kind_version.kind, entry.kind_version.version)
     if kind != (body["kind"], body["apiVersion"]):
         raise refused("its kindVersion is not that of the log's entry")
@@ -53,20 +63,19 @@ def verify(entry: Model, root: TrustedRoot) -> int:
 
 def _check_origin(envelope: str, log_id: bytes) -> None:
     """The signature that was verified, the first of the log's, is under the log's own name."""
-    note, _, signatures = envelope.partition("\n\n")
-    name = next(
-        name for name, data in _SIGNATURE.findall(signatures) if b64decode(data)[:4] == log_id[:4]
-    )
+    note, _, block = envelope.partition("\n\n")
+    lines = [_SIGNATURE.fullmatch(line) for line in block.removesuffix("\n").split("\n")]
+    found = [(line[1], read_base64(line[2], "checkpoint")) for line in lines if line]
+    if not len(found) == len(lines) <= _MOST_SIGNATURES:
+        raise refused("its checkpoint has other lines than signatures, or too many")
+    name = next(name for name, data in found if data[:4] == log_id[:4])
     if name != note.strip().partition("\n")[0].partition(" ")[0]:
         raise refused("its checkpoint is signed under another name than its origin")
 
 
-def check_body(
-    entry: dict[str, Any], *, digest: bytes, signature: bytes, key: CosignPublicKey
-) -> None:
+def check_body(body: Any, *, digest: bytes, signature: bytes, key: CosignPublicKey) -> None:
     """The log entry is of this digest, signature and key, and of nothing else."""
     try:
-        body = json.loads(b64decode(entry["canonicalizedBody"], validate=True))
         version = (body["kind"], body["apiVersion"])
         if version == _V2:
             spec = body["spec"]["hashedRekordV002"]
@@ -87,10 +96,14 @@ def check_body(
             raise refused(f"its log entry is of a kind that is not verified: {version}")
     except Refused:
         raise
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise MalformedAttestation(f"the bundle's log entry cannot be read: {error!r}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(error) from error
     if found != (digest, signature, key.der):
         raise refused("its log entry is of another signature")
+
+
+def _unreadable(error: Exception) -> MalformedAttestation:
+    return MalformedAttestation(f"the bundle's log entry cannot be read: {error!r}")
 
 
 def refused(message: str) -> Refused:

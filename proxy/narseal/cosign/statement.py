@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from binascii import a2b_base64
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -255,6 +256,18 @@ def read_json(data: bytes, *, limit: int, what: str) -> Any:
         return load_json(data, what=what)
     except Malformed as error:
         raise MalformedAttestation(str(error)) from error
+
+
+def read_base64(text: str, name: str) -> bytes:
+    """The bytes of a bundle's field, in the one way to write them; MalformedAttestation if it is another or none."""
+    try:
+        data = a2b_base64(text, strict_mode=True)
+    except ValueError as error:  # characters beyond ASCII are no binascii.Error
+        raise MalformedAttestation(f"the bundle's {name} is not base64") from error
+    # strict as it is, Python passes over padding behind whole groups
+    if len(text) != (len(data) + 2) // 3 * 4:
+        raise MalformedAttestation(f"the bundle's {name} is not base64: its padding is too long")
+    return data
 
 
 def pae(payload_type: str, payload: bytes) -> bytes:

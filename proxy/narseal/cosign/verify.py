@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -25,6 +25,7 @@ from sigstore.hashes import Hashed
 from sigstore.models import Bundle as SigstoreBundle
 from sigstore.models import InvalidBundle
 from sigstore_models.common.v1 import HashAlgorithm
+from sigstore_models.rekor.v1 import TransparencyLogEntry as LogEntry
 
 from narseal.cosign import log_entry
 from narseal.cosign.bundle import Bundle, Envelope
@@ -128,13 +129,14 @@ class Verifier:
     def _by_key(self, bundle: Bundle, signed: bytes, expected: ByKey) -> Verified:
         key = self._signing_key(bundle, signed, expected)
         signature = bundle.content.signature
-        for entry in bundle.log_entries:
-            log_entry.check_body(entry, digest=signed, signature=signature, key=key)
+        entry = _entry(bundle)
+        if entry:
+            log_entry.check_body(entry[1], digest=signed, signature=signature, key=key)
         index, seconds = None, 0.0
         if self._trust:
-            if not bundle.log_entries:
+            if not entry:
                 raise refused("it has no log entry, which a trusted root asks for")
-            index, seconds = self._check_log(bundle)
+            index, seconds = self._check_log(*entry)
             self._timestamps(bundle)
         return Verified(_statement(bundle), key.hint, index, seconds)
 
@@ -142,7 +144,10 @@ class Verifier:
         if bundle.certificate is None:
             raise refused("it is signed with a key, not with a certificate")
         assert self._sigstore is not None  # the constructor saw to it
-        index, seconds = self._check_log(bundle)
+        entry = _entry(bundle)
+        if not entry:
+            raise refused("it has no log entry")
+        index, seconds = self._check_log(*entry)
         policy = _Policy(expected)
         with _translated():
             whole = SigstoreBundle(bundle.model)
@@ -154,15 +159,12 @@ class Verifier:
         began = CertificateNames.parse(bundle.certificate).began
         return Verified(_statement(bundle), policy.found, index, seconds, began)
 
-    def _check_log(self, bundle: Bundle) -> tuple[int, float]:
+    def _check_log(self, entry: LogEntry, body: Any) -> tuple[int, float]:
         """The inclusion proof and the signed checkpoint; returns the index and the seconds."""
         assert self._trust is not None
         start = perf_counter()
         with _translated():
-            entries = bundle.model.verification_material.tlog_entries
-            if not entries:
-                raise refused("it has no log entry")
-            index = log_entry.verify(entries[0], self._trust.root)
+            index = log_entry.verify(entry, body, self._trust.root)
         return index, perf_counter() - start
 
     def _signing_key(self, bundle: Bundle, signed: bytes, expected: ByKey) -> CosignPublicKey:
@@ -211,6 +213,12 @@ class _Policy:
         self.found = next((name for name in names if matches(name)), "")
         if not self.found:
             raise refused(f"it is signed by {', '.join(names)[:300]}")
+
+
+def _entry(bundle: Bundle) -> tuple[LogEntry, Any] | None:
+    """The log entry, of which a bundle has at most one, and its body."""
+    entries = bundle.model.verification_material.tlog_entries
+    return (entries[0], log_entry.body_of(entries[0])) if entries else None
 
 
 def _statement(bundle: Bundle) -> Statement | None:

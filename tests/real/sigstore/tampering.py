@@ -205,6 +205,37 @@ LOGGED: dict[str, Change] = {
     "checkpoint cosigned by a stranger": note(
         4, lambda old: f"{old}\n— stranger {base64.b64encode(bytes(68)).decode()}"
     ),
+    "checkpoint text before the dash": note(4, lambda old: f"x{old}"),
+    "checkpoint junk before the signature": note(4, lambda old: f"junk\n{old}"),
+    "checkpoint junk behind the signature": note(4, lambda old: f"{old}\njunk"),
+    "checkpoint signature with a mark in it": note(4, lambda old: f"{old[:-8]}!{old[-8:]}"),
+    "checkpoint signature padded": note(4, lambda old: f"{old}===="),
+    "checkpoint cosigned by 200 strangers": note(
+        4,
+        lambda old: "\n".join(
+            [old, *(f"— s{n} {base64.b64encode(bytes(68)).decode()}" for n in range(200))]
+        ),
+    ),
+    "checkpoint cosigned by a name with a plus": note(
+        4, lambda old: f"{old}\n— a+b {base64.b64encode(bytes(68)).decode()}"
+    ),
+    "checkpoint cosigned by a name with a space": note(
+        4, lambda old: f"{old}\n— a b {base64.b64encode(bytes(68)).decode()}"
+    ),
+    **{
+        f"{what} as {form!a}": put(where, what, lambda old, form=form: form.format(old or 0))
+        for where, what in ((entry, "logIndex"), (proof, "treeSize"), (proof, "logIndex"))
+        for form in ("+{}", "0{}", " {}", "{} ", "0_{}")
+    },
+    "logIndex in other digits": put(
+        entry, "logIndex", lambda old: "".join(chr(0x660 + int(digit)) for digit in old or "0")
+    ),
+    "body padded": put(entry, "canonicalizedBody", lambda old: f"{old}===="),
+    "body with a mark in it": put(entry, "canonicalizedBody", lambda old: f"{old[:8]}!!!!{old[8:]}"),
+    "body over two lines": put(entry, "canonicalizedBody", lambda old: f"{old[:8]}\n\n\n\n{old[8:]}"),
+    "logId padded": put(entry, "logId", lambda old: {"keyId": f"{old['keyId']}===="}),
+    "proof rootHash padded": put(proof, "rootHash", lambda old: f"{old}===="),
+    "proof rootHash over two lines": put(proof, "rootHash", lambda old: f"{old[:8]}\n{old[8:]}"),
     "body digest other": body(lambda inner: spec(inner)["data"].update(digest=ZEROES)),
     "body algorithm other": body(lambda inner: spec(inner)["data"].update(algorithm="SHA2_512")),
     "body signature other": body(lambda inner: spec(inner)["signature"].update(content="AAAA")),
@@ -358,6 +389,7 @@ STRICTER: dict[str, tuple[tuple[str, ...], str]] = {
     "body digest other": (("keyless", "log"), _NOT_READ),
     "body algorithm other": (("keyless", "log"), _NOT_READ),
     "body signature other": (("keyless", "log"), _NOT_READ),
+    "body over two lines": (("keyless", "log"), "Go's base64 passes over the ends of lines"),
     "timestamp doubled": (("keyless",), "twice the same is still one"),
     "timestamps of rubbish": (("log",), _NOT_ASKED),
     "timestamp one bit": (("log",), _NOT_ASKED),
