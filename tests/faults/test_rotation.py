@@ -183,6 +183,31 @@ async def test_without_any_active_key_nothing_is_served_unsigned(
         assert b"no key of the operator's is active" in body
 
 
+async def test_a_revoked_key_that_is_still_configured_is_named_and_not_offered(
+    tmp_path: Path, upstream: FakeCache
+) -> None:
+    """The start printed it for nix.conf, and nothing said that it signs no more."""
+    there = {"url": upstream.url, "public_keys": [str(UPSTREAM.public)]}
+    signing = both(tmp_path)
+    with narseal_process(tmp_path, there, signing=signing):
+        pass
+    for name in (OPERATOR.name, UPSTREAM.name):
+        done = await by_command(tmp_path, name, "--reason", "stolen")
+        assert done.returncode == 0, done.stderr
+    with narseal_process(tmp_path, there, signing=signing) as process:
+        assert process.process.stdout
+        (offered,) = [
+            line
+            for line in (process.process.stdout.readline() for _ in range(4))
+            if "trusted-public-keys" in line
+        ]
+        said = process.log.read_text()
+    assert str(NEW.public) in offered
+    assert str(OPERATOR.public) not in offered
+    assert f"the key {OPERATOR.name} is revoked and signs nothing" in said
+    assert f"the key {UPSTREAM.name} of {upstream.url} is revoked" in said
+
+
 async def test_revoked_while_64_readers_read(tmp_path: Path, upstream: FakeCache) -> None:
     """After the command returned, not one answer carries the revoked key's signature."""
     items = [entry(f"v{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(60)]

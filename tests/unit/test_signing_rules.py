@@ -14,7 +14,7 @@ import pytest
 from narseal.config.signer import SignerConfig
 from narseal.custody import write_private
 from narseal.custody.requests import PathRequest, RealisationRequest
-from narseal.errors import NarsealError, Refused
+from narseal.errors import ConfigError, NarsealError, Refused
 from narseal.nix.content_address import ContentAddress, Method
 from narseal.nix.hashes import Hash
 from narseal.nix.realisation import parse_at
@@ -62,6 +62,13 @@ def at(ca: ContentAddress, item: Entry) -> Entry:
     path = ca.store_path("forged", (), self_hash="", store_dir=STORE)
     assert path
     return item.but(store_path=path, ca=ca)
+
+
+def test_the_audit_key_signs_nothing_else(tmp_path: Path) -> None:
+    audit = {"log": f"{tmp_path}/audit.log", "key": f"file:{tmp_path}/operator.secret"}
+    with pytest.raises(ConfigError, match=r"audit\.key is one of the substituter keys"):
+        with rules(tmp_path, audit=audit):
+            pass
 
 
 def test_a_path_is_signed_on_a_trusted_signature(tmp_path: Path) -> None:

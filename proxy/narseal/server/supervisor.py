@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from narseal.runtime.watching import Watch
 from narseal.server.check import check, check_change, named_files
 from narseal.server.worker import Stop, work
 from narseal.storage import Epoch, LocalStorage, join
+from narseal.storage.revocations import revoked_at
 from narseal.telemetry import metrics
 from narseal.telemetry.logs import configure
 from narseal.telemetry.series import flush
@@ -79,8 +80,7 @@ class Supervisor:
         self._config = config
         self._file = file
         self._load = load
-        #: Of the substituter keys.
-        self.public_keys = check(config).keys
+        keys = check(config).keys
         self._watch = Watch()
         self._watch.follow([file, *named_files(config)])
         self._generation = 0
@@ -92,6 +92,10 @@ class Supervisor:
         self._storage = LocalStorage(config.storage.url)
         info = CacheInfo(config.store_dir, want_mass_query=True, priority=config.priority)
         join(config.storage.index, self._storage, info)  # holds the folder's lock from now on
+        revoked = revoked_at(config.storage.index)
+        _warn_of_revoked(config, {key.name for key in keys} & revoked, revoked)
+        #: Of the substituter keys, less revoked ones.
+        self.public_keys = [key for key in keys if key.name not in revoked]
         self._epoch = Epoch.of(config.storage.index)
         self.sockets = listen(config.listen, config.workers)
         metrics_address = config.metrics.listen
@@ -340,3 +344,20 @@ class Supervisor:
         gc.collect()
         gc.freeze()  # what is there now stays: no later collection looks through it again
         os.write(self._ready_write, bytes([generation & 0xFF]))
+
+
+def _warn_of_revoked(config: Config, own: Collection[str], revoked: Collection[str]) -> None:
+    for name in sorted(own):
+        _log.warning(
+            "the key %s is revoked and signs nothing: take its [[signing.key]] out of the configuration",
+            name,
+        )
+    for upstream in config.upstream:
+        for key in upstream.public_keys:
+            if key.name in revoked:
+                _log.warning(
+                    "the key %s of %s is revoked, and nothing is admitted on its word: replace it in"
+                    " public_keys",
+                    key.name,
+                    upstream.url,
+                )

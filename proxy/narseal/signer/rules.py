@@ -89,7 +89,13 @@ class SigningRules:
         if config.content and not config.storage:
             raise ConfigError("content needs storage: the signer hashes the files itself")
         self._trusted = KeyRing.of(config.trusted_keys, (key.public for key in keys))
-        self.audit = AuditLog(Path(config.audit.log), FileKey.load(config.audit.key))
+        audit_key = FileKey.load(config.audit.key)
+        if any(audit_key.public.data == key.public.data for key in keys):
+            raise ConfigError(
+                "audit.key is one of the substituter keys: it signs the audit log and nothing else;"
+                " make another with `narseal key generate`"
+            )
+        self.audit = AuditLog(Path(config.audit.log), audit_key)
         self._rate = Rate(config.rate, config.per_day)
 
     def public_keys(self) -> list[dict[str, str]]:

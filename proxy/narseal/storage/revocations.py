@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +11,10 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, Table, literal, o
 from sqlalchemy.dialects.sqlite import insert as insert_or
 
 from narseal.storage import schema
-from narseal.storage.engine import Engines
+from narseal.storage.engine import Engines, connect
 from narseal.storage.epoch import Epoch
 from narseal.storage.prepared import Prepared
+from narseal.storage.presence import index_file
 from narseal.storage.records import is_void
 
 Kind = Literal["key", "cosign", "identity"]
@@ -120,6 +122,12 @@ class Revocations:
 def revoked_keys(connection: Connection) -> frozenset[str]:
     """The names of revoked substituter keys, as a transaction sees them."""
     return frozenset(row.name for row in _KEYS.all(connection))
+
+
+def revoked_at(url: str) -> frozenset[str]:
+    """The same of the index at `url`, of a process that has none open. Blocks."""
+    with closing(connect(index_file(url))) as connection:
+        return revoked_keys(connection)
 
 
 def revoked_by_now(connection: Connection) -> Revoked:
