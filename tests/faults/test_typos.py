@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,11 @@ def test_check_config_warns_of_what_is_hardly_meant(tmp_path: Path) -> None:
     assert f"narseal token add NAME --allow '*' --tokens-file {tmp_path}/tokens" in done.stdout
     assert "cosign.identity_token_env: NO_SUCH_TOKEN is not set here" in done.stdout
     assert "nothing is served" in done.stdout
+    key = {"url": f"file:{tmp_path}/operator.secret", "not_after": datetime(2020, 1, 1, tzinfo=UTC)}
+    file = configuration(tmp_path, signing={"key": [key]})
+    done = narseal_command("check-config", "--config", file)
+    assert done.returncode == 0
+    assert "no [[signing.key]] is active now" in done.stdout
     tokens.add(tmp_path / "tokens", "ci", allow=("*",), expires=None)
     policy = [{"match": "*", "action": "allow"}]
     file = configuration(tmp_path, upload=upload, policy=policy, policy_default="deny")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from narseal.config import Config, is_pem
 from narseal.custody import expand, tokens
+from narseal.custody.operator import OperatorKey
 from narseal.errors import ConfigError
 from narseal.nix.keys import PublicKey
 from narseal.pipeline.services import load_keys
@@ -46,11 +48,17 @@ def check(config: Config) -> Checked:
     for key in keys:
         key.custodian.close()  # what is forked from here has no use for it
     return Checked(
-        [key.public for key in keys], SigstoreSetup(config.cosign), list(_warnings(config))
+        [key.public for key in keys], SigstoreSetup(config.cosign), list(_warnings(config, keys))
     )
 
 
-def _warnings(config: Config) -> Iterator[str]:
+def _warnings(config: Config, keys: Collection[OperatorKey]) -> Iterator[str]:
+    now = datetime.now(UTC)
+    if not any(key.is_active(now) for key in keys):
+        yield (
+            "no [[signing.key]] is active now, by its not_before and not_after: what is not signed"
+            " yet is not served"
+        )
     file = config.upload.tokens_file
     if file and not Path(expand(file)).exists():
         yield (
