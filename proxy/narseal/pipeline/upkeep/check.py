@@ -1,7 +1,7 @@
 """Does the index say what is in storage? For `narseal index check`; reads, changes nothing.
 
-The index is looked through in shares, by as many processes as there are processors: most of the time
-goes into signatures that are verified.
+The index is looked through in shares, by two processes for each processor: most of the time goes into
+signatures that are verified, and the rest into waiting for small files.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from narseal.storage import Admitted, LocalStorage, bundle_name, storage_errors
 from narseal.storage.inventory import Inventory, Share
 
 _SHARE = 10_000
+_EACH = 2  # processes for a processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,13 @@ def problems(subject: Subject, *, share: int = _SHARE) -> Iterator[str]:
 def _looked_at(subject: Subject, shares: Sequence[Share]) -> Iterator[list[str]]:
     """What is wrong with each share, in their order."""
     look = partial(_look_at, subject)
-    processes = min(len(os.sched_getaffinity(0)), len(shares))
-    if len(shares) <= 2 or processes == 1:
+    if len(shares) <= 2:
         yield from map(look, shares)
         return
     # the child has what is here, and no thread runs yet
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context) as pool:
+    processes = _EACH * len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(min(processes, len(shares)), context) as pool:
         yield from pool.map(look, shares)
 
 
