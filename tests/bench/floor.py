@@ -49,6 +49,7 @@ _BLOCK = 256 << 10  # bytes that a relay takes at a time
 _RELAYED = 8  # blocks that wait to be hashed
 _GATHERING = 0.05  # seconds, of what is written behind the answer
 T = TypeVar("T")
+B = TypeVar("B", bytes, memoryview)
 
 
 @contextmanager
@@ -126,14 +127,20 @@ def _pass_on(
         if not length:
             return
         buffer = memoryview(bytearray(min(_BLOCK, length)))
-        block = buffer[: source.recv_into(buffer)]
+        block = _received(buffer[: source.recv_into(buffer)])
+
+
+def _received(data: B) -> B:
+    if not data:
+        raise EOFError("the other side ended early")
+    return data
 
 
 def _head(sock: socket.socket) -> tuple[bytes, bytes]:
     """A request's or an answer's head, and what came behind it."""
     data = b""
     while b"\r\n\r\n" not in data:
-        data += sock.recv(1 << 16)
+        data += _received(sock.recv(1 << 16))
     head, end, rest = data.partition(b"\r\n\r\n")
     return head + end, rest
 

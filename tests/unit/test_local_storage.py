@@ -238,6 +238,39 @@ def test_the_workers_uploads_stay_together_within_the_bound(storage: LocalStorag
     assert 40 <= taken <= 64
 
 
+def test_a_look_that_fails_leaves_the_bound(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counted half of what lies there, and the next uploads found room."""
+    for _ in range(8):
+        arrive(storage, room_of(storage), 1)
+    room = room_of(storage, most=8 * _BLOCK)
+    *_, last = storage.uploads.iterdir()
+    os.utime(last, (0, 0))
+    monkeypatch.setattr(os, "unlink", _fail)
+    for _ in range(2):
+        incoming = storage.arriving()
+        with pytest.raises(Unavailable):
+            room.reserve(incoming[0], 1)
+        os.close(incoming[0])
+
+
+def _fail(path: str) -> None:
+    raise PermissionError(13, "no", path)
+
+
+def test_a_folder_of_an_uploader_goes_when_nothing_waits_in_it(storage: LocalStorage) -> None:
+    waiting = WaitingFiles(storage)
+    waiting.keep("me", "it", "log/x", upload(storage, b"log"))
+    waiting.keep("you", "it", "log/x", upload(storage, b"log"))
+    [(_, _, lies)] = waiting.take("me", ["it"])
+    waiting.drop(lies)
+    arrive(storage, room_of(storage), 1)
+    assert storage.names(".narseal/waiting") == ["you"]
+    waiting.keep("me", "it", "log/x", upload(storage, b"log"))
+    assert len(waiting.take("me", ["it"])) == 1
+
+
 def test_while_all_room_is_taken_looks_take_a_part_of_the_time(storage: LocalStorage) -> None:
     now = 0.0
 

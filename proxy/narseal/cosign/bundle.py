@@ -50,8 +50,6 @@ class Bundle(NamedTuple):
     content: MessageSignature | Envelope
     #: The certificate (DER) of a keyless signature; None with a key.
     certificate: bytes | None
-    #: Log entries as the JSON has them.
-    log_entries: tuple[dict[str, Any], ...]
     #: RFC 3161 responses, DER.
     timestamps: tuple[bytes, ...]
     model: Model
@@ -100,7 +98,7 @@ class Bundle(NamedTuple):
         stamped = model.verification_material.timestamp_verification_data
         if len((stamped and stamped.rfc3161_timestamps) or ()) != len(timestamps):
             raise MalformedAttestation("the bundle's timestamps stand under another name")
-        return cls(content, certificate, tuple(entries), timestamps, model, hint)
+        return cls(content, certificate, timestamps, model, hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +171,8 @@ def _check_written(entry: dict[str, Any]) -> None:
     """Numbers and bytes of a log entry are written as cosign reads them: who reads loosely reads other bytes."""
     named = entry.get("logId"), entry.get("inclusionProof"), entry.get("inclusionPromise")
     log, proof, promise = (place if isinstance(place, dict) else {} for place in named)
+    if any("_" in name for place in (entry, log, proof, promise) for name in place):
+        raise MalformedAttestation("the bundle's log entry has names that are not JSON's: with _")
     for name, value in (
         ("logIndex", entry.get("logIndex")),
         ("integratedTime", entry.get("integratedTime")),

@@ -85,7 +85,8 @@ class TokenUrl:
         )
 
     def __str__(self) -> str:
-        return f"pkcs11:token={self.token};object={self.label or self.name}"
+        described = "".join(f";{name}={value}" for name, value in self.described)
+        return f"pkcs11:token={self.token}{described};object={self.label or self.name}"
 
 
 class Token:
@@ -129,7 +130,9 @@ class _Module:
     def __init__(self, path: str) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._sessions: dict[tuple[object, ...], Any] = {}
+        #: Those of tokens, by label and serial number; and which token a URL means.
+        self._sessions: dict[tuple[str, str], Any] = {}
+        self._tokens: dict[tuple[object, ...], tuple[str, str]] = {}
         self._keys: dict[tuple[object, ...], Any] = {}
 
     def work(self, url: TokenUrl, which: dict[str, Any], work: Callable[[Any], bytes]) -> bytes:
@@ -150,22 +153,29 @@ class _Module:
         return self._keys[name]
 
     def _session(self, url: TokenUrl) -> Any:
-        name = (url.token, url.described)
-        if name not in self._sessions:
-            pin = read_private(Path(expand(url.pin_file))).strip() if url.pin_file else None
-            self._sessions[name] = self._log_in(url, pin)
-        return self._sessions[name]
+        named = (url.token, url.described)
+        if named not in self._tokens:
+            token = self._token(url)
+            which = token.label, _text(token.serial)
+            if which not in self._sessions:  # one login, whatever URLs call it
+                self._sessions[which] = self._log_in(url, token, which)
+            self._tokens[named] = which
+        return self._sessions[self._tokens[named]]
 
-    def _log_in(self, url: TokenUrl, pin: str | None) -> Any:
-        if not pin:
-            return self._token(url).open()
-        with _REFUSED.held() as refused:
-            if refused.has(self._path, url.token, pin):
-                raise pkcs11.PinIncorrect(f"the PIN in {url.pin_file} was refused; correct it")
+    def _log_in(self, url: TokenUrl, token: Any, which: tuple[str, str]) -> Any:
+        if not url.pin_file:
+            return token.open()
+        pin = read_private(Path(expand(url.pin_file))).strip()
+        with _REFUSED.held(self._path, *which) as refused:
+            if refused.has(self._path, *which, pin):
+                raise pkcs11.PinIncorrect(
+                    f"the PIN in {url.pin_file} was refused; correct it, or restart if the token's"
+                    " PIN was changed"
+                )
             try:
-                return self._token(url).open(user_pin=pin)
+                return token.open(user_pin=pin)
             except pkcs11.PinIncorrect:
-                refused.add(self._path, url.token, pin)
+                refused.add(self._path, *which, pin)
                 raise
 
     def _token(self, url: TokenUrl) -> Any:
@@ -183,6 +193,7 @@ class _Module:
     def _begin_anew(self) -> None:
         """Whoever has a key of this module finds it again."""
         self._sessions.clear()
+        self._tokens.clear()
         self._keys.clear()
         pkcs11.lib(self._path).reinitialize()
 
@@ -195,6 +206,7 @@ class _RefusedPins:
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("refused PINs")
+        fcntl.fcntl(self.descriptor, fcntl.F_SETFL, os.O_APPEND)
         os.write(self.descriptor, secrets.token_bytes(_HASH))  # salt
 
     def take(self, descriptor: int) -> None:
@@ -203,13 +215,14 @@ class _RefusedPins:
         self.descriptor = descriptor
 
     @contextmanager
-    def held(self) -> Iterator[_RefusedPins]:
-        """One process at a time logs in."""
-        fcntl.lockf(self.descriptor, fcntl.LOCK_EX)
+    def held(self, *token: str) -> Iterator[_RefusedPins]:
+        """One process at a time logs into a token; a token that hangs holds up no other."""
+        place = int.from_bytes(self._named(token)[:4])  # of a lock, which need not be in the file
+        fcntl.lockf(self.descriptor, fcntl.LOCK_EX, 1, place)
         try:
             yield self
         finally:
-            fcntl.lockf(self.descriptor, fcntl.LOCK_UN)
+            fcntl.lockf(self.descriptor, fcntl.LOCK_UN, 1, place)
 
     def has(self, *what: str) -> bool:
         """Whether the module's token refused the PIN."""
@@ -218,7 +231,7 @@ class _RefusedPins:
 
     def add(self, *what: str) -> None:
         """It did just now."""
-        os.pwrite(self.descriptor, self._named(what), len(self._known()))
+        os.write(self.descriptor, self._named(what))
 
     def _known(self) -> bytes:
         return os.pread(self.descriptor, os.fstat(self.descriptor).st_size, 0)
@@ -263,10 +276,7 @@ class Pkcs11Key:
         """
         made = Signature(self.public.name, self._token.sign(message, Mechanism.EDDSA))
         if not self.public.verifies(message, made):
-            raise Unavailable(
-                f"{self._url}: what the token signs, the public key {self.public} does not verify;"
-                " if it has another key now, give that one a name of its own and restart"
-            )
+            raise Unavailable(_another_key(self._url))
         return made
 
     async def note(self, kind: str, name: str, reason: str) -> None:
@@ -286,15 +296,26 @@ class Pkcs11CosignKey:
             self.public = _cosign_key(_probe(url, "cosign"))
         except ValueError as error:
             raise ConfigError(f"{url}: not an ECDSA P-256 key: {error}") from error
-        self._token = Token(TokenUrl.parse(url), KeyType.EC)
+        self._url = TokenUrl.parse(url)
+        self._token = Token(self._url, KeyType.EC)
 
     def sign_digest(self, digest: bytes) -> bytes:
         """The DER signature over a SHA-256 digest; Unavailable if the token is away."""
-        return _der(self._token.sign(digest, Mechanism.ECDSA))
+        made = _der(self._token.sign(digest, Mechanism.ECDSA))
+        if not self.public.verifies(digest, made):
+            raise Unavailable(_another_key(self._url))
+        return made
 
     def sign_statement(self, statement: bytes) -> bytes:
         """The signature over a statement in its DSSE envelope."""
         return self.sign_digest(envelope_digest(statement))
+
+
+def _another_key(url: TokenUrl) -> str:
+    return (
+        f"{url}: the public key that it had at the start does not verify what the token signs; if"
+        " it has another key now, give that one a name of its own and restart"
+    )
 
 
 def _text(value: object) -> str:
@@ -322,10 +343,13 @@ def _probe(url: str, kind: str) -> bytes:
     TokenUrl.parse(url)
     shared = _REFUSED.descriptor
     command = [sys.executable, "-m", "narseal.custody.pkcs11", kind, str(shared)]
-    done = subprocess.run(
-        command, input=url, capture_output=True, text=True, timeout=_PROBE, check=False,
-        pass_fds=(shared,),
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            command, input=url, capture_output=True, text=True, timeout=_PROBE, check=False,
+            pass_fds=(shared,),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"{url}: the token does not answer for {_PROBE} s") from error
     try:
         answer = json.loads(done.stdout)
         if "point" in answer:

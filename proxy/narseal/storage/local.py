@@ -33,6 +33,7 @@ _QUARANTINED = 20  # files kept for a look, the newest
 _IDENTITY = ".narseal/identity"
 _REFUSED = ".narseal/refused"
 _UPLOADS = ".narseal/uploads"
+_WAITING = ".narseal/waiting"  # below it, a folder for each uploader
 _LONGEST_MARK = 128
 _TRIES = 3
 
@@ -50,7 +51,7 @@ class LocalStorage:
         self._quarantine = self.root / ".narseal" / "quarantine"
         #: NARs that wait for a narinfo, and side files that do, a folder for each uploader.
         self.uploads = self.path(_UPLOADS)
-        self.waiting = self.root / ".narseal" / "waiting"
+        self.waiting = self.path(_WAITING)
         self._arriving = self.root / ".narseal" / "arriving"
         #: Narinfos that were set aside.
         self.refused = self.path(_REFUSED)

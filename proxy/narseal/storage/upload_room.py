@@ -12,13 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import chain
 
 from narseal.errors import StorageFull
 from narseal.storage.local import LocalStorage, on_disk, storage_errors
 from narseal.storage.weighing import Bound, weighed
 
-_OFTEN = 20  # a look takes at most such a part of the time
+_OFTEN = 20  # while there is no room, looks take at most such a part of the time
 _SELDOM = 60.0  # seconds after which what is too old is looked for
 
 
@@ -37,9 +36,7 @@ class UploadRoom:
         """`most` bounds the bytes on disk; what waits for longer than `max_age` seconds goes."""
         self._storage = storage
         bound = Bound(most, workers)
-        self._share = bound.share
-        #: What other workers may have added since this one looked is not known: all they may.
-        self._most = most - self._share * (workers - 1)
+        self._share, self._most = bound.share, bound.of_one
         self._max_age = max_age
         self._clock = clock
         self._found = 0
@@ -53,11 +50,11 @@ class UploadRoom:
         StorageFull if there is no room for them, and for `spare` more, which are only announced.
         """
         more = _on_disk(size) - _on_disk(of_it)
-        with self._lock:
+        with self._lock:  # whoever looks finds either what was added or the file as large
             self._make_room(more, spare)
+            with storage_errors():
+                os.ftruncate(descriptor, size)
             self._added += more
-        with storage_errors():
-            os.ftruncate(descriptor, size)
 
     def _make_room(self, more: int, spare: int) -> None:
         now = self._clock()
@@ -79,15 +76,19 @@ class UploadRoom:
         began = self._clock()
         old = time.time_ns() - int(self._max_age * 1e9)
         # one that is renamed meanwhile is counted twice rather than not at all
-        arriving, *waiting = self._storage.upload_folders()
-        self._found = sum(_on_disk(file.length) for file in weighed(arriving))
-        for file in chain.from_iterable(map(weighed, waiting)):
-            if file.changed > old:
-                self._found += file.size
-            else:
-                with storage_errors(), suppress(FileNotFoundError):
-                    os.unlink(file.path)
-        self._added = 0
+        arriving, nars, *others = self._storage.upload_folders()
+        total = sum(_on_disk(file.length) for file in weighed(arriving))
+        for folder in (nars, *others):
+            for file in weighed(folder):
+                if file.changed > old:
+                    total += file.size
+                else:
+                    with storage_errors(), suppress(FileNotFoundError):
+                        os.unlink(file.path)
+        for folder in others:
+            with suppress(OSError):  # unless something waits in it
+                folder.rmdir()
+        self._found, self._added = total, 0
         self._looked_at = self._clock()
         self._look_again_at = self._looked_at + _OFTEN * (self._looked_at - began)
 

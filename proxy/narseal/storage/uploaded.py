@@ -32,9 +32,7 @@ class UploadedFiles:
         """`most` bounds the bytes on disk, of all workers together."""
         self._storage = storage
         bound = Bound(most, workers)
-        self._share = bound.share
-        #: What other workers may have added since this one weighed is not known: all they may.
-        self._most = most - self._share * (workers - 1)
+        self._share, self._most = bound.share, bound.of_one
         self._weight = 0
         self._added = most  # until it was weighed for the first time
         self._coming = 0  # what has room and not its name yet

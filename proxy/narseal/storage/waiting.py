@@ -30,7 +30,7 @@ class WaitingFiles:
         assert file.path is not None  # it is on its way in
         with storage_errors():
             os.fsync(file.descriptor)
-            place = self._local.waiting / owner / f"{about}~{name.replace('/', '!')}"
+            place = self._folder(owner) / f"{about}~{name.replace('/', '!')}"
             into_folder(os.rename, file.path, place)
 
     def take(self, owner: str, abouts: Collection[str]) -> list[tuple[str, str, Path]]:
@@ -39,7 +39,7 @@ class WaitingFiles:
         for waiting in self._names(owner):
             about, _, name = waiting.partition("~")
             if about in abouts:
-                found.append((about, name.replace("!", "/"), self._local.waiting / owner / waiting))
+                found.append((about, name.replace("!", "/"), self._folder(owner) / waiting))
         return found
 
     def publish(
@@ -76,4 +76,7 @@ class WaitingFiles:
         self._local.if_there(act, str(path.relative_to(self._local.root)))
 
     def _names(self, owner: str) -> list[str]:
-        return self._local.names(str((self._local.waiting / owner).relative_to(self._local.root)))
+        return self._local.names(str(self._folder(owner).relative_to(self._local.root)))
+
+    def _folder(self, owner: str) -> Path:
+        return self._local.waiting / owner

@@ -34,6 +34,14 @@ class Bound:
         """Bytes that one of them may add."""
         return self.most // (_SLACK * self.workers)
 
+    @property
+    def of_one(self) -> int:
+        """Bytes up to which one may add: what the others added since it looked is not known, so all they may.
+
+        While a reload's old workers end, those are not reckoned with.
+        """
+        return self.most - self.share * (self.workers - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Weighed:

@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 
 from narseal.cosign import statement
-from narseal.custody.pkcs11 import TokenUrl
-from narseal.errors import ConfigError
+from narseal.custody.pkcs11 import Pkcs11CosignKey, TokenUrl
+from narseal.errors import ConfigError, Unavailable
 from narseal.nix.keys import PublicKey
 from narseal.nix.narinfo import NarInfo
 from tests.tools.asking import must_come
@@ -204,7 +204,7 @@ async def test_what_another_key_of_the_same_label_signs_is_not_given_out(
             assert (await _asked(session, process, items[1]))[0] == 503
             hsm.make("hsm-1", "EC:edwards25519", "09")
             status, said = await _asked(session, process, items[1])
-            assert (status, "the public key hsm-1:" in said) == (503, True)
+            assert (status, "does not verify what the token signs" in said) == (503, True)
             hsm.hide_keys()
             hsm.show_keys(kept)
             public = PublicKey.parse((await must_come(session, f"{process.url}/pubkey")).decode())
@@ -212,6 +212,18 @@ async def test_what_another_key_of_the_same_label_signs_is_not_given_out(
                 info = NarInfo.parse(await must_come(session, f"{process.url}/{item.hash}.narinfo"))
                 (ours,) = [made for made in info.signatures if made.key_name == public.name]
                 assert public.verifies(info.fingerprint(), ours)
+
+
+def test_what_another_cosign_key_of_the_same_label_signs_is_not_given_out(hsm: SoftHsm) -> None:
+    key = Pkcs11CosignKey(hsm.url("release"))
+    digest = hashlib.sha256(b"x").digest()
+    assert key.public.verifies(digest, key.sign_digest(digest))
+    hsm.hide_keys()
+    with pytest.raises(Unavailable, match="NoSuchKey"):
+        key.sign_digest(digest)
+    hsm.make("release", "EC:prime256v1", "09")
+    with pytest.raises(Unavailable, match="does not verify what the token signs"):
+        key.sign_digest(digest)
 
 
 def test_a_private_key_whose_public_key_is_another_is_said_at_once(
@@ -224,6 +236,23 @@ def test_a_private_key_whose_public_key_is_another_is_said_at_once(
     file.write_text(render_toml(settings(tmp_path, signing={"key": [{"url": hsm.url("hsm-1")}]})))
     said = narseal_command("check-config", "--config", file).stderr
     assert "is not that of its public key" in said
+
+
+async def test_two_urls_of_one_token_share_its_login(
+    hsm: SoftHsm, tmp_path: Path, upstream: FakeCache
+) -> None:
+    items = [entry(f"y{n}", b"%d" % n, compression="none").signed(UPSTREAM) for n in range(3)]
+    upstream.add(*items)
+    hsm.make("hsm-2", "EC:edwards25519", "09")
+    described = hsm.url("hsm-2").replace("token=narseal", f"token=narseal;serial={hsm.serial()}")
+    signing = {"key": [{"url": hsm.url("hsm-1")}, {"url": described}]}
+    with narseal_process(tmp_path / "n", {"url": upstream.url}, signing=signing) as process:
+        async with aiohttp.ClientSession() as session:
+            for item in items:
+                status, text = await _asked(session, process, item)
+                assert (status, text.count("Sig: hsm-")) == (200, 2)
+        hsm.hide_keys()
+    assert "UserAlreadyLoggedIn" not in process.log.read_text()
 
 
 def test_a_token_is_the_one_that_its_url_describes(hsm: SoftHsm, tmp_path: Path) -> None:

@@ -79,6 +79,16 @@ def doubled(name: str) -> Change:
     return change
 
 
+def rename(place: Callable[[Tree], Tree], name: str, other: str) -> Change:
+    """protobuf's parsers read a field by either of its names."""
+
+    def change(tree: Tree) -> None:
+        found = place(tree)
+        found[other] = found.pop(name)
+
+    return change
+
+
 def flipped(text: str) -> str:
     """One bit of base64."""
     data = bytearray(base64.b64decode(text))
@@ -230,6 +240,11 @@ LOGGED: dict[str, Change] = {
     "logIndex in other digits": put(
         entry, "logIndex", lambda old: "".join(chr(0x660 + int(digit)) for digit in old or "0")
     ),
+    "body under its other name": rename(entry, "canonicalizedBody", "canonicalized_body"),
+    "logIndex under its other name": rename(entry, "logIndex", "log_index"),
+    "logId under its other name": rename(entry, "logId", "log_id"),
+    "integratedTime under its other name, loosely": put(entry, "integrated_time", " +0 "),
+    "proof rootHash under its other name": rename(proof, "rootHash", "root_hash"),
     "body padded": put(entry, "canonicalizedBody", lambda old: f"{old}===="),
     "body with a mark in it": put(entry, "canonicalizedBody", lambda old: f"{old[:8]}!!!!{old[8:]}"),
     "body over two lines": put(entry, "canonicalizedBody", lambda old: f"{old[:8]}\n\n\n\n{old[8:]}"),
