@@ -379,6 +379,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "timestamps of rubbish": ("key",),  # without a trusted root nobody can say who stamped
 }
 _NOT_READ = "cosign takes it from the checkpoint, or makes it anew, and does not read it"
+_BOTH_NAMES = "protobuf's parsers read both names of a field; no signer writes the other one"
 _NOT_ASKED = "with a key, cosign does not look at times"
 #: What cosign takes and narseal does not, and why cosign may.
 STRICTER: dict[str, tuple[tuple[str, ...], str]] = {
@@ -405,6 +406,10 @@ STRICTER: dict[str, tuple[tuple[str, ...], str]] = {
     "body algorithm other": (("keyless", "log"), _NOT_READ),
     "body signature other": (("keyless", "log"), _NOT_READ),
     "body over two lines": (("keyless", "log"), "Go's base64 passes over the ends of lines"),
+    "body under its other name": (("keyless", "log"), _BOTH_NAMES),
+    "logIndex under its other name": (("keyless", "log"), _BOTH_NAMES),
+    "logId under its other name": (("keyless", "log"), _BOTH_NAMES),
+    "proof rootHash under its other name": (("keyless", "log"), _BOTH_NAMES),
     "timestamp doubled": (("keyless",), "twice the same is still one"),
     "timestamps of rubbish": (("log",), _NOT_ASKED),
     "timestamp one bit": (("log",), _NOT_ASKED),
