@@ -296,6 +296,13 @@ async def test_the_only_key_is_revoked_and_another_follows(
             assert not list((tmp_path / "storage").glob("*.narinfo"))
             write(process, there, signing=only_new(tmp_path))
             logged(process, "is in force")
+
+            async def is_the_new_ones() -> (
+                bool
+            ):  # an old worker ends its connection with its next answer
+                return (await client.get(f"{items[0].hash}.narinfo"))[0] == 200
+
+            await eventually(is_the_new_ones)
             for item in items:
                 body = (await client.get(f"{item.hash}.narinfo"))[1]
                 assert signers(body) == {"upstream-1", "operator-2"}
