@@ -27,6 +27,8 @@ _PATHS = 2000
 _GREEDY = 200
 _PROBES = 100
 _HERDS = 300
+#: What the machine's being busy makes of a question in which narseal has no part.
+_BYSTANDER = "a file of the upstream's nginx, asked for without narseal"
 _HERD = 32
 
 
@@ -68,10 +70,11 @@ def measure_isolation() -> list[Row]:
     """A client that asks one thing after another, beside one that asks for cold paths without end."""
     items = [entry(f"item{n}", b"%d" % n).signed(UPSTREAM) for n in range(20_000)]
     with cache(items) as (folder, upstream), narseal_process(folder / "n", {"url": upstream}) as p:
-        alone, beside = asyncio.run(_beside(p, iter(items)))
+        alone, beside = asyncio.run(_beside(p, upstream, iter(items)))
     return [
         Row(f"{kind}, p50, beside a client with {_GREEDY} connections for cold paths, against alone",
-            f"{beside[kind]:.2f} ms", f"{alone[kind]:.2f} ms", beside[kind] / alone[kind], "≤ 2")
+            f"{beside[kind]:.2f} ms", f"{alone[kind]:.2f} ms", beside[kind] / alone[kind],
+            "" if kind == _BYSTANDER else "≤ 2")
         for kind in alone
     ]  # fmt: skip
 
@@ -134,7 +137,7 @@ async def _all(url: str, names: list[str]) -> float:
 
 
 async def _beside(
-    proxy: Process, items: Iterator[Entry]
+    proxy: Process, upstream: str, items: Iterator[Entry]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Medians of a modest client's waiting, in milliseconds: alone, and beside a greedy one."""
     async with _client(1, "127.0.0.2") as modest:
@@ -144,12 +147,13 @@ async def _beside(
         async def probe() -> dict[str, float]:
             took: dict[str, list[float]] = {}
             for item in islice(items, _PROBES):
-                for kind, name in (
-                    ("a cached narinfo", f"{hot.hash}.narinfo"),
-                    ("a cold narinfo", f"{item.hash}.narinfo"),
-                    ("a cold NAR", item.info.url),
+                for kind, url in (
+                    ("a cached narinfo", f"{proxy.url}/{hot.hash}.narinfo"),
+                    ("a cold narinfo", f"{proxy.url}/{item.hash}.narinfo"),
+                    ("a cold NAR", f"{proxy.url}/{item.info.url}"),
+                    (_BYSTANDER, f"{upstream}/{hot.hash}.narinfo"),
                 ):
-                    took.setdefault(kind, []).append(await _get(modest, f"{proxy.url}/{name}"))
+                    took.setdefault(kind, []).append(await _get(modest, url))
             return {kind: median(times) * 1000 for kind, times in took.items()}
 
         await probe()
