@@ -209,9 +209,10 @@ async def test_small_nars_that_stall_hold_up_no_others(
 
 
 async def test_a_file_that_many_ask_for_at_once_is_fetched_once(
-    tmp_path: Path, upstream: FakeCache
+    tmp_path: Path, upstream: FakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while it is looked up which files are refused, of which there are many."""
+    monkeypatch.setattr(http_room, "_AT_ONCE", 2 * PATIENCE)  # what is late comes as a transfer
     upstream.add(*ITEMS, wrong := entry("wrong").signed(UPSTREAM))
     upstream.files[wrong.info.url] = b"something else"
     async with narseal(tmp_path, {"url": upstream.url}) as client:
